@@ -1,0 +1,5 @@
+"""The command line `trl-ext`."""
+
+
+def main() -> None:
+    """Entry point of `trl-ext`."""

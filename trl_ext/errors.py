@@ -1,0 +1,23 @@
+"""Errors that name the plugin, its distribution, the hook, the step and the line to change."""
+
+from __future__ import annotations
+
+
+class TrlExtError(Exception):
+    """Base of all errors that trl_ext raises on purpose."""
+
+
+class ConfigurationError(TrlExtError, ValueError):
+    """The run as asked for cannot work; raised before the model loads wherever that can be known."""
+
+
+class PluginError(TrlExtError, RuntimeError):
+    """A plugin's hook failed; on several ranks, every rank raises it at the same step."""
+
+
+class NonFiniteError(TrlExtError, ArithmeticError):
+    """A gradient or loss was NaN or infinite before the optimiser's step."""
+
+
+class CheckpointError(TrlExtError, RuntimeError):
+    """A checkpoint is incomplete, corrupt, or belongs to other plugins."""
