@@ -27,8 +27,9 @@ CHAT_TEMPLATE = """\
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Give a tokenizer of 259 tokens: the 256 bytes, padding, start of turn, and end of turn, which is the EOS token.
 
-    Any text in Unicode's normal form C round-trips, one token a byte. Pad and EOS differ; there is no BOS token. The chat template is ChatML with
-    generation markers. `save_pretrained` and `AutoTokenizer.from_pretrained(path)` work as with any tokenizer.
+    Text in Unicode's normal form C round-trips, one token a byte. Pad and EOS differ; there is no BOS token. The chat
+    template is ChatML with generation markers. `save_pretrained` and `AutoTokenizer.from_pretrained(path)` work as
+    with any tokenizer.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
