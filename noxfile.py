@@ -1,0 +1,67 @@
+"""Sessions that check the version ranges in the metadata: `nox -s tests`, `nox -s lowest`, `nox -s lint types`."""
+
+import tomllib
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent
+PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
+EDITABLE = [argument for path in PLUGINS for argument in ("-e", str(path))]
+FAST = ("-m", "not slow and not gpu", "-n", "2", "--dist", "worksteal")
+
+nox.options.sessions = ["tests", "lowest", "lint", "types"]
+nox.options.default_venv_backend = "venv"
+
+
+def lower_bounds() -> list[str]:
+    """Give `name==lowest` for every dependency of the core and of the plugins that states a lower bound."""
+    projects = [tomllib.loads((path / "pyproject.toml").read_text())["project"] for path in (ROOT, *PLUGINS)]
+    requirements = [Requirement(text) for project in projects for text in project["dependencies"]]
+    requirements += map(Requirement, projects[0]["optional-dependencies"]["peft"])
+    lowest: dict[str, str] = {}
+    for requirement in requirements:
+        for bound in requirement.specifier:
+            if bound.operator == ">=" and not requirement.name.startswith("trl-ext"):
+                lowest[requirement.name] = max(lowest.get(requirement.name, ""), bound.version, key=_version)
+    return [f"{name}=={version}" for name, version in lowest.items()]
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")) if text else ()
+
+
+def run_tests(session: nox.Session, *pins: str) -> None:
+    # torch alone is pinned beside them: a free torch may be several GB of CUDA libraries.
+    torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    session.install("-e", ".[dev]", *EDITABLE, torch, *pins)
+    session.run("python", "-m", "pytest", *FAST, *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+@nox.parametrize("trl", ["trl==1.16.0", "trl>=1.16,<2"], ids=["lowest-trl", "newest-trl"])
+def tests(session: nox.Session, trl: str) -> None:
+    """Run the fast tests on the lowest and the newest supported TRL, all else as new as it resolves."""
+    run_tests(session, trl)
+
+
+@nox.session(python="3.11")
+def lowest(session: nox.Session) -> None:
+    """Run the fast tests with every direct dependency at its lower bound."""
+    run_tests(session, *lower_bounds())
+
+
+@nox.session(python="3.11")
+def lint(session: nox.Session) -> None:
+    """Check style and formatting."""
+    session.install("-c", "constraints.txt", "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session(python="3.11")
+def types(session: nox.Session) -> None:
+    """Check the types of the core and of every plugin."""
+    session.install("-c", "constraints.txt", "-e", ".[dev]", *EDITABLE)
+    session.run("mypy", "trl_ext", *(str(source) for path in PLUGINS for source in (path / "src").iterdir()))
