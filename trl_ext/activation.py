@@ -1,0 +1,200 @@
+"""From the names and instances that a run asks for to a checked, ordered set of plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pluggy
+
+from trl_ext.discovery import find_distribution, load_plugin, range_error
+from trl_ext.errors import ConfigurationError
+from trl_ext.hook_check import implementations, refuse_other_trainer
+from trl_ext.hookspecs import EXCLUSIVE, HOOKS, PROJECT, HookSpecs
+from trl_ext.options import build_options, option_fields, resolved_options
+from trl_ext.specs import RESERVED, config_line, parse_specs, registered_name
+
+__all__ = ["ActivePlugin", "PluginSet", "activate", "parse_specs"]
+
+HookCall = tuple[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class ActivePlugin:
+    """One plugin of a run."""
+
+    name: str
+    """The label, or else the plugin's name; prefixes its metrics and names its state."""
+    instance: Any
+    distribution: str | None
+    """None for an instance of a class that no distribution provides."""
+    version: str | None
+    options: dict[str, Any]
+    """All options with their values, as JSON."""
+    citation: str
+    line: str = ""
+    """The config line that activates it, for messages."""
+
+    def __str__(self) -> str:
+        if self.distribution is None:
+            return f"{self.name!r} (class {type(self.instance).__qualname__} of {type(self.instance).__module__})"
+        return f"{self.name!r} ({self.distribution} {self.version})"
+
+
+class _Registration:
+    """What pluggy sees of a plugin: its hooks, with an identity of its own, so that equal or unhashable plugins do not collide."""
+
+    def __init__(self, hooks: dict[str, Callable[..., Any]]) -> None:
+        vars(self).update(hooks)
+
+
+class PluginSet:
+    """The active plugins of one trainer, in the order of the config.
+
+    Raises:
+        ConfigurationError: A hook is misspelt, ill-formed, or claimed twice though exclusive.
+    """
+
+    def __init__(self, plugins: Sequence[ActivePlugin] = ()) -> None:
+        self.plugins: tuple[ActivePlugin, ...] = tuple(plugins)
+        self.manager = pluggy.PluginManager(PROJECT)
+        self.manager.add_hookspecs(HookSpecs)
+        for plugin in reversed(self.plugins):  # pluggy calls the last one registered first
+            registration = _Registration(implementations(plugin.instance, str(plugin), plugin.line))
+            try:
+                self.manager.register(registration, plugin.name)
+            except pluggy.PluginValidationError as error:
+                raise ConfigurationError(
+                    f"plugin {plugin} implements a hook wrongly: {error}. See {plugin.line}"
+                ) from error
+        # The training loop asks for these at every micro-step, so they are looked up once.
+        self._calls: dict[str, list[HookCall]] = {hook: self._bind(hook) for hook in HOOKS}
+        for hook in EXCLUSIVE:
+            self._refuse_two_owners(hook)
+
+    def __bool__(self) -> bool:
+        return bool(self.plugins)
+
+    def __len__(self) -> int:
+        return len(self.plugins)
+
+    def __iter__(self) -> Iterator[ActivePlugin]:
+        return iter(self.plugins)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the plugins, in order."""
+        return tuple(plugin.name for plugin in self.plugins)
+
+    def implements(self, hook: str) -> bool:
+        """Whether any plugin implements the hook."""
+        return bool(self._calls[hook])
+
+    def owner(self, hook: str) -> str | None:
+        """Name of the plugin that owns an exclusive hook."""
+        if hook not in EXCLUSIVE:
+            raise KeyError(f"{hook!r} is not an exclusive hook")
+        return next((name for name, _ in self._calls[hook]), None)
+
+    def calls(self, hook: str) -> list[HookCall]:
+        """Name and function of each implementation, in the order of the config.
+
+        The function takes all arguments of the hook by keyword and passes on those that the implementation declares.
+        """
+        return self._calls[hook]
+
+    def _bind(self, hook: str) -> list[HookCall]:
+        found = getattr(self.manager.hook, hook).get_hookimpls()[::-1]  # pluggy keeps them as registered
+        return [(implementation.plugin_name, _by_keyword(implementation)) for implementation in found]
+
+    def _refuse_two_owners(self, hook: str) -> None:
+        names = [name for name, _ in self._calls[hook]]
+        if len(names) > 1:
+            owners = [plugin for plugin in self.plugins if plugin.name in names]
+            raise ConfigurationError(
+                f"hook {hook!r} can have one owner, and {' and '.join(map(str, owners))} claim it. "
+                f"Keep one of {' or '.join(plugin.line for plugin in owners)}"
+            )
+
+
+def activate(specs: Any, instances: Sequence[Any] = (), *, trainer: Literal["sft", "grpo"]) -> PluginSet:
+    """Load, configure and check the plugins of a run: those of `specs` in order, then `instances` in order.
+
+    Args:
+        specs: What `parse_specs` accepts.
+        instances: Plugins made by the caller.
+        trainer: The trainer that will run them.
+
+    Raises:
+        ConfigurationError: Anything that would keep the run from doing what was asked; the message names the plugin, its
+            distribution and the line to change.
+    """
+    plugins = [_from_spec(spec) for spec in parse_specs(specs)]
+    for instance in instances:
+        plugins.append(_from_instance(instance, plugins))
+    for plugin in plugins:
+        refuse_other_trainer(plugin.instance, trainer, str(plugin), plugin.line)
+    return PluginSet(plugins)
+
+
+def _from_spec(spec: dict[str, Any]) -> ActivePlugin:
+    plugin_class, info = load_plugin(spec["name"])
+    if reserved := [option for option in RESERVED if option in option_fields(plugin_class)]:
+        raise ConfigurationError(
+            f"plugin {info} has an option {reserved[0]!r}, a name that configs reserve; rename the field"
+        )
+    options = build_options(plugin_class, spec, str(info))
+    try:
+        instance = plugin_class(**options)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigurationError(f"plugin {info} refuses its options: {error}. Change {config_line(spec)}") from error
+    return ActivePlugin(
+        name=registered_name(spec),
+        instance=instance,
+        distribution=info.distribution,
+        version=info.version,
+        options=resolved_options(instance),
+        citation=getattr(plugin_class, "citation", ""),
+        line=config_line(spec),
+    )
+
+
+def _from_instance(instance: Any, before: Sequence[ActivePlugin]) -> ActivePlugin:
+    line = f"plugins=[{type(instance).__name__}(...)]"
+    if isinstance(instance, type):
+        raise ConfigurationError(
+            f"plugins=[{instance.__name__}] is a class; make an instance: plugins=[{instance.__name__}(...)]"
+        )
+    if isinstance(instance, str | list | tuple | dict | set) or instance is None:
+        raise ConfigurationError(
+            f"plugins=[{instance!r}] of a trainer takes instances; names go into its config: SFTConfig(plugins=[...])"
+        )
+    if any(plugin.instance is instance for plugin in before):
+        raise ConfigurationError(f"{line}: the same instance {instance!r} is given twice; make one for each place")
+    if error := range_error(getattr(instance, "requires_api", None), getattr(instance, "requires_trl", None)):
+        raise ConfigurationError(f"{line}: {type(instance).__qualname__} of {type(instance).__module__} {error}")
+    info = find_distribution(type(instance))
+    name = getattr(instance, "label", None) or (info.name if info else type(instance).__name__)
+    if any(plugin.name == name for plugin in before):
+        raise ConfigurationError(
+            f"{line}: a plugin named {name!r} is already active. Set a `label` on the instance, or take one of them out"
+        )
+    return ActivePlugin(
+        name=name,
+        instance=instance,
+        distribution=info.distribution if info else None,
+        version=info.version if info else None,
+        options=resolved_options(instance),
+        citation=getattr(instance, "citation", ""),
+        line=line,
+    )
+
+
+def _by_keyword(implementation: pluggy.HookImpl) -> Callable[..., Any]:
+    function, names = implementation.function, implementation.argnames
+
+    def call(**arguments: Any) -> Any:
+        return function(*[arguments[name] for name in names])
+
+    return call

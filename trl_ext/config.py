@@ -1,0 +1,174 @@
+"""`SFTConfig` and `GRPOConfig`: TRL's, with the settings of the plugin layer."""
+
+import os
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any
+
+import trl
+from transformers import TrainingArguments
+
+from trl_ext.data import parse_columns, parse_streams
+from trl_ext.errors import ConfigurationError
+from trl_ext.specs import parse_specs
+
+PLUGINS_VARIABLE = "TRL_EXT_PLUGINS"
+"""Environment variable that names the plugins of a run whose config does not."""
+
+NONFINITE = ("raise", "skip", "ignore")
+
+# No `from __future__ import annotations` here: TRL's parser reads the annotations of these fields.
+
+
+@dataclass
+class _PluginSettings:
+    """The fields that both configs add, after TRL's own, so that positional arguments keep their meaning."""
+
+    plugins: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Plugins to activate, in order: names with options, `power:alpha=10 ema:decay=0.999`, or JSON; in YAML "
+            "also mappings with the key `name`. If not set, the environment variable TRL_EXT_PLUGINS is read."
+        },
+    )
+    streams: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Named auxiliary data sets for plugins that want one: `general=data.jsonl`, or a mapping (JSON on the "
+            "command line) from name to a path or to a mapping with `path`, `name`, `split`, `data_files`, `data_dir` and "
+            "`columns`."
+        },
+    )
+    dataset_columns: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Columns of the training and evaluation data to rename, old to new: "
+            "`question=prompt,answer=completion`, or a mapping (JSON on the command line)."
+        },
+    )
+    nonfinite: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to do about a NaN or infinite gradient before the optimiser's step: `raise` stops all ranks, "
+            "`skip` leaves out the step on all ranks, `ignore` does as TRL does. If not set, `raise` when plugins are "
+            "active, and `ignore` otherwise.",
+            "choices": list(NONFINITE),
+        },
+    )
+    rank_check_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Compare hashes of the parameters and of the plugins' state across ranks every so many optimiser "
+            "steps, and stop when they differ; 0 never compares."
+        },
+    )
+    reset_plugin_state: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to start plugins afresh when a checkpoint's plugin state is missing, corrupt or of other "
+            "plugins, instead of refusing to resume."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self._read_plugin_settings()
+        super().__post_init__()  # type: ignore[misc]  # TRL's, in the classes below
+
+    def _read_plugin_settings(self) -> None:
+        """Bring the fields to their canonical form: what is saved with a run reads back as the same."""
+        self.plugins = parse_specs(os.environ.get(PLUGINS_VARIABLE) if self.plugins is None else self.plugins)
+        self.streams = parse_streams(self.streams)
+        self.dataset_columns = parse_columns(self.dataset_columns)
+        if self.nonfinite is not None and self.nonfinite not in NONFINITE:
+            raise ConfigurationError(f"nonfinite: {self.nonfinite!r} is not one of {', '.join(NONFINITE)}")
+        if self.rank_check_steps < 0:
+            raise ConfigurationError(
+                f"rank_check_steps: {self.rank_check_steps} is negative; 0 switches the comparison off"
+            )
+
+
+_PARAMETERS = """
+    Parameters:
+        plugins (`list[str]`, *optional*):
+            Plugins to activate, in order. Each is a name with options (`"power:alpha=10"`) or a mapping
+            (`{"name": "power", "alpha": 10}`); one text with commas and JSON are understood too. Kept as a list of
+            mappings. If `None`, the environment variable `TRL_EXT_PLUGINS` is read.
+        streams (`dict[str, Any]` or `str`, *optional*):
+            Named auxiliary data sets for plugins that want one: `general=data.jsonl`, or a mapping from name to a path or
+            to a mapping with `path`, `name`, `split`, `data_files`, `data_dir` and `columns`.
+        dataset_columns (`dict[str, Any]` or `str`, *optional*):
+            Columns of the training and evaluation data to rename, old to new: `question=prompt,answer=completion`, or a
+            mapping.
+        nonfinite (`str`, *optional*):
+            What to do about a NaN or infinite gradient before the optimiser's step: `"raise"` stops all ranks, `"skip"`
+            leaves out the step on all ranks, `"ignore"` does as TRL does. If `None`, `"raise"` when plugins are active,
+            and `"ignore"` otherwise.
+        rank_check_steps (`int`, *optional*, defaults to `0`):
+            Compare hashes of the parameters and of the plugins' state across ranks every so many optimiser steps, and stop
+            when they differ; 0 never compares.
+        reset_plugin_state (`bool`, *optional*, defaults to `False`):
+            Whether to start plugins afresh when a checkpoint's plugin state is missing, corrupt or of other plugins,
+            instead of refusing to resume.
+"""
+
+
+@dataclass
+class SFTConfig(_PluginSettings, trl.SFTConfig):
+    __doc__ = f"""
+    [`trl.SFTConfig`] with the settings of the plugin layer. Every argument of TRL's keeps its place and meaning.
+{_PARAMETERS}"""
+
+
+@dataclass
+class GRPOConfig(_PluginSettings, trl.GRPOConfig):
+    __doc__ = f"""
+    [`trl.GRPOConfig`] with the settings of the plugin layer. Every argument of TRL's keeps its place and meaning.
+{_PARAMETERS}"""
+
+
+def upgrade_config(args: Any, config_cls: type[Any], model: Any = None) -> Any:
+    """Give the config that a trainer of ours runs with, for any that TRL's trainer accepts.
+
+    A TRL config keeps its values as they are: its `__post_init__`, which has derived some of them from others, does not run
+    again. An instance of a user's subclass of TRL's config stays one.
+
+    Args:
+        args: Ours (returned as it is), TRL's config of the same trainer or a subclass, plain `TrainingArguments`, or None.
+        config_cls: `SFTConfig` or `GRPOConfig` of this module.
+        model: The trainer's model, which names the output folder where `args` is None, as in TRL.
+
+    Raises:
+        ConfigurationError: `args` is something else.
+    """
+    if isinstance(args, config_cls):
+        return args
+    trl_cls = trl.SFTConfig if issubclass(config_cls, trl.SFTConfig) else trl.GRPOConfig
+    if isinstance(args, trl_cls):
+        upgraded = _new_config(config_cls, type(args))
+        settings = {f.name: f.default for f in fields(_PluginSettings)}
+        vars(upgraded).update(settings | vars(args))
+        upgraded._read_plugin_settings()
+        return upgraded
+    if args is None:
+        model_id = model if isinstance(model, str) else getattr(model.config, "name_or_path", None) or ""
+        return config_cls(f"{model_id.split('/')[-1]}-{trl_cls.__name__.removesuffix('Config')}")
+    if isinstance(args, TrainingArguments):
+        return config_cls(**(args.to_dict() | {"hub_token": args.hub_token}))  # to_dict hides the token
+    raise ConfigurationError(f"args: {type(args).__name__} is no config of this trainer; pass a {config_cls.__name__}")
+
+
+@cache
+def _combined(config_cls: type[Any], user_cls: type[Any]) -> type[Any]:
+    """A user's subclass of TRL's config, with our fields added; its pickles name the two classes it is made of."""
+    if issubclass(config_cls, user_cls):
+        return config_cls
+
+    def reduce(self: Any) -> Any:
+        return _new_config, (config_cls, user_cls), vars(self)
+
+    body = {"__reduce__": reduce, "__doc__": user_cls.__doc__, "__module__": user_cls.__module__}
+    return dataclass(type(user_cls.__name__, (user_cls, config_cls), body))
+
+
+def _new_config(config_cls: type[Any], user_cls: type[Any]) -> Any:
+    return object.__new__(_combined(config_cls, user_cls))

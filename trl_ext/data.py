@@ -1,0 +1,142 @@
+"""Data sets named by text: in YAML, on the command line, or in a stream's description."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl_ext.errors import ConfigurationError
+from trl_ext.specs import split_outside_brackets, unquote
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPEC_KEYS = ("path", "name", "split", "data_files", "data_dir", "columns")
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def parse_columns(value: Any, setting: str = "dataset_columns") -> dict[str, str] | None:
+    """Read a renaming of columns, old to new: a mapping, JSON, or `question=prompt,answer=completion`.
+
+    Raises:
+        ConfigurationError: It is none of these, or gives two columns one name.
+    """
+    mapping = _read_mapping(value, setting, example="question=prompt,answer=completion")
+    if not mapping:
+        return None
+    if not all(isinstance(new, str) and new for new in mapping.values()):
+        raise ConfigurationError(
+            f"{setting}: {value!r} must give each column a new name: question=prompt,answer=completion"
+        )
+    if len(set(mapping.values())) < len(mapping):
+        raise ConfigurationError(f"{setting}: {value!r} gives two columns the same name")
+    return mapping
+
+
+def parse_streams(value: Any) -> dict[str, dict[str, Any]] | None:
+    """Read named auxiliary data sets: a mapping from name to path or description, JSON, or `general=data.jsonl`.
+
+    Raises:
+        ConfigurationError: It is none of these, or a description has no path or an unknown key.
+    """
+    mapping = _read_mapping(value, "streams", example="general=data.jsonl")
+    return {name: _parse_stream(name, spec) for name, spec in mapping.items()} or None
+
+
+def load_dataset_spec(spec: Mapping[str, Any]) -> Dataset:
+    """Load one data set.
+
+    Args:
+        spec: `path` (a .json, .jsonl, .csv, .parquet or .txt file, a directory, or a hub id), and optionally `name` (the
+            configuration), `split` ("train" by default), `data_files`, `data_dir`, and `columns` (a renaming).
+
+    Raises:
+        ConfigurationError: The file, split or a column does not exist.
+    """
+    from datasets import load_dataset, load_from_disk
+
+    path, split = Path(spec["path"]).expanduser(), spec.get("split") or "train"
+    builder = FILE_FORMATS.get(path.suffix.lower())
+    try:
+        if builder:
+            if not path.is_file():
+                raise FileNotFoundError(f"there is no file {str(path)!r}")
+            dataset = load_dataset(builder, data_files={"train": str(path)}, split=split)
+        elif (path / "dataset_info.json").is_file():
+            dataset = load_from_disk(str(path))
+        elif (path / "dataset_dict.json").is_file():
+            dataset = load_from_disk(str(path))[split]
+        else:
+            options = {key: spec.get(key) for key in ("name", "data_files", "data_dir")}
+            dataset = load_dataset(str(path) if path.exists() else spec["path"], split=split, **options)
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigurationError(f"data set {dict(spec)!r} cannot be loaded: {error}") from error
+    return rename_columns(dataset, parse_columns(spec.get("columns"), "columns"))
+
+
+def rename_columns(dataset: Any, mapping: Mapping[str, str] | None) -> Any:
+    """Rename columns of a data set (or of each in a `DatasetDict`), old name to new.
+
+    Raises:
+        ConfigurationError: A column does not exist, or the new name is taken by another one.
+    """
+    if not mapping:
+        return dataset
+    if isinstance(dataset, dict):  # a DatasetDict
+        return type(dataset)({split: rename_columns(part, mapping) for split, part in dataset.items()})
+    columns = dataset.column_names
+    if columns is None:  # an iterable data set whose columns are known only once it is read
+        return dataset.rename_columns(dict(mapping))
+    if missing := [column for column in mapping if column not in columns]:
+        raise ConfigurationError(
+            f"dataset_columns: no column {missing[0]!r} in the data set; there are {', '.join(columns)}"
+        )
+    if taken := [new for new in mapping.values() if new in columns and new not in mapping]:
+        raise ConfigurationError(
+            f"dataset_columns: the data set already has a column {taken[0]!r}; rename that one too"
+        )
+    return dataset.rename_columns(dict(mapping))
+
+
+def _read_mapping(value: Any, setting: str, example: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        value = _read_text(value, setting, example)
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"{setting}: {value!r} is a {type(value).__name__}; expected a mapping or {example!r}")
+    return dict(value)
+
+
+def _read_text(text: str, setting: str, example: str) -> Any:
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"{setting}: {text!r} starts like JSON, but is not: {error}") from error
+    pairs: dict[str, str] = {}
+    for part in split_outside_brackets(text):
+        key, equals, item = part.partition("=")
+        if not equals or not key.strip() or not item.strip():
+            raise ConfigurationError(f"{setting}: {part.strip()!r} in {text!r} is not of the form {example!r}")
+        if key.strip() in pairs:
+            raise ConfigurationError(f"{setting}: {text!r} names {key.strip()!r} twice")
+        pairs[key.strip()] = unquote(item)
+    return pairs
+
+
+def _parse_stream(name: str, spec: Any) -> dict[str, Any]:
+    spec = {"path": spec} if isinstance(spec, str) else spec
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("path"), str):
+        raise ConfigurationError(
+            f"streams: {name!r} is {spec!r}; expected a path or a mapping with the key 'path'. Data sets in memory go to the "
+            "trainer: SFTTrainer(..., streams={...})"
+        )
+    if unknown := [key for key in spec if key not in SPEC_KEYS]:
+        raise ConfigurationError(
+            f"streams: {name!r} has an unknown key {unknown[0]!r}; known are {', '.join(SPEC_KEYS)}"
+        )
+    columns = parse_columns(spec.get("columns"), f"streams: columns of {name!r}")
+    return {**spec, **({"columns": columns} if columns else {})}

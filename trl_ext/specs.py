@@ -1,0 +1,157 @@
+"""The grammar of `plugins`: text, lists and mappings from configs, YAML and the command line to one canonical list."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trl_ext.errors import ConfigurationError
+
+RESERVED = ("name", "label")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_OPTION = re.compile(r"\s*([A-Za-z_]\w*)\s*=(.*)", re.DOTALL)
+_CLOSING = {")": "(", "]": "[", "}": "{"}
+
+
+def parse_specs(value: Any) -> list[dict[str, Any]]:
+    """Give the canonical form of a `plugins` setting: `{"name": ..., **options}` each, in the order written.
+
+    Accepts None, one text (`"power:alpha=10,ema"` or JSON), or a list of texts and mappings with the key `name`. Options
+    written in a text stay strings; they become numbers by the plugin's annotations when it is activated. The result is
+    JSON-able, and a fixed point: `parse_specs(parse_specs(x)) == parse_specs(x)`.
+
+    Raises:
+        ConfigurationError: The setting is not of this form, or one plugin comes twice without distinct labels.
+    """
+    specs = [] if value is None else _specs(value)
+    taken: set[str] = set()
+    for spec in specs:
+        repeated = sum(other["name"] == spec["name"] for other in specs) > 1
+        if registered_name(spec) in taken or (repeated and "label" not in spec):
+            raise ConfigurationError(
+                f"plugins: {registered_name(spec)!r} comes more than once. To use a plugin twice, give each its own label: "
+                f"plugins: [{spec['name']}:label=first, {spec['name']}:label=second]"
+            )
+        taken.add(registered_name(spec))
+    return specs
+
+
+def registered_name(spec: Mapping[str, Any]) -> str:
+    """The name that a plugin's metrics and state go under: its label, or else its own name."""
+    return spec.get("label", spec["name"])
+
+
+def config_line(spec: Mapping[str, Any], **changed: str) -> str:
+    """Write a spec as the line of a config, with some options replaced: `plugins: [power:alpha=<float>]`."""
+    options = {key: value for key, value in spec.items() if key != "name"} | changed
+    text = ",".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items())
+    return f"plugins: [{spec['name']}:{text}]" if text else f"plugins: [{spec['name']}]"
+
+
+def split_outside_brackets(text: str, separator: str = ",") -> list[str]:
+    """Split a text at each separator that is not inside brackets or quotes.
+
+    Raises:
+        ConfigurationError: A bracket or quote is not closed.
+    """
+    parts, start, open_, quote = [], 0, [], ""
+    for position, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "([{":
+            open_.append(character)
+        elif character in _CLOSING:
+            if not open_ or open_.pop() != _CLOSING[character]:
+                raise ConfigurationError(f"{text!r}: {character!r} at character {position + 1} closes nothing")
+        elif character == separator and not open_:
+            parts.append(text[start:position])
+            start = position + 1
+    if quote or open_:
+        raise ConfigurationError(f"{text!r}: {quote or open_[-1]!r} is never closed")
+    return [*parts, text[start:]]
+
+
+def unquote(text: str) -> str:
+    """Strip blanks, and one pair of quotes around the whole."""
+    text = text.strip()
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def _specs(value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        return _from_text(value)
+    if isinstance(value, Mapping):
+        return [_from_mapping(value)]
+    if isinstance(value, list | tuple):
+        return [spec for item in value for spec in _specs(item)]
+    if isinstance(value, type) or hasattr(value, "__dataclass_fields__"):
+        raise ConfigurationError(
+            f"plugins: {value!r} is a Python object, and a config holds names. Pass instances to the trainer: "
+            "SFTTrainer(..., plugins=[...])"
+        )
+    raise ConfigurationError(
+        f"plugins: {value!r} is a {type(value).__name__}; expected a name such as 'power:alpha=10' or a mapping such as "
+        "{'name': 'power', 'alpha': 10}. Pass instances to the trainer: SFTTrainer(..., plugins=[...])"
+    )
+
+
+def _from_text(text: str) -> list[dict[str, Any]]:
+    if text.lstrip()[:1] in ("[", "{"):
+        try:
+            return _specs(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise ConfigurationError(f"plugins: {text!r} starts like JSON, but is not: {error}") from error
+    specs: list[dict[str, Any]] = []
+    for part in split_outside_brackets(text):
+        if not part.strip():
+            continue
+        name, colon, option = part.partition(":")
+        if continued := _OPTION.fullmatch(part):
+            if not specs:
+                raise ConfigurationError(
+                    f"plugins: {text!r} starts with an option; write the plugin first: 'name:{part.strip()}'"
+                )
+            _set_option(specs[-1], continued, text)
+            continue
+        specs.append(_named({"name": name.strip()}, text))
+        if colon and option.strip():
+            first = _OPTION.fullmatch(option)
+            if first is None:
+                raise ConfigurationError(f"plugins: {option.strip()!r} in {text!r} is not of the form option=value")
+            _set_option(specs[-1], first, text)
+    return [_named(spec, text) for spec in specs]
+
+
+def _set_option(spec: dict[str, Any], match: re.Match[str], text: str) -> None:
+    option = match[1]
+    if option in spec:
+        raise ConfigurationError(f"plugins: {text!r} sets {option!r} of {spec['name']!r} twice")
+    spec[option] = unquote(match[2])
+
+
+def _from_mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
+    if "name" not in value:
+        raise ConfigurationError(f"plugins: {dict(value)!r} has no key 'name'; write {{'name': 'power', 'alpha': 10}}")
+    try:
+        # Through JSON, so that what a checkpoint or YAML gives back equals what was put in.
+        spec = json.loads(json.dumps(dict(value)))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"plugins: {dict(value)!r} cannot be saved with the run ({error}). Give numbers, texts, lists and mappings, or "
+            "pass an instance to the trainer: SFTTrainer(..., plugins=[...])"
+        ) from error
+    spec = {"name": spec.pop("name"), **spec}
+    return _named(spec, repr(dict(value)))
+
+
+def _named(spec: dict[str, Any], text: str) -> dict[str, Any]:
+    for key in RESERVED:
+        if key in spec and not (isinstance(spec[key], str) and _NAME.fullmatch(spec[key])):
+            raise ConfigurationError(
+                f"plugins: {key} {spec[key]!r} in {text!r} is not a name (letters, digits, '_', '-', '.')"
+            )
+    return spec
