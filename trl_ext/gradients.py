@@ -1,0 +1,185 @@
+"""Gradients as one vector: algebra over lists of tensors that is right on one device, under DDP and under FSDP2.
+
+Scalars (dot, norm) are accumulated in fp32 on each rank's local shards and summed over the ranks that hold different
+shards, in one all-reduce a mesh dimension. Updates are elementwise and need no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor: the local shard of a DTensor (sharing its memory), any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter for all that require a gradient, in the model's order; tied weights once, as torch lists them."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def sum_over_shards(partial: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """Sum per-parameter partial scalars over the ranks that hold other shards of the same parameter.
+
+    Args:
+        partial: (P,) float, one scalar per parameter from this rank's shard.
+        parameters: the P parameters; plain tensors are replicated and keep their scalar.
+
+    Returns:
+        (P,) float, equal on all ranks of a mesh.
+    """
+    by_layout: dict[tuple[object, tuple[int, ...]], list[int]] = {}
+    for i, parameter in enumerate(parameters):
+        if isinstance(parameter, DTensor):
+            shard_dims = tuple(d for d, placement in enumerate(parameter.placements) if placement.is_shard())
+            if shard_dims:
+                by_layout.setdefault((parameter.device_mesh, shard_dims), []).append(i)
+    if not by_layout:
+        return partial
+    partial = partial.clone()
+    for (mesh, shard_dims), indices in by_layout.items():
+        part = partial[indices]
+        for dim in shard_dims:
+            dist.all_reduce(part, group=mesh.get_group(dim))  # type: ignore[attr-defined]
+        partial[indices] = part
+    return partial
+
+
+class GradientView:
+    """The gradients of the trainable parameters, seen as one vector.
+
+    A *live* view reads and writes `p.grad` (what `gradients_ready` receives); a *snapshot* owns its tensors (stream
+    gradients, `clone`). Both list the same parameters in the same order. A parameter without a gradient counts as zero.
+
+    Args:
+        names: names of the P parameters.
+        parameters: the parameters themselves.
+        tensors: P gradients or None each; omit for a live view.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        tensors: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        self.names = tuple(names)
+        self.parameters = tuple(parameters)
+        self._tensors = None if tensors is None else list(tensors)
+
+    def __repr__(self) -> str:
+        kind = "live" if self._tensors is None else "snapshot"
+        return f"GradientView({kind}, {len(self.names)} parameters)"
+
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """P local gradients, in the parameters' dtype, sharing memory; None where there is no gradient."""
+        source = [p.grad for p in self.parameters] if self._tensors is None else self._tensors
+        return [None if g is None else local_tensor(g.detach()) for g in source]
+
+    # -- scalars -------------------------------------------------------------------------------------------------
+
+    def dots(self, other: GradientView) -> Tensor:
+        """(P,) float32: the inner product with `other` per parameter, over all shards."""
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return self._scalars([None if a is None or b is None else _dot(a, b) for a, b in pairs])
+
+    def dot(self, other: GradientView) -> Tensor:
+        """() float32: the inner product with `other`, over all parameters and shards."""
+        return self.dots(other).sum()
+
+    def squared_norm(self) -> Tensor:
+        """() float32: the squared Euclidean norm over all parameters and shards."""
+        present = [(i, g) for i, g in enumerate(self.tensors) if g is not None]
+        scalars: list[Tensor | None] = [None] * len(self.parameters)
+        # One foreach call per (device, dtype); norms are taken in fp32 whatever the gradients' dtype.
+        for (i, _), norm in zip(present, _foreach_norm([g for _, g in present]), strict=True):
+            scalars[i] = norm * norm
+        return self._scalars(scalars).sum()
+
+    def norm(self) -> Tensor:
+        """() float32: the Euclidean norm over all parameters and shards."""
+        return self.squared_norm().sqrt()
+
+    def cosine(self, other: GradientView) -> Tensor:
+        """() float32: the cosine of the angle to `other`; 0 where one of the two is zero."""
+        return self.dot(other) / (self.norm() * other.norm()).clamp(min=torch.finfo(torch.float32).tiny)
+
+    # -- updates in place ----------------------------------------------------------------------------------------
+
+    def mul_(self, factor: float | Tensor) -> GradientView:
+        """Multiply by a scalar, in place."""
+        present = [g for g in self.tensors if g is not None]
+        if present:
+            torch._foreach_mul_(present, factor if isinstance(factor, Tensor) else float(factor))
+        return self
+
+    def axpy_(self, factor: float | Tensor, other: GradientView) -> GradientView:
+        """Add `factor` times `other`, in place; parameters without a gradient here get one."""
+        mine = self.tensors
+        present = []
+        for i, (a, b) in enumerate(zip(mine, other.tensors, strict=True)):
+            if b is None:
+                continue
+            if a is None:
+                a = self._create(i)
+            present.append((a, b.to(a.dtype)))
+        if present:
+            targets, sources = map(list, zip(*present, strict=True))
+            if isinstance(factor, Tensor):
+                scaled = torch._foreach_mul(sources, factor.to(sources[0].dtype))
+                torch._foreach_add_(targets, scaled)
+            else:
+                torch._foreach_add_(targets, sources, alpha=float(factor))
+        return self
+
+    def copy_(self, other: GradientView) -> GradientView:
+        """Take over the values of `other`, in place; parameters without a gradient there become zero here."""
+        present = [g for g in self.tensors if g is not None]
+        if present:
+            torch._foreach_zero_(present)
+        return self.axpy_(1.0, other)
+
+    def clone(self) -> GradientView:
+        """A snapshot with its own memory."""
+        return GradientView(self.names, self.parameters, [None if g is None else g.clone() for g in self.tensors])
+
+    # -- internals -----------------------------------------------------------------------------------------------
+
+    def _create(self, i: int) -> Tensor:
+        """A zero gradient for parameter i."""
+        zeros = torch.zeros_like(self.parameters[i], memory_format=torch.preserve_format).detach()
+        if self._tensors is None:
+            self.parameters[i].grad = zeros
+        else:
+            self._tensors[i] = local_tensor(zeros)
+        return local_tensor(zeros)
+
+    def _scalars(self, scalars: Iterable[Tensor | None]) -> Tensor:
+        device = local_tensor(self.parameters[0].detach()).device
+        zero = torch.zeros((), dtype=torch.float32, device=device)
+        return sum_over_shards(torch.stack([zero if s is None else s for s in scalars]), self.parameters)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """() float32 inner product; low-precision inputs are upcast, since their own dot product rounds its result."""
+    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float())
+
+
+def _foreach_norm(tensors: list[Tensor]) -> list[Tensor]:
+    """() float32 norms. Foreach wants one device and dtype a call, so mixed models take one call per group."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    out: list[Tensor] = [torch.empty(0)] * len(tensors)
+    for indices in groups.values():
+        norms = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=torch.float32)
+        for i, norm in zip(indices, norms, strict=True):
+            out[i] = norm
+    return out

@@ -1,0 +1,154 @@
+"""One answer on all ranks: hook failures and non-finite gradients are agreed on once a step, before the optimiser.
+
+A hook that raises on one rank only would leave the others waiting in the next collective. So on several ranks the
+exception is kept, the step goes on with the hook's fallback, and at the agreement point every rank raises it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trl_ext.activation import PluginSet
+from trl_ext.errors import NonFiniteError, PluginError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_TOUCH_THE_UPDATE = frozenset(
+    {"sample_weights", "per_token_loss", "advantages", "policy_loss", "auxiliary_losses", "gradients_ready"}
+)
+
+
+class Guard:
+    """Runs hooks on behalf of a trainer and turns what goes wrong into one error on every rank.
+
+    Args:
+        plugins: the active plugins.
+        device: where the agreement's flags live.
+        world_size: number of ranks.
+        step: gives the number of optimiser steps already done.
+    """
+
+    def __init__(self, plugins: PluginSet, device: torch.device, world_size: int, step: Callable[[], int]) -> None:
+        self.plugins = plugins
+        self.device = device
+        self.world_size = world_size
+        self.step = step
+        self.last_touched: str | None = None
+        self._failure: PluginError | None = None
+        self._silenced: set[str] = set()
+        self._origin = {p.name: str(p) for p in plugins}
+
+    def run(self, hook: str, plugin: str, call: Callable[..., T], fallback: T, **arguments: Any) -> T:
+        """Call one implementation. A failure raises at once on one rank, and at the next `agree` on several.
+
+        Raises:
+            PluginError: naming plugin, distribution, hook and step.
+        """
+        if self._failure is not None:
+            return fallback
+        if hook in _TOUCH_THE_UPDATE:
+            self.last_touched = f"{plugin}.{hook}"
+        try:
+            return call(**arguments)
+        except Exception as error:
+            failure = self.failure(hook, plugin, f"{type(error).__name__}: {error}")
+            if self.world_size == 1:
+                raise failure from error
+            logger.exception(str(failure))
+            failure.__cause__ = error
+            self._failure = failure
+            return fallback
+
+    def run_all(self, hook: str, **arguments: Any) -> None:
+        """Call every implementation of a hook whose results are ignored."""
+        for plugin, call in self.plugins.calls(hook):
+            self.run(hook, plugin, call, None, **arguments)
+
+    def chain(self, hook: str, value: T, check: Callable[[str, T], None], **arguments: Any) -> T:
+        """Call every implementation in order, each on the result of the one before.
+
+        Args:
+            hook: the hook; its chained argument is named `advantages` or `optimizer`.
+            value: what the first implementation receives.
+            check: raises on a wrong result, given the plugin's name and the result.
+        """
+        argument = {"advantages": "advantages", "wrap_optimizer": "optimizer"}[hook]
+        for plugin, call in self.plugins.calls(hook):
+
+            def checked(call: Callable[..., T] = call, plugin: str = plugin, **kwargs: Any) -> T:
+                result = call(**kwargs)
+                check(plugin, result)
+                return result
+
+            value = self.run(hook, plugin, checked, value, **{argument: value}, **arguments)
+        return value
+
+    def metrics(self, mode: str) -> dict[str, float]:
+        """Collect the diagnostics. One that raises is logged and switched off: it must not change the training."""
+        collected: dict[str, float] = {}
+        for plugin, call in self.plugins.calls("metrics"):
+            if plugin in self._silenced:
+                continue
+            try:
+                values: Mapping[str, float] = call(mode=mode)
+                collected.update({f"{plugin}/{key}": float(value) for key, value in values.items()})
+            except Exception:
+                self._silenced.add(plugin)
+                logger.exception("%s; its metrics are off from here on", self.failure("metrics", plugin, "it raised"))
+        return collected
+
+    def failure(self, hook: str, plugin: str, reason: str) -> PluginError:
+        """The error for a plugin's fault, with all that is needed to find it."""
+        return PluginError(
+            f"plugin {self._origin[plugin]} failed in hook '{hook}' at step {self.step() + 1}: {reason}"
+        )
+
+    def agree(self) -> None:
+        """Raise on every rank if a hook failed on any. Collective."""
+        self._agree(torch.zeros((), dtype=torch.bool, device=self.device))
+
+    def agree_finite(self, grad_norm: Tensor | float, loss_is_finite: Tensor) -> bool:
+        """Whether gradient and loss are finite on all ranks; raises if a hook failed on any. Collective.
+
+        Args:
+            grad_norm: () the global gradient norm before clipping.
+            loss_is_finite: () bool, of this rank's micro-steps.
+        """
+        norm = torch.as_tensor(grad_norm, device=self.device)
+        return not self._agree(~(torch.isfinite(norm) & loss_is_finite))
+
+    def non_finite(self) -> NonFiniteError:
+        """The error to raise for a NaN or infinite gradient or loss."""
+        last = self.last_touched
+        return NonFiniteError(
+            f"NaN or infinite loss or gradient at step {self.step() + 1}, found before the optimiser's step; "
+            + (f"the last hook that touched it: {last}. " if last else "no hook touched it. ")
+            + "Set nonfinite='skip' to leave such steps out, on all ranks alike."
+        )
+
+    def _agree(self, flag: Tensor) -> bool:
+        """Reduce (failed, flag) over ranks; raise on failed, return flag."""
+        if self.world_size == 1:
+            return bool(flag)
+        failed = torch.tensor(self._failure is not None, device=self.device)
+        flags = torch.stack([failed, flag.to(torch.bool)]).to(torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        any_failed, any_flag = flags.tolist()
+        if any_failed:
+            self._raise_everywhere()
+        return bool(any_flag)
+
+    def _raise_everywhere(self) -> None:
+        messages: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(messages, None if self._failure is None else str(self._failure))
+        rank, message = next((r, m) for r, m in enumerate(messages) if m is not None)
+        raise PluginError(f"{message} [on rank {rank} of {self.world_size}]") from self._failure
+
+

@@ -1,0 +1,118 @@
+"""What cannot be supported is refused at start-up, with the reason and the line to change."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Literal
+
+from trl_ext.activation import PluginSet
+from trl_ext.errors import ConfigurationError
+from trl_ext.records import RunDescription
+
+Sharding = Literal["none", "ddp", "fsdp1", "fsdp2", "deepspeed"]
+EXTRA_FUSED_OUTPUTS = ("log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def sharding_of(args: Any, model: Any) -> Sharding:
+    """How the run spreads over ranks, as far as the arguments, the launcher's environment and the model say."""
+    if getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        return "deepspeed"
+    if getattr(getattr(model, "config", None), "distributed_config", None) is not None:
+        return "fsdp2"
+    if getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        config = getattr(args, "fsdp_config", None) or {}
+        version = config.get("fsdp_version", config.get("version", os.environ.get("FSDP_VERSION", 2)))
+        return "fsdp1" if str(version) == "1" else "fsdp2"
+    return "ddp" if args.world_size > 1 else "none"
+
+
+def refuse_unsupported(run: RunDescription, plugins: PluginSet, compute_loss_func: Any = None) -> None:
+    """Raise for every combination that would train something else than what was asked for.
+
+    Raises:
+        ConfigurationError: with the hook's owner and the setting to change.
+    """
+    args = run.args
+    if "unsloth" in sys.modules:
+        raise ConfigurationError("unsloth rewrites TRL's trainers from source; trl_ext's seams do not hold there")
+    if args.n_gpu > 1:
+        raise ConfigurationError(
+            f"nn.DataParallel over {args.n_gpu} GPUs is not supported: launch with `torchrun` or `accelerate launch`, "
+            "or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+    if args.auto_find_batch_size:
+        raise ConfigurationError(
+            "auto_find_batch_size=True restarts the training loop under the plugins' feet; set the batch size yourself"
+        )
+    if getattr(args, "parallelism_config", None) is not None:
+        raise ConfigurationError(
+            "parallelism_config (tensor, context or sequence parallelism) is not supported with plugins: it splits "
+            "the sequence that hooks see; remove it from the config"
+        )
+    if run.trainer == "sft":
+        _refuse_losses(args, plugins, compute_loss_func)
+    else:
+        _refuse_policy(args, plugins)
+    _refuse_gradients(run, plugins)
+    for plugin in plugins:
+        unknown = sorted(set(getattr(plugin.instance, "fused_outputs", ())) - set(EXTRA_FUSED_OUTPUTS))
+        if unknown:
+            raise ConfigurationError(
+                f"plugin {plugin} declares fused_outputs {unknown}; "
+                f"TRL's head offers {', '.join(EXTRA_FUSED_OUTPUTS)} beside log_probs and entropy"
+            )
+
+
+def _refuse_losses(args: Any, plugins: PluginSet, compute_loss_func: Any) -> None:
+    owner = plugins.owner("per_token_loss")
+    touching = owner or plugins.owner("sample_weights")
+    if owner is not None and args.loss_type != "nll":
+        raise ConfigurationError(
+            f"plugin '{owner}' owns the per-token loss, but loss_type='{args.loss_type}' asks TRL for another one; "
+            "set loss_type='nll' or remove the plugin"
+        )
+    if touching is not None and compute_loss_func is not None:
+        raise ConfigurationError(f"compute_loss_func bypasses plugin '{touching}'; pass only one of the two")
+    if touching is not None and args.label_smoothing_factor > 0:
+        raise ConfigurationError(
+            f"label_smoothing_factor={args.label_smoothing_factor} bypasses plugin '{touching}'; set it to 0"
+        )
+
+
+def _refuse_policy(args: Any, plugins: PluginSet) -> None:
+    owner = plugins.owner("policy_loss")
+    if owner is None:
+        return
+    if args.off_policy_mask_threshold is not None:
+        raise ConfigurationError(
+            f"off_policy_mask_threshold masks TRL's own policy term, which plugin '{owner}' replaces; unset it"
+        )
+    if getattr(args, "use_adaptive_entropy", False):
+        raise ConfigurationError(
+            f"use_adaptive_entropy=True updates its controller with every loss, and plugin '{owner}' evaluates TRL's "
+            "loss twice a step; use a constant entropy_coef"
+        )
+    if args.loss_type == "cispo" and args.epsilon_high is not None and args.epsilon_high < 1:
+        raise ConfigurationError(
+            f"loss_type='cispo' with epsilon_high={args.epsilon_high} < 1 scales tokens on policy, so the weights of "
+            f"plugin '{owner}' would be scaled too; set epsilon_high >= 1"
+        )
+
+
+def _refuse_gradients(run: RunDescription, plugins: PluginSet) -> None:
+    uses = [h for h in ("gradients_ready", "sample_weights", "streams", "wrap_optimizer") if plugins.implements(h)]
+    if run.sharding in ("deepspeed", "fsdp1"):
+        uses += [h for h in ("weights_updated", "deployed_weights") if plugins.implements(h)]
+    if not uses:
+        return
+    owner = plugins.calls(uses[0])[0][0]
+    where = f"hook '{uses[0]}' of plugin '{owner}'"
+    if run.sharding == "deepspeed":
+        raise ConfigurationError(
+            f"{where} does not work under DeepSpeed, which owns gradients, weights and optimiser; use DDP or FSDP2"
+        )
+    if run.sharding == "fsdp1":
+        raise ConfigurationError(f"{where} does not work under FSDP1's flat parameters; set fsdp_version: 2")
+    if run.args.fp16:
+        raise ConfigurationError(f"{where} would see gradients scaled for fp16; set bf16=True and fp16=False")

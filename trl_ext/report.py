@@ -1,0 +1,89 @@
+"""What ran: a header on the screen, the same as a file in the run folder, and a section in the model card."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import trl_ext
+from trl_ext.activation import PluginSet
+from trl_ext.hookspecs import EXCLUSIVE, HOOKS
+
+RUN_FILE = "trl_ext_run.json"
+_CARD_START = "<!-- trl_ext -->"
+
+
+def run_facts(trainer: Any) -> dict[str, Any]:
+    """Plugins with origin, options and hooks in their order, owners of exclusive hooks, streams and versions."""
+    plugins: PluginSet = trainer.ext_plugins
+    return {
+        "trainer": trainer.ext_kind,
+        "versions": {name: version(name) for name in ("trl", "transformers", "accelerate", "torch")}
+        | {"trl_ext": trl_ext.__version__, "trl_ext API": trl_ext.API_VERSION},
+        "plugins": [
+            {
+                "name": p.name,
+                "origin": f"{p.distribution} {p.version}" if p.distribution else _class_of(p.instance),
+                "options": p.options,
+                "hooks": [h for h in HOOKS if any(owner == p.name for owner, _ in plugins.calls(h))],
+                "citation": p.citation,
+            }
+            for p in plugins
+        ],
+        "exclusive": {hook: owner for hook in sorted(EXCLUSIVE) if (owner := plugins.owner(hook)) is not None},
+        "streams": {
+            role: {"samples": len(stream.dataset), "seed": stream.seed, **_request(stream.request)}
+            for role, stream in trainer.ext_streams.items()
+        },
+    }
+
+
+def _class_of(instance: Any) -> str:
+    return f"class {type(instance).__qualname__} of {type(instance).__module__}"
+
+
+def _request(request: Any) -> dict[str, Any]:
+    return {k: getattr(request, k) for k in ("batch_size", "when", "on_exhausted", "shuffle")}
+
+
+def header(facts: dict[str, Any]) -> str:
+    """The run's facts as text."""
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    lines = [f"trl_ext {facts['trainer']} run ({versions})"]
+    for i, plugin in enumerate(facts["plugins"], 1):
+        options = ", ".join(f"{k}={v}" for k, v in plugin["options"].items()) or "no options"
+        lines.append(f"  {i}. {plugin['name']} ({plugin['origin']}): {options}")
+        lines.append(f"     hooks: {', '.join(plugin['hooks'])}")
+    for hook, owner in facts["exclusive"].items():
+        lines.append(f"  {hook} belongs to {owner}")
+    for role, stream in facts["streams"].items():
+        lines.append(f"  stream {role}: " + ", ".join(f"{k}={v}" for k, v in stream.items()))
+    return "\n".join(lines)
+
+
+def print_header(trainer: Any) -> None:
+    """Show what runs, before the first step."""
+    print(header(run_facts(trainer)), flush=True)
+
+
+def write_run_file(trainer: Any) -> None:
+    """Write the same to `trl_ext_run.json` in the run folder."""
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RUN_FILE).write_text(json.dumps(run_facts(trainer), indent=2, default=str) + "\n")
+
+
+def add_to_model_card(path: Path, plugins: PluginSet) -> None:
+    """Append the plugins, their options and citations to a model card; a card that has the section keeps it."""
+    text = path.read_text() if path.is_file() else ""
+    if _CARD_START in text:
+        return
+    lines = [_CARD_START, "## Plugins", "", f"Trained with trl_ext {trl_ext.__version__} and these plugins, in order:", ""]
+    for p in plugins:
+        options = ", ".join(f"`{k}={v}`" for k, v in p.options.items()) or "default options"
+        cited = f" Source: {p.citation}" if p.citation else ""
+        origin = f"{p.distribution} {p.version}" if p.distribution else _class_of(p.instance)
+        lines.append(f"- **{p.name}** ({origin}), {options}.{cited}")
+    path.write_text(text.rstrip() + "\n\n" + "\n".join(lines) + "\n")

@@ -1,0 +1,201 @@
+"""`GRPOTrainer`: TRL's, with the advantages, the policy term and auxiliary losses open to plugins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor, nn
+from trl.trainer.utils import add_fused_lm_head
+
+from trl_ext.config import GRPOConfig
+from trl_ext.losses import add_auxiliary_losses
+from trl_ext.policy import RolloutLogProbs, token_weights
+from trl_ext.records import MicroStep, PolicyTokens, Rewards, Rollouts
+from trl_ext.state import State
+from trl_ext.trainers.checkpoints import CheckpointMixin
+from trl_ext.trainers.mixin import TrainerMixin
+
+
+class GRPOTrainer(CheckpointMixin, TrainerMixin, trl.GRPOTrainer):
+    """Drop-in for `trl.GRPOTrainer` with the hook points of `trl_ext.hookspecs`. Give it as for TRL, and in addition:
+
+    Args:
+        plugins: instances to activate after those that `args.plugins` names.
+        streams: role to auxiliary SFT data set, in addition to those that `args.streams` names.
+    """
+
+    ext_kind = "grpo"
+    ext_config_class = GRPOConfig
+
+    _ext_rewards: tuple[Tensor, dict[str, Any]] | None = None
+    _ext_log_probs: RolloutLogProbs | None = None
+    _ext_stream_head: Any = None
+
+    # -- advantages --------------------------------------------------------------------------------------------------
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._ext_rewards = rewards, {"inputs": inputs, "prompts": prompts, "completions": completions}
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if not self.ext_plugins.implements("advantages"):
+            return output
+        assert self._ext_rewards is not None
+        per_function, rows = self._ext_rewards
+        self._ext_rewards = None
+        n = len(rows["prompts"])
+        rank = self.accelerator.process_index
+        mask = output["completion_mask"]
+        rollouts = Rollouts(
+            **rows,
+            completion_ids=output["completion_ids"],
+            mask=mask * output["tool_mask"] if "tool_mask" in output else mask,
+            num_generations=self.num_generations if self.model.training else self.num_generations_eval,
+            step=self.state.global_step,
+            training=self.model.training,
+            old_log_probs=output.get("old_per_token_logps"),
+        )
+        rewards = Rewards(
+            per_function, tuple(self.reward_func_names), self.reward_weights, slice(rank * n, (rank + 1) * n)
+        )
+        shapes = ((n,), tuple(mask.shape))
+
+        def check(plugin: str, result: Any) -> None:
+            if not isinstance(result, Tensor) or tuple(result.shape) not in shapes:
+                got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+                raise TypeError(f"returned {got}; expected advantages of shape {shapes[0]} or {shapes[1]}")
+
+        output["advantages"] = self.ext_guard.chain(
+            "advantages", output["advantages"], check, rollouts=rollouts, rewards=rewards
+        )
+        return output
+
+    # -- loss --------------------------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        if self._ext_log_probs is not None:
+            return self._ext_log_probs.serve(super()._get_per_token_logps_and_entropies, *args, **kwargs)
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        owner = self.ext_plugins.owner("policy_loss")
+        auxiliary = self.ext_plugins.implements("auxiliary_losses") and self.model.training
+        if owner is None and not auxiliary:
+            return super()._compute_loss(model, inputs)
+        self._ext_log_probs = tap = RolloutLogProbs()
+        try:
+            loss = super()._compute_loss(model, inputs) if owner is None else self._ext_policy_loss(owner, model, inputs)
+        finally:
+            self._ext_log_probs = None
+        return self._ext_add_auxiliary(loss, tap, inputs) if auxiliary else loss
+
+    def _ext_policy_loss(self, owner: str, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """TRL's loss with the clipped term replaced: the rest of it, plus TRL's token weights times the plugin's loss."""
+        tap = self._ext_log_probs
+        assert tap is not None
+        advantages = inputs["advantages"]
+        # With zero advantages TRL's loss is everything but the policy term, with metrics and reduction its own.
+        rest = super()._compute_loss(model, {**inputs, "advantages": torch.zeros_like(advantages)})
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name in [name for name in metrics if "clip_ratio" in name]:
+            del metrics[name]  # of a term that is not used
+        log_probs, entropy = tap.log_probs, tap.entropy
+        weights = token_weights(self, super()._compute_loss, inputs, tap)
+        mask = self._ext_loss_mask(inputs)
+        old = inputs.get("old_per_token_logps")
+        tokens = PolicyTokens(
+            log_probs=log_probs,
+            old_log_probs=log_probs.detach() if old is None else old,
+            advantages=(advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(log_probs),
+            mask=mask,
+            entropy=entropy.detach(),
+            training=self.model.training,
+            progress=self.ext_progress(),
+            reference_log_probs=inputs.get("ref_per_token_logps"),
+        )
+        ((_, call),) = self.ext_plugins.calls("policy_loss")
+
+        def checked(tokens: PolicyTokens) -> Tensor:
+            loss = call(tokens=tokens)
+            if not isinstance(loss, Tensor) or loss.shape != tokens.log_probs.shape:
+                got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"returned {got}; expected a loss of shape {tuple(tokens.log_probs.shape)}")
+            return loss
+
+        loss = self.ext_guard.run("policy_loss", owner, checked, -log_probs, tokens=tokens)
+        return rest + (weights * torch.where(mask, loss, torch.zeros_like(loss))).sum()
+
+    @staticmethod
+    def _ext_loss_mask(inputs: dict[str, Any]) -> Tensor:
+        mask = inputs["completion_mask"]
+        return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+
+    def _ext_add_auxiliary(self, loss: Tensor, tap: RolloutLogProbs, inputs: dict[str, Any]) -> Tensor:
+        step = MicroStep(
+            inputs=inputs,
+            log_probs=tap.log_probs,
+            entropy=tap.entropy,
+            mask=self._ext_loss_mask(inputs),
+            step=self.state.global_step,
+            progress=self.ext_progress(),
+        )
+        accumulation = self.current_gradient_accumulation_steps
+        # TRL counts the tokens of a whole generation batch; one accumulation window has its share of them.
+        tokens = inputs["num_items_in_batch"].clamp(min=1) / self.accelerator.num_processes
+        return add_auxiliary_losses(
+            self,
+            loss,
+            step,
+            per_token=tokens * accumulation / self.args.steps_per_generation,
+            per_sequence=len(inputs["completion_ids"]) * accumulation,
+            per_batch=accumulation,
+        )
+
+    # -- streams -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def ext_sft_head(self) -> Iterator[None]:
+        """GRPO's head divides logits by the sampling temperature; SFT data wants them as they are."""
+        base = self.ext_base_model()
+        policy_head = base.forward
+        if self._ext_stream_head is None:
+            outputs = dict.fromkeys(("log_probs", "entropy", *self.ext_fused_outputs))
+            add_fused_lm_head(
+                base, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32, outputs=tuple(outputs)
+            )
+            self._ext_stream_head = base.forward
+        base.forward = self._ext_stream_head
+        try:
+            yield
+        finally:
+            base.forward = policy_head
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def ext_rank_state(self) -> State:
+        """The rollouts still to be trained on too: TRL does not save them, and a run resumed amid them would differ."""
+        state = super().ext_rank_state()
+        state["grpo_step"] = self._step
+        if self._buffered_inputs is not None:
+            for i, batch in enumerate(self._buffered_inputs):
+                state.update({f"rollouts.{i}.{key}": value for key, value in batch.items() if value is not None})
+        return state
+
+    def ext_load_rank_state(self, rank_state: State) -> None:
+        super().ext_load_rank_state(rank_state)
+        self._step = rank_state["grpo_step"]
+        batches: dict[int, dict[str, Any]] = {}
+        for name, value in rank_state.items():
+            if name.startswith("rollouts."):
+                _, i, key = name.split(".", 2)
+                batches.setdefault(int(i), {})[key] = self._prepare_input(value)
+        self._buffered_inputs = [batches[i] for i in sorted(batches)] or None
+
+
+__all__ = ["GRPOTrainer"]
