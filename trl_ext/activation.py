@@ -43,7 +43,7 @@ class ActivePlugin:
 
 
 class _Registration:
-    """What pluggy sees of a plugin: its hooks, with an identity of its own, so that equal or unhashable plugins do not collide."""
+    """What pluggy sees of a plugin: its hooks, with an identity of their own. Equal plugins do not collide then."""
 
     def __init__(self, hooks: dict[str, Callable[..., Any]]) -> None:
         vars(self).update(hooks)
@@ -127,8 +127,8 @@ def activate(specs: Any, instances: Sequence[Any] = (), *, trainer: Literal["sft
         trainer: The trainer that will run them.
 
     Raises:
-        ConfigurationError: Anything that would keep the run from doing what was asked; the message names the plugin, its
-            distribution and the line to change.
+        ConfigurationError: Anything that would keep the run from doing what was asked; the message names the plugin,
+            its distribution and the line to change.
     """
     plugins = [_from_spec(spec) for spec in parse_specs(specs)]
     for instance in instances:

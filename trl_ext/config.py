@@ -27,16 +27,16 @@ class _PluginSettings:
     plugins: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Plugins to activate, in order: names with options, `power:alpha=10 ema:decay=0.999`, or JSON; in YAML "
-            "also mappings with the key `name`. If not set, the environment variable TRL_EXT_PLUGINS is read."
+            "help": "Plugins to activate, in order: names with options, `power:alpha=10 ema:decay=0.999`, or JSON; in "
+            "YAML also mappings with the key `name`. If not set, the environment variable TRL_EXT_PLUGINS is read."
         },
     )
     streams: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Named auxiliary data sets for plugins that want one: `general=data.jsonl`, or a mapping (JSON on the "
-            "command line) from name to a path or to a mapping with `path`, `name`, `split`, `data_files`, `data_dir` and "
-            "`columns`."
+            "help": "Named auxiliary data sets for plugins that want one: `general=data.jsonl`, or a mapping (JSON on "
+            "the command line) from name to a path or to a mapping with `path`, `name`, `split`, `data_files`, "
+            "`data_dir` and `columns`."
         },
     )
     dataset_columns: dict[str, Any] | str | None = field(
@@ -76,7 +76,9 @@ class _PluginSettings:
 
     def _read_plugin_settings(self) -> None:
         """Bring the fields to their canonical form: what is saved with a run reads back as the same."""
-        self.plugins = parse_specs(os.environ.get(PLUGINS_VARIABLE) if self.plugins is None else self.plugins)
+        self.plugins = parse_specs(  # type: ignore[assignment]  # a list of mappings, which TRL's parser has no type for
+            os.environ.get(PLUGINS_VARIABLE) if self.plugins is None else self.plugins
+        )
         self.streams = parse_streams(self.streams)
         self.dataset_columns = parse_columns(self.dataset_columns)
         if self.nonfinite is not None and self.nonfinite not in NONFINITE:
@@ -94,8 +96,8 @@ _PARAMETERS = """
             (`{"name": "power", "alpha": 10}`); one text with commas and JSON are understood too. Kept as a list of
             mappings. If `None`, the environment variable `TRL_EXT_PLUGINS` is read.
         streams (`dict[str, Any]` or `str`, *optional*):
-            Named auxiliary data sets for plugins that want one: `general=data.jsonl`, or a mapping from name to a path or
-            to a mapping with `path`, `name`, `split`, `data_files`, `data_dir` and `columns`.
+            Named auxiliary data sets for plugins that want one: `general=data.jsonl`, or a mapping from name to a path
+            or to a mapping with `path`, `name`, `split`, `data_files`, `data_dir` and `columns`.
         dataset_columns (`dict[str, Any]` or `str`, *optional*):
             Columns of the training and evaluation data to rename, old to new: `question=prompt,answer=completion`, or a
             mapping.
@@ -104,8 +106,8 @@ _PARAMETERS = """
             leaves out the step on all ranks, `"ignore"` does as TRL does. If `None`, `"raise"` when plugins are active,
             and `"ignore"` otherwise.
         rank_check_steps (`int`, *optional*, defaults to `0`):
-            Compare hashes of the parameters and of the plugins' state across ranks every so many optimiser steps, and stop
-            when they differ; 0 never compares.
+            Compare hashes of the parameters and of the plugins' state across ranks every so many optimiser steps, and
+            stop when they differ; 0 never compares.
         reset_plugin_state (`bool`, *optional*, defaults to `False`):
             Whether to start plugins afresh when a checkpoint's plugin state is missing, corrupt or of other plugins,
             instead of refusing to resume.
@@ -129,11 +131,11 @@ class GRPOConfig(_PluginSettings, trl.GRPOConfig):
 def upgrade_config(args: Any, config_cls: type[Any], model: Any = None) -> Any:
     """Give the config that a trainer of ours runs with, for any that TRL's trainer accepts.
 
-    A TRL config keeps its values as they are: its `__post_init__`, which has derived some of them from others, does not run
-    again. An instance of a user's subclass of TRL's config stays one.
+    A TRL config keeps its values as they are: its `__post_init__`, which has derived some of them from others, does not
+    run again. An instance of a user's subclass of TRL's config stays one.
 
     Args:
-        args: Ours (returned as it is), TRL's config of the same trainer or a subclass, plain `TrainingArguments`, or None.
+        args: Ours (returned as it is), TRL's config of the same trainer or a subclass, `TrainingArguments`, or None.
         config_cls: `SFTConfig` or `GRPOConfig` of this module.
         model: The trainer's model, which names the output folder where `args` is None, as in TRL.
 
@@ -158,7 +160,7 @@ def upgrade_config(args: Any, config_cls: type[Any], model: Any = None) -> Any:
 
 
 @cache
-def _combined(config_cls: type[Any], user_cls: type[Any]) -> type[Any]:
+def _combined(config_cls: Any, user_cls: Any) -> Any:
     """A user's subclass of TRL's config, with our fields added; its pickles name the two classes it is made of."""
     if issubclass(config_cls, user_cls):
         return config_cls
@@ -170,5 +172,5 @@ def _combined(config_cls: type[Any], user_cls: type[Any]) -> type[Any]:
     return dataclass(type(user_cls.__name__, (user_cls, config_cls), body))
 
 
-def _new_config(config_cls: type[Any], user_cls: type[Any]) -> Any:
+def _new_config(config_cls: Any, user_cls: Any) -> Any:
     return object.__new__(_combined(config_cls, user_cls))

@@ -49,8 +49,8 @@ def load_dataset_spec(spec: Mapping[str, Any]) -> Dataset:
     """Load one data set.
 
     Args:
-        spec: `path` (a .json, .jsonl, .csv, .parquet or .txt file, a directory, or a hub id), and optionally `name` (the
-            configuration), `split` ("train" by default), `data_files`, `data_dir`, and `columns` (a renaming).
+        spec: `path` (a .json, .jsonl, .csv, .parquet or .txt file, a directory, or a hub id), and optionally `name`
+            (the configuration), `split` ("train" by default), `data_files`, `data_dir`, and `columns` (a renaming).
 
     Raises:
         ConfigurationError: The file, split or a column does not exist.
@@ -131,8 +131,8 @@ def _parse_stream(name: str, spec: Any) -> dict[str, Any]:
     spec = {"path": spec} if isinstance(spec, str) else spec
     if not isinstance(spec, Mapping) or not isinstance(spec.get("path"), str):
         raise ConfigurationError(
-            f"streams: {name!r} is {spec!r}; expected a path or a mapping with the key 'path'. Data sets in memory go to the "
-            "trainer: SFTTrainer(..., streams={...})"
+            f"streams: {name!r} is {spec!r}; expected a path or a mapping with the key 'path'. Data sets in memory go "
+            "to the trainer: SFTTrainer(..., streams={...})"
         )
     if unknown := [key for key in spec if key not in SPEC_KEYS]:
         raise ConfigurationError(

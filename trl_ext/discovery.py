@@ -1,7 +1,7 @@
 """Which plugins are installed, read from metadata and sources alone; importing one is `load_plugin`'s business only.
 
-A plugin is an entry point of the group `trl_ext`: its name is the plugin's name, its value a dataclass. Installed is not
-active: nothing here runs a plugin.
+A plugin is an entry point of the group `trl_ext`: its name is the plugin's name, its value a dataclass. Installed is
+not active: nothing here runs a plugin.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import sys
 from collections.abc import Iterator
 from importlib import metadata
+from typing import Any
 
 from packaging.markers import default_environment
 from packaging.requirements import InvalidRequirement, Requirement
@@ -18,7 +20,8 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.hookspecs import API_VERSION
-from trl_ext.static_check import ClassFacts, StaticError, inspect_entry_point
+from trl_ext.specs import NAME
+from trl_ext.static_check import ClassFacts, SourceInspector, StaticError
 
 ENTRY_POINT_GROUP = "trl_ext"
 
@@ -41,16 +44,16 @@ class PluginInfo:
 
 def list_plugins() -> list[PluginInfo]:
     """All installed plugins, sorted by name, without importing any of them."""
-    entry_points = _entry_points()
-    return [_inspect(entry_point, entry_points) for entry_point in entry_points]
+    entry_points, inspector = _entry_points(), SourceInspector()
+    return [_inspect(entry_point, entry_points, inspector) for entry_point in entry_points]
 
 
 def load_plugin(name: str) -> tuple[type, PluginInfo]:
     """Import one plugin's class.
 
     Raises:
-        ConfigurationError: There is no such plugin, it does not fit what is installed, or its import fails (the original
-            error is the cause).
+        ConfigurationError: There is no such plugin, it does not fit what is installed, or its import fails (the
+            original error is the cause).
     """
     entry_points = _entry_points()
     claimed = [entry_point for entry_point in entry_points if entry_point.name == name]
@@ -62,8 +65,8 @@ def load_plugin(name: str) -> tuple[type, PluginInfo]:
             f"plugins: [{name}]: no plugin of this name is installed. {hint}Installed: {', '.join(installed) or 'none'}"
         )
     info = _describe(claimed[0])
-    if error := _conflict(claimed) or _unmet_requirement(claimed[0]):
-        raise ConfigurationError(f"plugin {info} is broken: {error}. Remove {name!r} from plugins, or repair it")
+    if problem := _conflict(claimed) or _ill_formed(claimed[0]) or _unmet_requirement(claimed[0]):
+        raise ConfigurationError(f"plugin {info} is broken: {problem}. Remove {name!r} from plugins, or repair it")
     try:
         plugin_class = claimed[0].load()
     except (Exception, SystemExit) as error:  # a plugin's import may raise anything, and the message names the plugin
@@ -75,26 +78,25 @@ def load_plugin(name: str) -> tuple[type, PluginInfo]:
         raise ConfigurationError(
             f"plugin {info} is broken: {info.value!r} is not a dataclass, whose fields would be the options"
         )
-    if error := range_error(getattr(plugin_class, "requires_api", None), getattr(plugin_class, "requires_trl", None)):
+    if problem := range_error(getattr(plugin_class, "requires_api", None), getattr(plugin_class, "requires_trl", None)):
         raise ConfigurationError(
-            f"plugin {info} {error}. Remove {name!r} from plugins, or install a version of it that fits"
+            f"plugin {info} {problem}. Remove {name!r} from plugins, or install a version of it that fits"
         )
     return plugin_class, info
 
 
 def find_distribution(plugin_class: type) -> PluginInfo | None:
     """The installed plugin whose entry point names this class or a module that exports it; None for a local class."""
-    import sys
-
     for entry_point in _entry_points():
-        exporter = sys.modules.get(entry_point.module)  # the class exists, so what exports it is imported or irrelevant
-        if getattr(exporter, entry_point.attr, None) is plugin_class:
+        module, _, attribute = entry_point.value.partition(":")
+        # What exports the class is imported already, or else not where it came from.
+        if attribute and getattr(sys.modules.get(module), attribute, None) is plugin_class:
             return _describe(entry_point)
     return None
 
 
 def range_error(requires_api: str | None, requires_trl: str | None) -> str | None:
-    """Say how a plugin's declared ranges miss this installation: "needs plugin API 2, this is 1.0"; None where they fit."""
+    """Say how a plugin's declared ranges miss what is installed ("needs TRL >=2, but ..."); None where they fit."""
     for what, wanted, present in (
         ("plugin API", _api_range(requires_api), API_VERSION),
         ("TRL", requires_trl, _version("trl")),
@@ -123,20 +125,27 @@ def _describe(entry_point: metadata.EntryPoint) -> PluginInfo:
     return PluginInfo(entry_point.name, name, version, entry_point.value, summary)
 
 
-def _inspect(entry_point: metadata.EntryPoint, entry_points: list[metadata.EntryPoint]) -> PluginInfo:
-    info = _describe(entry_point)
-    facts, error = ClassFacts(), None
-    try:
-        facts = inspect_entry_point(entry_point.module, entry_point.attr)
-    except StaticError as found:
-        error = str(found)
-    error = (
-        _conflict([other for other in entry_points if other.name == entry_point.name])
-        or _unmet_requirement(entry_point)
-        or error
-        or range_error(facts.requires_api, facts.requires_trl)
-    )
+def _inspect(
+    entry_point: metadata.EntryPoint, entry_points: list[metadata.EntryPoint], inspector: SourceInspector
+) -> PluginInfo:
+    info, facts = _describe(entry_point), ClassFacts()
+    error = _conflict([other for other in entry_points if other.name == entry_point.name])
+    error = error or _ill_formed(entry_point) or _unmet_requirement(entry_point)
+    if error is None:
+        try:
+            facts = inspector.inspect(entry_point.module, entry_point.attr)
+            error = range_error(facts.requires_api, facts.requires_trl)
+        except StaticError as found:
+            error = str(found)
     return dataclasses.replace(info, summary=facts.summary or info.summary, error=error)
+
+
+def _ill_formed(entry_point: metadata.EntryPoint) -> str | None:
+    if not NAME.fullmatch(entry_point.name):
+        return f"its name {entry_point.name!r} cannot be written in a config (letters, digits, '_', '-', '.')"
+    if not re.fullmatch(r"[\w.]+:\w+", entry_point.value):
+        return f"its entry point {entry_point.value!r} is not of the form module:Class"
+    return None
 
 
 def _conflict(claimed: list[metadata.EntryPoint]) -> str | None:
@@ -151,7 +160,7 @@ def _unmet_requirement(entry_point: metadata.EntryPoint) -> str | None:
 
 
 def _unmet_requirements(entry_point: metadata.EntryPoint) -> Iterator[str]:
-    environment = {**default_environment(), "extra": ""}
+    environment: dict[str, Any] = {**default_environment(), "extra": ""}
     for text in (entry_point.dist.requires if entry_point.dist else None) or ():
         try:
             requirement = Requirement(text)

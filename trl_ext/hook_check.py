@@ -24,8 +24,8 @@ def implementations(plugin: Any, origin: str, line: str) -> dict[str, Callable[.
         line: The config line to change.
 
     Raises:
-        ConfigurationError: A marked method is no hook, carries call-order options or defaults, or something named like a
-            hook is not marked.
+        ConfigurationError: A marked method is no hook, carries call-order options or defaults, or something named like
+            a hook is not marked.
     """
     found = {}
     for name in dir(plugin):
@@ -42,12 +42,13 @@ def implementations(plugin: Any, origin: str, line: str) -> dict[str, Callable[.
             near = difflib.get_close_matches(name, HOOKS, n=3)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
             raise ConfigurationError(
-                f"plugin {origin}: there is no hook {name!r}; {hint}Hooks: {', '.join(HOOKS)}. Rename it, or take it out of {line}"
+                f"plugin {origin}: there is no hook {name!r}; {hint}Hooks: {', '.join(HOOKS)}. "
+                f"Rename it, or take it out of {line}"
             )
         if given := sorted(option for option, value in marks.items() if value):
             raise ConfigurationError(
-                f"plugin {origin}, hook {name!r}: @hookimpl({given[0]}=...) is not supported; plugins run in the order of "
-                f"the config. Mark it with a plain @hookimpl, or take it out of {line}"
+                f"plugin {origin}, hook {name!r}: @hookimpl({given[0]}=...) is not supported; plugins run in the order "
+                f"of the config. Mark it with a plain @hookimpl, or take it out of {line}"
             )
         method = getattr(plugin, name)
         for parameter in inspect.signature(method).parameters.values():

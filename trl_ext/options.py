@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import json
 import types
 import typing
@@ -24,8 +25,9 @@ def option_fields(plugin_class: type) -> dict[str, dataclasses.Field[Any]]:
 def option_type(plugin_class: type, option: str) -> Any:
     """The annotation of one option. Each is resolved on its own, since other fields may name types that only a type
     checker imports."""
-    owner = next(c for c in plugin_class.__mro__ if option in c.__dict__.get("__annotations__", {}))
-    alone = type("_", (), {"__annotations__": {option: owner.__annotations__[option]}, "__module__": owner.__module__})
+    owner = next(base for base in plugin_class.__mro__ if option in inspect.get_annotations(base))
+    annotation = inspect.get_annotations(owner)[option]
+    alone = type("_", (), {"__annotations__": {option: annotation}, "__module__": owner.__module__})
     return typing.get_type_hints(alone, localns=dict(vars(owner)))[option]
 
 
@@ -161,7 +163,7 @@ def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:
             return coerce(value, member)
         except (TypeError, ValueError):
             continue
-    raise _mismatch(value, Union[members])
+    raise _mismatch(value, Union[members])  # noqa: UP007  # of a tuple
 
 
 def _coerce_container(value: Any, kind: type, arguments: tuple[Any, ...]) -> Any:

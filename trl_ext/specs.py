@@ -10,7 +10,7 @@ from typing import Any
 from trl_ext.errors import ConfigurationError
 
 RESERVED = ("name", "label")
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _OPTION = re.compile(r"\s*([A-Za-z_]\w*)\s*=(.*)", re.DOTALL)
 _CLOSING = {")": "(", "]": "[", "}": "{"}
 
@@ -18,9 +18,9 @@ _CLOSING = {")": "(", "]": "[", "}": "{"}
 def parse_specs(value: Any) -> list[dict[str, Any]]:
     """Give the canonical form of a `plugins` setting: `{"name": ..., **options}` each, in the order written.
 
-    Accepts None, one text (`"power:alpha=10,ema"` or JSON), or a list of texts and mappings with the key `name`. Options
-    written in a text stay strings; they become numbers by the plugin's annotations when it is activated. The result is
-    JSON-able, and a fixed point: `parse_specs(parse_specs(x)) == parse_specs(x)`.
+    Accepts None, one text (`"power:alpha=10,ema"` or JSON), or a list of texts and mappings with the key `name`.
+    Options written in a text stay strings; they become numbers by the plugin's annotations when it is activated. The
+    result is JSON-able, and a fixed point: `parse_specs(parse_specs(x)) == parse_specs(x)`.
 
     Raises:
         ConfigurationError: The setting is not of this form, or one plugin comes twice without distinct labels.
@@ -31,7 +31,7 @@ def parse_specs(value: Any) -> list[dict[str, Any]]:
         repeated = sum(other["name"] == spec["name"] for other in specs) > 1
         if registered_name(spec) in taken or (repeated and "label" not in spec):
             raise ConfigurationError(
-                f"plugins: {registered_name(spec)!r} comes more than once. To use a plugin twice, give each its own label: "
+                f"plugins: {registered_name(spec)!r} comes more than once. To use a plugin twice, label each: "
                 f"plugins: [{spec['name']}:label=first, {spec['name']}:label=second]"
             )
         taken.add(registered_name(spec))
@@ -94,8 +94,8 @@ def _specs(value: Any) -> list[dict[str, Any]]:
             "SFTTrainer(..., plugins=[...])"
         )
     raise ConfigurationError(
-        f"plugins: {value!r} is a {type(value).__name__}; expected a name such as 'power:alpha=10' or a mapping such as "
-        "{'name': 'power', 'alpha': 10}. Pass instances to the trainer: SFTTrainer(..., plugins=[...])"
+        f"plugins: {value!r} is a {type(value).__name__}; expected a name such as 'power:alpha=10' or a mapping such "
+        "as {'name': 'power', 'alpha': 10}. Pass instances to the trainer: SFTTrainer(..., plugins=[...])"
     )
 
 
@@ -141,8 +141,8 @@ def _from_mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
         spec = json.loads(json.dumps(dict(value)))
     except (TypeError, ValueError) as error:
         raise ConfigurationError(
-            f"plugins: {dict(value)!r} cannot be saved with the run ({error}). Give numbers, texts, lists and mappings, or "
-            "pass an instance to the trainer: SFTTrainer(..., plugins=[...])"
+            f"plugins: {dict(value)!r} cannot be saved with the run ({error}). Give numbers, texts, lists and mappings,"
+            " or pass an instance to the trainer: SFTTrainer(..., plugins=[...])"
         ) from error
     spec = {"name": spec.pop("name"), **spec}
     return _named(spec, repr(dict(value)))
@@ -150,7 +150,7 @@ def _from_mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _named(spec: dict[str, Any], text: str) -> dict[str, Any]:
     for key in RESERVED:
-        if key in spec and not (isinstance(spec[key], str) and _NAME.fullmatch(spec[key])):
+        if key in spec and not (isinstance(spec[key], str) and NAME.fullmatch(spec[key])):
             raise ConfigurationError(
                 f"plugins: {key} {spec[key]!r} in {text!r} is not a name (letters, digits, '_', '-', '.')"
             )

@@ -6,7 +6,6 @@ import ast
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
@@ -24,127 +23,130 @@ class StaticError(Exception):
     """Importing the plugin would fail."""
 
 
-def inspect_entry_point(module: str, attribute: str) -> ClassFacts:
-    """Follow an entry point to its class through the sources.
+class SourceInspector:
+    """Follows entry points to their classes through the sources; each source is read once per inspector."""
 
-    Args:
-        module: Dotted module name.
-        attribute: Name of the class in it.
+    def __init__(self) -> None:
+        self._specs: dict[str, ModuleSpec | None] = {}
+        self._trees: dict[str, ast.Module | None] = {}
 
-    Raises:
-        StaticError: A module is missing or has a syntax error, a top-level import or `raise` would fail, or the module does
-            not define the attribute.
-    """
-    _check_imports(module, set())
-    return _find_class(module, attribute, set())
+    def inspect(self, module: str, attribute: str) -> ClassFacts:
+        """Check that `from module import attribute` can work, and read the class's literals.
 
+        Raises:
+            StaticError: A module is missing or has a syntax error, a top-level import or `raise` would fail, or the
+                module does not define the attribute.
+        """
+        self._check_imports(module, set())
+        return self._find_definition(module, attribute, set())
 
-@cache
-def _find_module(name: str) -> ModuleSpec | None:
-    """Find a module's spec without importing its parents, as `importlib.util.find_spec` would."""
-    top, *rest = name.split(".")
-    try:
-        spec = importlib.util.find_spec(top)
-    except ValueError:  # a module that was put into sys.modules by hand
-        return None
-    qualified = top
-    for part in rest:
-        if spec is None or spec.submodule_search_locations is None:
+    def _find_module(self, name: str) -> ModuleSpec | None:
+        """Find a module's spec without importing its parents, as `importlib.util.find_spec` would."""
+        if name not in self._specs:
+            parent, _, _ = name.rpartition(".")
+            if parent:
+                package = self._find_module(parent)
+                where = package.submodule_search_locations if package else None
+                self._specs[name] = PathFinder.find_spec(name, list(where)) if where is not None else None
+            else:
+                try:
+                    self._specs[name] = importlib.util.find_spec(name)
+                except ValueError:  # a module that was put into sys.modules by hand
+                    self._specs[name] = None
+        return self._specs[name]
+
+    def _parse(self, name: str) -> ast.Module | None:
+        """A module's syntax tree; None where there is no Python source (namespace packages, extension modules)."""
+        spec = self._find_module(name)
+        if spec is None:
+            raise StaticError(f"there is no module {name!r}")
+        if spec.origin is None or not spec.origin.endswith(".py"):
             return None
-        qualified = f"{qualified}.{part}"
-        spec = PathFinder.find_spec(qualified, list(spec.submodule_search_locations))
-    return spec
+        if name not in self._trees:
+            try:
+                self._trees[name] = ast.parse(Path(spec.origin).read_bytes(), spec.origin)
+            except OSError as error:
+                raise StaticError(f"module {name!r} cannot be read: {error}") from error
+            except SyntaxError as error:
+                raise StaticError(f"syntax error in {spec.origin}, line {error.lineno}: {error.msg}") from error
+        return self._trees[name]
 
+    def _check_imports(self, module: str, seen: set[str]) -> None:
+        """Walk what importing `module` runs: its parents, itself, and its top-level imports within its package."""
+        parts = module.split(".")
+        for name in (".".join(parts[: end + 1]) for end in range(len(parts))):
+            if name in seen:
+                continue
+            seen.add(name)
+            tree = self._parse(name)
+            for statement in tree.body if tree else ():
+                if isinstance(statement, ast.Raise):
+                    what = ast.unparse(statement)
+                    raise StaticError(f"importing {name!r} fails at line {statement.lineno}: {what}")
+                for wanted, attribute in self._imports(statement, name):
+                    if wanted.split(".")[0] != parts[0]:
+                        if self._find_module(wanted.split(".")[0]) is None:
+                            raise StaticError(f"{name!r} imports {wanted!r}, which is not installed")
+                        continue
+                    self._check_imports(wanted, seen)
+                    if attribute and self._find_module(f"{wanted}.{attribute}"):
+                        self._check_imports(f"{wanted}.{attribute}", seen)
+                    elif attribute:
+                        self._find_definition(wanted, attribute, set())
 
-@cache
-def _parse(name: str) -> ast.Module | None:
-    """A module's syntax tree; None where there is no Python source (namespace packages, extension modules)."""
-    spec = _find_module(name)
-    if spec is None:
-        raise StaticError(f"there is no module {name!r}")
-    if spec.origin is None or not spec.origin.endswith(".py"):
-        return None
-    try:
-        return ast.parse(Path(spec.origin).read_bytes(), spec.origin)
-    except OSError as error:
-        raise StaticError(f"module {name!r} cannot be read: {error}") from error
-    except (SyntaxError, ValueError) as error:
-        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        raise StaticError(f"syntax error in {spec.origin}{line}: {error}") from error
+    def _imports(self, statement: ast.stmt, module: str) -> Iterator[tuple[str, str | None]]:
+        """The (module, attribute) pairs of an import statement; the attribute is None for `import module` and `*`."""
+        if isinstance(statement, ast.Import):
+            yield from ((alias.name, None) for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom):
+            source = self._absolute(statement, module)
+            yield from ((source, None if alias.name == "*" else alias.name) for alias in statement.names)
 
+    def _absolute(self, statement: ast.ImportFrom, module: str) -> str:
+        """The absolute name of what `from ... import` names."""
+        if not statement.level:
+            return statement.module or ""
+        spec = self._find_module(module)
+        is_package = spec is not None and spec.submodule_search_locations is not None
+        parts = module.split(".")
+        base = parts[: len(parts) - statement.level + is_package]
+        return ".".join([*base, *([statement.module] if statement.module else [])])
 
-def _check_imports(module: str, seen: set[str]) -> None:
-    """Walk what importing `module` would run: its parents, itself, and its top-level imports within the same package."""
-    for name in _with_parents(module):
-        if name in seen:
-            continue
-        seen.add(name)
-        tree = _parse(name)
-        for statement in tree.body if tree else ():
-            if isinstance(statement, ast.Raise):
-                what = ast.unparse(statement)
-                raise StaticError(f"importing {name!r} fails, line {statement.lineno}: {what}")
-            for wanted in _imported_modules(statement, name):
-                if wanted.split(".")[0] == module.split(".")[0]:
-                    _check_imports(wanted, seen)
-                elif _find_module(wanted.split(".")[0]) is None:
-                    raise StaticError(f"{name!r} imports {wanted!r}, which is not installed")
-
-
-def _imported_modules(statement: ast.stmt, module: str) -> Iterator[str]:
-    if isinstance(statement, ast.Import):
-        yield from (alias.name for alias in statement.names)
-    elif isinstance(statement, ast.ImportFrom):
-        yield _absolute(statement, module)
-
-
-def _absolute(statement: ast.ImportFrom, module: str) -> str:
-    if not statement.level:
-        return statement.module or ""
-    package = module.split(".")
-    found = _find_module(module)
-    up = statement.level - (found is not None and found.submodule_search_locations is not None)
-    base = package[: len(package) - up]
-    return ".".join([*base, *([statement.module] if statement.module else [])])
-
-
-def _with_parents(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[: end + 1]) for end in range(len(parts))]
-
-
-def _find_class(module: str, attribute: str, seen: set[tuple[str, str]]) -> ClassFacts:
-    tree = _parse(module)
-    if tree is None or (module, attribute) in seen:
-        return ClassFacts()
-    seen.add((module, attribute))
-    certain = True
-    for statement in _top_level(tree.body):
-        if isinstance(statement, ast.ClassDef) and statement.name == attribute:
-            return _facts(statement)
-        if isinstance(statement, ast.ImportFrom):
-            for alias in statement.names:
-                if (alias.asname or alias.name) == attribute:
-                    source = _absolute(statement, module)
-                    if source.split(".")[0] != module.split(".")[0] or _find_module(f"{source}.{alias.name}"):
-                        return ClassFacts()
-                    return _find_class(source, alias.name, seen)
-                certain = certain and alias.name != "*"
-        if attribute in _bound_names(statement):
+    def _find_definition(self, module: str, name: str, seen: set[tuple[str, str]]) -> ClassFacts:
+        """Find what a module binds to a name, through imports within its package; no facts unless it is a class."""
+        tree = self._parse(module)
+        if tree is None or (module, name) in seen:
             return ClassFacts()
-        certain = certain and "__getattr__" not in _bound_names(statement)
-    if certain:
-        raise StaticError(f"module {module!r} does not define {attribute!r}")
-    return ClassFacts()
+        seen.add((module, name))
+        dynamic = False
+        for statement in _top_level(tree.body):
+            if isinstance(statement, ast.ClassDef) and statement.name == name:
+                return _facts(statement)
+            if isinstance(statement, ast.ImportFrom):
+                source = self._absolute(statement, module)
+                for alias in statement.names:
+                    if (alias.asname or alias.name) == name:
+                        if source.split(".")[0] != module.split(".")[0] or self._find_module(f"{source}.{alias.name}"):
+                            return ClassFacts()
+                        return self._find_definition(source, alias.name, seen)
+                    dynamic = dynamic or alias.name == "*"
+            bound = _bound_names(statement)
+            if name in bound:
+                return ClassFacts()
+            dynamic = dynamic or "__getattr__" in bound
+        if not dynamic:
+            raise StaticError(f"module {module!r} does not define {name!r}")
+        return ClassFacts()
 
 
 def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a module's top level, with the insides of `if`, `try`, `with` and loops."""
+    """The statements that run in a module's own scope, with the insides of `if`, `try`, `with` and loops."""
     for statement in body:
         yield statement
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
         for block in ("body", "orelse", "finalbody"):
-            if not isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield from _top_level(getattr(statement, block, []))
+            yield from _top_level(getattr(statement, block, []))
         for handler in getattr(statement, "handlers", []):
             yield from _top_level(handler.body)
 
@@ -164,9 +166,5 @@ def _facts(definition: ast.ClassDef) -> ClassFacts:
         value = getattr(statement, "value", None)
         if isinstance(value, ast.Constant) and isinstance(value.value, str):
             literals |= {target.id: value.value for target in targets if isinstance(target, ast.Name)}
-    docstring = ast.get_docstring(definition)
-    return ClassFacts(
-        summary=docstring.strip().splitlines()[0] if docstring and docstring.strip() else None,
-        requires_api=literals.get("requires_api"),
-        requires_trl=literals.get("requires_trl"),
-    )
+    summary = (ast.get_docstring(definition) or "").strip().partition("\n")[0]
+    return ClassFacts(summary or None, literals.get("requires_api"), literals.get("requires_trl"))
