@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights."""
+"""Exponential moving average of the weights; in GRPO, on request, also the reference of the KL term."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from trl_ext import hookimpl
+from trl_ext.errors import ConfigurationError
+from trl_ext.gradients import local_tensor
+from trl_ext.records import SetupContext
 from trl_ext_averaging.online import Copies, OnlineAverage
 
 
@@ -24,11 +28,15 @@ class Ema(OnlineAverage):
     Args:
         decay: d in [0, 1), per update; a list keeps one average for each value, named `ema_<d>`.
         warmup: raise the decay from 0.1 on, so that the start is forgotten sooner.
+        reference: GRPO: the average that is the reference policy of the KL term (arXiv:2602.04417), `ema` or `ema_<d>`;
+            empty leaves TRL's reference alone.
     """
 
     decay: float | list[float] = 0.999
     warmup: bool = False
+    reference: str = ""
 
+    method: ClassVar[str] = "ema"
     citation: ClassVar[str] = "Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992"
 
     def __post_init__(self) -> None:
@@ -38,6 +46,11 @@ class Ema(OnlineAverage):
         for decay in self._decays:
             if not 0 <= decay < 1:
                 raise ValueError(f"ema: decay={decay!r} is not in [0, 1)")
+        if self.reference not in ("", *self.averages()):
+            raise ValueError(f"ema: reference={self.reference!r} is not one of {', '.join(self.averages())}")
+        if self.reference and self.device == "cpu":
+            raise ValueError("ema: reference needs the average beside the weights; remove device=cpu")
+        self._reference: list[Tensor] = []
         super().__post_init__()
 
     def averages(self) -> tuple[str, ...]:
@@ -46,3 +59,33 @@ class Ema(OnlineAverage):
     def update(self, copies: Copies, theta: list[Tensor], updates: int, step: int) -> None:
         for name, decay in zip(self.averages(), self._decays, strict=True):
             torch._foreach_lerp_(copies[name], theta, 1 - decay_at(updates, decay, self.warmup))
+
+    @hookimpl
+    def setup(self, context: SetupContext) -> None:
+        self._reference = []
+        super().setup(context)
+        if self.reference:
+            self._reference = self._reference_tensors(context)
+            self.copies_changed()
+
+    @torch.no_grad()
+    def copies_changed(self) -> None:
+        if self._reference and self._began:
+            torch._foreach_copy_(self._reference, self._copies[self.reference])
+
+    def _reference_tensors(self, context: SetupContext) -> list[Tensor]:
+        """The reference's counterparts of the averaged parameters: in its own model, or in PEFT's adapter "ref"."""
+        reference = getattr(context, "reference", None)
+        if reference is not None:
+            found = dict(reference.named_parameters())
+        else:
+            found = {
+                name.replace(".ref.", ".default."): p for name, p in context.model.named_parameters() if ".ref." in name
+            }
+        missing = [name for name in self._names if name not in found]
+        if missing:
+            raise ConfigurationError(
+                f"ema: reference={self.reference!r}, but the trainer has no reference with a parameter {missing[0]}; "
+                "use GRPO with beta above 0, and either full fine-tuning or an adapter that was trained before"
+            )
+        return [local_tensor(found[name].detach()) for name in self._names]

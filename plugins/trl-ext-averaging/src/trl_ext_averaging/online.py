@@ -77,16 +77,19 @@ class OnlineAverage:
     start: int = 0
     every: int = 1
     parameters: str = ""
-    device: str = "model"
+    device: Literal["model", "cpu"] = "model"
     deploy: str = ""
     compare: bool = False
 
+    method: ClassVar[str]
+    follows: ClassVar[bool] = True
+    """Whether the copies are updated after `start`."""
     requires_api: ClassVar[str] = "1"
     trainers: ClassVar[tuple[str, ...]] = ("sft", "grpo")
     state_version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        name = type(self).__name__.lower()
+        name = self.method
         if self.start < 0:
             raise ValueError(f"{name}: start={self.start} is not a number of optimiser steps (0 or more)")
         if self.every < 1:
@@ -113,7 +116,7 @@ class OnlineAverage:
 
     def averages(self) -> tuple[str, ...]:
         """Names of the averages, as in metrics and in `deploy`."""
-        raise TypeError(f"{type(self).__name__} does not say which averages it keeps")
+        return (self.method.replace("-", "_"),)
 
     def copy_dtypes(self) -> Mapping[str, Literal["wide", "exact"]]:
         """Names of the stored copies: "wide" (fp32, or wider where the weights are) or "exact" (as the weights)."""
@@ -122,9 +125,12 @@ class OnlineAverage:
     def update(self, copies: Copies, theta: list[Tensor], updates: int, step: int) -> None:
         """Update copies in place with the weights of optimiser step `step`; `updates` counts from 1."""
 
-    def deployed(self, name: str, copies: Copies, theta: list[Tensor]) -> list[Tensor]:
+    def deployed(self, name: str, copies: Copies, theta: list[Tensor]) -> Sequence[Tensor]:
         """The weights of average `name`, given the copies and the raw weights; does not change its arguments."""
         return copies[name]
+
+    def copies_changed(self) -> None:
+        """Called after the copies have been written on the weights' device: at the start, updated, or loaded."""
 
     @property
     def ready(self) -> bool:
@@ -137,13 +143,12 @@ class OnlineAverage:
     def check(self, run: RunDescription) -> None:
         if run.sharding == "fsdp1":
             raise ConfigurationError(
-                f"{type(self).__name__.lower()}: FSDP version 1 hides the parameters; set fsdp_config fsdp_version: 2"
+                f"{self.method}: FSDP version 1 hides the parameters; set fsdp_config fsdp_version: 2"
             )
         deepspeed = getattr(run.args, "hf_deepspeed_config", None)
         if deepspeed is not None and deepspeed.is_zero3():
             raise ConfigurationError(
-                f"{type(self).__name__.lower()}: under ZeRO-3 the weights are not there between steps; "
-                "use ZeRO stage 1 or 2, or FSDP2"
+                f"{self.method}: under ZeRO-3 the weights are not there between steps; use ZeRO stage 1 or 2, or FSDP2"
             )
 
     @hookimpl
@@ -151,7 +156,7 @@ class OnlineAverage:
         self._selected = [i for i, name in enumerate(context.weights.names) if re.search(self.parameters, name)]
         if not self._selected:
             raise ConfigurationError(
-                f"{type(self).__name__.lower()}: parameters={self.parameters!r} matches none of the "
+                f"{self.method}: parameters={self.parameters!r} matches none of the "
                 f"{len(context.weights.names)} trainable parameters (the first: {context.weights.names[:3]})"
             )
         self.state_per_rank = context.sharded
@@ -162,7 +167,7 @@ class OnlineAverage:
         theta = self._theta(context.weights)
         self._wait()
         offload = self.device == "cpu" and any(tensor.is_cuda for tensor in theta)
-        self._stage = HostStage(theta) if offload else None
+        self._stage = HostStage(theta) if offload and self.follows else None
         self._copies = {
             copy: [
                 torch.empty_like(
@@ -189,7 +194,7 @@ class OnlineAverage:
         self._step = step
         if step == self.start:
             self._begin(self._theta(weights))
-        elif step > self.start and (step - self.start) % self.every == 0 and not skipped:
+        elif self.follows and step > self.start and (step - self.start) % self.every == 0 and not skipped:
             self._updates += 1
             updates = self._updates
             self._read(self._theta(weights), lambda theta: self._update_copies(theta, updates, step))
@@ -229,11 +234,12 @@ class OnlineAverage:
                     if saved is None or saved.shape != tensor.shape:
                         found = "is missing" if saved is None else f"has shape {tuple(saved.shape)}"
                         raise CheckpointError(
-                            f"{type(self).__name__.lower()}: the saved copy {copy!r} of {name} {found}, expected "
+                            f"{self.method}: the saved copy {copy!r} of {name} {found}, expected "
                             f"{tuple(tensor.shape)}; resume with the options that the checkpoint was written with"
                         )
                     tensor.copy_(saved)
         self._step, self._updates, self._began = int(state["step"]), int(state["updates"]), bool(state["began"])
+        self.copies_changed()
 
     # Mechanism.
 
@@ -258,12 +264,14 @@ class OnlineAverage:
         for copies in self._copies.values():
             torch._foreach_copy_(copies, theta)
         self._began = True
+        self.copies_changed()
 
     @torch.no_grad()
     def _update_copies(self, theta: list[Tensor], updates: int, step: int) -> None:
         names = list(self._copies)
         for raw, *copies in chunks(theta, *self._copies.values()):
             self.update(dict(zip(names, copies, strict=True)), widened(raw), updates, step)
+        self.copies_changed()
 
     def _swapped(self, weights: WeightsView, name: str) -> AbstractContextManager[None]:
         if name == "raw" or not self.ready:
