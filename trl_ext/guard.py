@@ -106,9 +106,7 @@ class Guard:
 
     def failure(self, hook: str, plugin: str, reason: str) -> PluginError:
         """The error for a plugin's fault, with all that is needed to find it."""
-        return PluginError(
-            f"plugin {self._origin[plugin]} failed in hook '{hook}' at step {self.step() + 1}: {reason}"
-        )
+        return PluginError(f"plugin {self._origin[plugin]} failed in hook '{hook}' at step {self.step() + 1}: {reason}")
 
     def agree(self) -> None:
         """Raise on every rank if a hook failed on any. Collective."""
@@ -150,5 +148,3 @@ class Guard:
         dist.all_gather_object(messages, None if self._failure is None else str(self._failure))
         rank, message = next((r, m) for r, m in enumerate(messages) if m is not None)
         raise PluginError(f"{message} [on rank {rank} of {self.world_size}]") from self._failure
-
-

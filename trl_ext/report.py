@@ -80,7 +80,13 @@ def add_to_model_card(path: Path, plugins: PluginSet) -> None:
     text = path.read_text() if path.is_file() else ""
     if _CARD_START in text:
         return
-    lines = [_CARD_START, "## Plugins", "", f"Trained with trl_ext {trl_ext.__version__} and these plugins, in order:", ""]
+    lines = [
+        _CARD_START,
+        "## Plugins",
+        "",
+        f"Trained with trl_ext {trl_ext.__version__} and these plugins, in order:",
+        "",
+    ]
     for p in plugins:
         options = ", ".join(f"`{k}={v}`" for k, v in p.options.items()) or "default options"
         cited = f" Source: {p.citation}" if p.citation else ""

@@ -90,7 +90,9 @@ class GRPOTrainer(CheckpointMixin, TrainerMixin, trl.GRPOTrainer):
             return super()._compute_loss(model, inputs)
         self._ext_log_probs = tap = RolloutLogProbs()
         try:
-            loss = super()._compute_loss(model, inputs) if owner is None else self._ext_policy_loss(owner, model, inputs)
+            loss = (
+                super()._compute_loss(model, inputs) if owner is None else self._ext_policy_loss(owner, model, inputs)
+            )
         finally:
             self._ext_log_probs = None
         return self._ext_add_auxiliary(loss, tap, inputs) if auxiliary else loss
@@ -166,9 +168,7 @@ class GRPOTrainer(CheckpointMixin, TrainerMixin, trl.GRPOTrainer):
         policy_head = base.forward
         if self._ext_stream_head is None:
             outputs = dict.fromkeys(("log_probs", "entropy", *self.ext_fused_outputs))
-            add_fused_lm_head(
-                base, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32, outputs=tuple(outputs)
-            )
+            add_fused_lm_head(base, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32, outputs=tuple(outputs))
             self._ext_stream_head = base.forward
         base.forward = self._ext_stream_head
         try:

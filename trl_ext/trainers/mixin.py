@@ -62,7 +62,10 @@ class TrainerMixin:
         bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         config = bound["args"] = self._ext_config(bound)
         self.ext_plugins = activate(config.plugins, plugins or (), trainer=self.ext_kind)
-        datasets = {**{role: load_dataset_spec(spec) for role, spec in (config.streams or {}).items()}, **(streams or {})}
+        datasets = {
+            **{role: load_dataset_spec(spec) for role, spec in (config.streams or {}).items()},
+            **(streams or {}),
+        }
         if config.dataset_columns:
             for name in ("train_dataset", "eval_dataset"):
                 bound[name] = _renamed(bound.get(name), config.dataset_columns)
@@ -111,7 +114,7 @@ class TrainerMixin:
             plugins=self.ext_plugins.names,
             streams=tuple(datasets),
             columns=tuple(getattr(dataset, "column_names", None) or ()),
-            peft=bound.get("peft_config") is not None or is_peft_model(model),
+            peft=bound.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model)),
             world_size=config.world_size,
             sharding=sharding_of(config, model),
         )
@@ -200,9 +203,13 @@ class TrainerMixin:
         wrapped = self.model_wrapped
         swaps = bool(self.ext_streams) or self.ext_plugins.implements("sample_weights")
         if swaps and isinstance(wrapped, DistributedDataParallel) and wrapped.gradient_as_bucket_view:
-            raise ConfigurationError("streams swap gradients, which gradient_as_bucket_view=True corrupts; set it False")
+            raise ConfigurationError(
+                "streams swap gradients, which gradient_as_bucket_view=True corrupts; set it False"
+            )
         if swaps and any(isinstance(p, DTensor) and p.device_mesh.ndim > 1 for p in named.values()):
-            raise ConfigurationError("streams and sample weights are not supported on a mesh of several dimensions (HSDP)")
+            raise ConfigurationError(
+                "streams and sample weights are not supported on a mesh of several dimensions (HSDP)"
+            )
 
     # -- one optimiser step ------------------------------------------------------------------------------------------
 
@@ -332,8 +339,9 @@ class TrainerMixin:
             mode = "train" if self.model.training else "eval"
             reduce = lambda t: self.accelerator.reduce(t, reduction="sum")  # noqa: E731
             self._ext_tally.write(logs, mode, reduce, self.accelerator.num_processes, bool(self.ext_plugins))
-            prefix = "" if mode == "train" else "eval_"
-            logs.update({prefix + k: v for k, v in self.ext_guard.metrics(mode).items()})
+            if "train_runtime" not in logs:  # not the summary at the end, which belongs to no step
+                prefix = "" if mode == "train" else "eval_"
+                logs.update({prefix + k: v for k, v in self.ext_guard.metrics(mode).items()})
         super().log(logs, start_time)
 
 
