@@ -1,0 +1,53 @@
+"""Fixtures shared by the tests of the core."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+
+class FakeSite:
+    """A folder like site-packages, into which a test puts distributions of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.modules: set[str] = set()
+
+    def add(
+        self,
+        distribution: str,
+        *,
+        plugins: Mapping[str, str] | None = None,
+        groups: Mapping[str, Mapping[str, str]] | None = None,
+        files: Mapping[str, str] | None = None,
+        version: str = "1.2",
+        requires: tuple[str, ...] = (),
+    ) -> None:
+        """Install a distribution: `plugins` are entry points (name to value), `files` are sources (path to text)."""
+        for path, source in (files or {}).items():
+            target = self.root / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(dedent(source))
+            self.modules.add(Path(path).parts[0].removesuffix(".py"))
+        info = self.root / f"{distribution.replace('-', '_')}-{version}.dist-info"
+        info.mkdir()
+        lines = ["Metadata-Version: 2.1", f"Name: {distribution}", f"Version: {version}", "Summary: A distribution"]
+        (info / "METADATA").write_text("\n".join([*lines, *(f"Requires-Dist: {text}" for text in requires)]) + "\n")
+        text = ""
+        for group, entries in {"trl_ext": plugins or {}, **(groups or {})}.items():
+            text += f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
+        (info / "entry_points.txt").write_text(text)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
+    """An empty `FakeSite` on `sys.path`; what was imported from it is forgotten afterwards."""
+    root = tmp_path / "site"
+    root.mkdir()
+    monkeypatch.syspath_prepend(root)
+    fake = FakeSite(root)
+    yield fake
+    for name in [name for name in sys.modules if name.split(".")[0] in fake.modules]:
+        del sys.modules[name]
