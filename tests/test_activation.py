@@ -236,7 +236,7 @@ def test_options_reach_the_plugin_and_the_record_of_the_run(site):
         ),
         (
             {"name": "powder", "mode": "loud"},
-            "option 'mode': expected one of 'soft', 'hard', got 'loud' (str). Change it to plugins: [powder:mode=<one of",
+            "option 'mode': expected one of 'soft', 'hard', got 'loud' (str). Change it to plugins: [powder:mode=<",
         ),
         (
             "powder:alpha=-1",

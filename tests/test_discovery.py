@@ -175,7 +175,7 @@ def test_two_distributions_that_claim_one_name_are_both_broken_and_named(site):
     assert [info.distribution for info in infos] == ["trl-ext-one", "trl-ext-two"]
     for info in infos:
         assert "trl-ext-one 1.2 and trl-ext-two 1.2 both provide a plugin named 'fake'" in info.error
-    with pytest.raises(ConfigurationError, match="trl-ext-one 1.2 and trl-ext-two 1.2 both provide"):
+    with pytest.raises(ConfigurationError, match=r"trl-ext-one 1\.2 and trl-ext-two 1\.2 both provide"):
         load_plugin("fake")
 
 

@@ -128,7 +128,7 @@ class GRPOConfig(_PluginSettings, trl.GRPOConfig):
 {_PARAMETERS}"""
 
 
-def upgrade_config(args: Any, config_cls: type[Any], model: Any = None) -> Any:
+def upgrade_config(args: Any, config_cls: type[Any]) -> Any:
     """Give the config that a trainer of ours runs with, for any that TRL's trainer accepts.
 
     A TRL config keeps its values as they are: its `__post_init__`, which has derived some of them from others, does not
@@ -137,7 +137,6 @@ def upgrade_config(args: Any, config_cls: type[Any], model: Any = None) -> Any:
     Args:
         args: Ours (returned as it is), TRL's config of the same trainer or a subclass, `TrainingArguments`, or None.
         config_cls: `SFTConfig` or `GRPOConfig` of this module.
-        model: The trainer's model, which names the output folder where `args` is None, as in TRL.
 
     Raises:
         ConfigurationError: `args` is something else.
@@ -152,8 +151,7 @@ def upgrade_config(args: Any, config_cls: type[Any], model: Any = None) -> Any:
         upgraded._read_plugin_settings()
         return upgraded
     if args is None:
-        model_id = model if isinstance(model, str) else getattr(model.config, "name_or_path", None) or ""
-        return config_cls(f"{model_id.split('/')[-1]}-{trl_cls.__name__.removesuffix('Config')}")
+        return config_cls()
     if isinstance(args, TrainingArguments):
         return config_cls(**(args.to_dict() | {"hub_token": args.hub_token}))  # to_dict hides the token
     raise ConfigurationError(f"args: {type(args).__name__} is no config of this trainer; pass a {config_cls.__name__}")
