@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from trl_ext import hookimpl
 from trl_ext.errors import CheckpointError, ConfigurationError
-from trl_ext.records import RunDescription, SetupContext, WeightsView
+from trl_ext.records import SetupContext, WeightsView
 from trl_ext_averaging.offload import HostStage
 
 Copies = Mapping[str, list[Tensor]]
@@ -140,18 +140,6 @@ class OnlineAverage:
     # Hooks.
 
     @hookimpl
-    def check(self, run: RunDescription) -> None:
-        if run.sharding == "fsdp1":
-            raise ConfigurationError(
-                f"{self.method}: FSDP version 1 hides the parameters; set fsdp_config fsdp_version: 2"
-            )
-        deepspeed = getattr(run.args, "hf_deepspeed_config", None)
-        if deepspeed is not None and deepspeed.is_zero3():
-            raise ConfigurationError(
-                f"{self.method}: under ZeRO-3 the weights are not there between steps; use ZeRO stage 1 or 2, or FSDP2"
-            )
-
-    @hookimpl
     def setup(self, context: SetupContext) -> None:
         self._selected = [i for i, name in enumerate(context.weights.names) if re.search(self.parameters, name)]
         if not self._selected:
@@ -165,7 +153,8 @@ class OnlineAverage:
         self._step = self._updates = 0
         self._began = False
         theta = self._theta(context.weights)
-        self._wait()
+        if self._stage is not None:
+            self._stage.close()
         offload = self.device == "cpu" and any(tensor.is_cuda for tensor in theta)
         self._stage = HostStage(theta) if offload and self.follows else None
         self._copies = {
@@ -181,13 +170,6 @@ class OnlineAverage:
         }
         if self.start == 0:
             self._begin(theta)
-
-    @hookimpl
-    def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Let the optimiser wait, on the device, until the weights it is about to change have been copied."""
-        if self.device == "cpu" and torch.cuda.is_available():
-            optimizer.register_step_pre_hook(lambda *_: self._stage.protect() if self._stage else None)
-        return optimizer
 
     @hookimpl
     def weights_updated(self, weights: WeightsView, step: int, skipped: bool) -> None:
