@@ -31,7 +31,7 @@ def compare_ranks(
     Raises:
         PluginError: naming the first tensor that differs, and the ranks.
     """
-    tensors = {name: p for name, p in parameters.items() if not isinstance(p, DTensor)}
+    tensors: dict[str, Tensor] = {name: p for name, p in parameters.items() if not isinstance(p, DTensor)}
     for plugin in plugins:
         if hasattr(plugin.instance, "state_dict") and not getattr(plugin.instance, "state_per_rank", False):
             state = plugin.instance.state_dict()

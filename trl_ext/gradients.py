@@ -20,7 +20,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name to parameter for all that require a gradient, in the model's order; tied weights once, as torch lists them."""
+    """Name to parameter for all that require a gradient, in the model's order; tied weights once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -71,20 +71,21 @@ class Guard:
         for plugin, call in self.plugins.calls(hook):
             self.run(hook, plugin, call, None, **arguments)
 
-    def chain(self, hook: str, value: T, check: Callable[[str, T], None], **arguments: Any) -> T:
+    def chain(self, hook: str, argument: str, value: T, check: Callable[[T], None], **arguments: Any) -> T:
         """Call every implementation in order, each on the result of the one before.
 
         Args:
-            hook: the hook; its chained argument is named `advantages` or `optimizer`.
+            hook: the hook.
+            argument: the name of its argument that is handed on.
             value: what the first implementation receives.
-            check: raises on a wrong result, given the plugin's name and the result.
+            check: raises on a wrong result.
+            **arguments: the hook's other arguments.
         """
-        argument = {"advantages": "advantages", "wrap_optimizer": "optimizer"}[hook]
         for plugin, call in self.plugins.calls(hook):
 
-            def checked(call: Callable[..., T] = call, plugin: str = plugin, **kwargs: Any) -> T:
+            def checked(call: Callable[..., T] = call, **kwargs: Any) -> T:
                 result = call(**kwargs)
-                check(plugin, result)
+                check(result)
                 return result
 
             value = self.run(hook, plugin, checked, value, **{argument: value}, **arguments)

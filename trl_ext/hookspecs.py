@@ -1,8 +1,8 @@
 """The hook points of trl_ext: one hook, one sentence. Records are in `trl_ext.records`, the prose in docs/hooks.md.
 
-Kinds. *all*: every plugin runs, results are ignored. *collect*: results are gathered. *exclusive*: at most one plugin may
-implement the hook, checked at start-up. *chain*: plugins run in the order of the config, each on the result of the one
-before; returning None is an error. *sum*: results are added up.
+Kinds. *all*: every plugin runs, results are ignored. *collect*: results are gathered. *exclusive*: at most one plugin
+may implement the hook, checked at start-up. *chain*: plugins run in the order of the config, each on the result of the
+one before; returning None is an error. *sum*: results are added up.
 """
 
 from __future__ import annotations

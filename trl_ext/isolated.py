@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from trl_ext.gradients import GradientView, local_tensor
@@ -58,7 +59,7 @@ def gradient_sync(model: nn.Module, syncing: bool) -> Iterator[None]:
             yield
         finally:
             model.require_backward_grad_sync = before
-    elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+    elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(True)
         try:
             yield
@@ -70,7 +71,7 @@ def gradient_sync(model: nn.Module, syncing: bool) -> Iterator[None]:
 
 @contextmanager
 def standing_aside(trainer: TrainerMixin, seed: int | None = None) -> Iterator[None]:
-    """Everything an extra forward needs around it: TRL's autocast and offload contexts, and a preserved random state."""
+    """All that an extra forward needs around it: TRL's autocast and offload contexts, a preserved random state."""
     with ExitStack() as stack:
         stack.enter_context(preserved_rng(trainer.accelerator.device, seed))
         offload = getattr(trainer, "maybe_activation_offload_context", None)

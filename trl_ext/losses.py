@@ -1,4 +1,4 @@
-"""Auxiliary losses: plugins give numerators, the core owns the denominators."""
+"""What the loss hooks receive, and how their results enter TRL's loss."""
 
 from __future__ import annotations
 
@@ -7,10 +7,38 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from trl_ext.records import AuxiliaryLoss, MicroStep
+from trl_ext.records import AuxiliaryLoss, MicroStep, TokenRecord
 
 if TYPE_CHECKING:
     from trl_ext.trainers.mixin import TrainerMixin
+
+
+def token_record(
+    trainer: TrainerMixin, outputs: Any, inputs: Mapping[str, Any], denominator: Tensor, stream: str | None = None
+) -> TokenRecord:
+    """What `per_token_loss` receives for the outputs of TRL's fused head.
+
+    Args:
+        trainer: the trainer.
+        outputs: TRL's `FusedCausalLMOutput`.
+        inputs: the micro-batch.
+        denominator: () what the sum of the losses is divided by on this rank.
+        stream: name of the stream that the batch is of.
+    """
+    training = trainer.model.training
+    own_step = training and stream is None
+    return TokenRecord(
+        log_probs=outputs.log_probs,
+        entropy=outputs.entropy,
+        mask=outputs.label_mask,
+        training=training,
+        denominator=denominator,
+        accumulation_steps=trainer.current_gradient_accumulation_steps if own_step else 1,
+        progress=trainer.ext_progress(),
+        stream=stream,
+        extras={name: outputs[name] for name in trainer.ext_fused_outputs},
+        inputs=inputs,
+    )
 
 
 def add_auxiliary_losses(
@@ -40,9 +68,10 @@ def add_auxiliary_losses(
                     raise TypeError(f"term '{name}' is {term!r}; expected AuxiliaryLoss(scalar, per)")
             return terms
 
-        terms = trainer.ext_guard.run("auxiliary_losses", plugin, checked, {}, micro_step=micro_step)
+        none: Mapping[str, AuxiliaryLoss] = {}
+        terms = trainer.ext_guard.run("auxiliary_losses", plugin, checked, none, micro_step=micro_step)
         for name, term in terms.items():
             value = term.value / denominators[term.per]
             loss = loss + value
-            trainer._ext_tally.add_term(f"{plugin}/{name}", value)
+            trainer.ext_tally.add_term(f"{plugin}/{name}", value)
     return loss

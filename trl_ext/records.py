@@ -1,4 +1,4 @@
-"""What hooks receive and return: small frozen records. Tensors are on the training device unless a field says otherwise.
+"""What hooks receive and return: small frozen records, with tensors on the training device.
 
 Shapes: B rows of a micro-batch, T label positions (one less than the sequence length, since labels are shifted). Under
 padding-free training B is 1 and T runs over all samples of the micro-batch; `sample_index` says which token is whose.

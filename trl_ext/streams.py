@@ -19,7 +19,8 @@ from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.isolated import fused_forward, gradient_of
-from trl_ext.records import StreamGradient, StreamRequest, TokenRecord
+from trl_ext.losses import token_record
+from trl_ext.records import StreamGradient, StreamRequest
 
 if TYPE_CHECKING:
     from trl_ext.trainers.mixin import TrainerMixin
@@ -181,18 +182,7 @@ def stream_gradient(trainer: TrainerMixin, model: nn.Module, stream: Stream) -> 
     def loss() -> Tensor:
         with trainer.ext_sft_head():
             out = fused_forward(trainer, model, inputs)
-        record = TokenRecord(
-            log_probs=out.log_probs,
-            entropy=out.entropy,
-            mask=out.label_mask,
-            training=True,
-            denominator=tokens / world,
-            accumulation_steps=1,
-            progress=trainer.ext_progress(),
-            stream=stream.request.role,
-            extras={k: out[k] for k in trainer.ext_fused_outputs if out.get(k) is not None},
-            inputs=inputs,
-        )
+        record = token_record(trainer, out, inputs, tokens / world, stream.request.role)
         per_token = trainer.ext_per_token_loss(record)
         total = per_token.sum()
         totals.copy_(torch.stack([total.detach(), -out.log_probs.detach().sum()]))

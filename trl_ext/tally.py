@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class LossTally:
@@ -65,18 +68,19 @@ class LossTally:
             self._in_run += one_step
         self._step_loss.zero_()
 
-    def write(
-        self, logs: dict[str, float], mode: str, reduce: Callable[[Tensor], Tensor], world_size: int, nll: bool
-    ) -> None:
+    def write(self, logs: dict[str, float], mode: str, accelerator: Accelerator, *, nll: bool) -> None:
         """Put the numbers into TRL's logs and start the next interval. Collective.
 
         Args:
             logs: what is about to be logged; its loss is corrected where steps were skipped.
             mode: "train" or "eval".
-            reduce: sums a tensor over ranks.
-            world_size: number of ranks.
+            accelerator: sums over ranks.
             nll: whether to add the NLL, which plain TRL does not log.
         """
+
+        def reduce(tensor: Tensor) -> Tensor:
+            return accelerator.reduce(tensor, reduction="sum")
+
         if nll:
             total, tokens = reduce(self._nll[mode]).tolist()
             if tokens:
@@ -89,7 +93,7 @@ class LossTally:
         logs.update({f"{role}_stream/nll": sum(values) / len(values) for role, values in self._streams.items()})
         self._streams.clear()
         for name in sorted(self._terms):
-            logs[name] = (reduce(self._terms[name]) / (world_size * max(self._steps_since_log, 1))).item()
+            logs[name] = (reduce(self._terms[name]) / (accelerator.num_processes * self._steps_since_log)).item()
         self._terms.clear()
         self._steps_since_log = 0
         if self._skipped_since_log:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch.distributed as dist
 from trl_ext import state
 from trl_ext.errors import CheckpointError
 from trl_ext.report import add_to_model_card
+from trl_ext.trainers.base import Opened
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointMixin:
+class CheckpointMixin(Opened):
     """Wraps what TRL and transformers do around checkpoints; see `trl_ext.state` for the files."""
 
     def ext_gather(self, value: Any) -> list[Any]:
@@ -86,9 +88,8 @@ class CheckpointMixin:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if not self.args.reset_plugin_state:
             for plugin in self.ext_plugins:
-                self.ext_guard.run(
-                    "load_state_dict", plugin.name, state.load_plugin, None, checkpoint=path, plugin=plugin, rank=rank
-                )
+                load = partial(state.load_plugin, path, plugin, rank)
+                self.ext_guard.run("load_state_dict", plugin.name, load, None)
             self.ext_guard.agree()
         rank_state = state.load_rank_state(path, rank, world)
         if rank_state is None:

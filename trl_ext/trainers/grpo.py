@@ -16,11 +16,11 @@ from trl_ext.losses import add_auxiliary_losses
 from trl_ext.policy import RolloutLogProbs, token_weights
 from trl_ext.records import MicroStep, PolicyTokens, Rewards, Rollouts
 from trl_ext.state import State
-from trl_ext.trainers.checkpoints import CheckpointMixin
 from trl_ext.trainers.mixin import TrainerMixin
+from trl_ext.trainers.step import same_shape
 
 
-class GRPOTrainer(CheckpointMixin, TrainerMixin, trl.GRPOTrainer):
+class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
     """Drop-in for `trl.GRPOTrainer` with the hook points of `trl_ext.hookspecs`. Give it as for TRL, and in addition:
 
     Args:
@@ -66,13 +66,13 @@ class GRPOTrainer(CheckpointMixin, TrainerMixin, trl.GRPOTrainer):
         )
         shapes = ((n,), tuple(mask.shape))
 
-        def check(plugin: str, result: Any) -> None:
+        def check(result: Any) -> None:
             if not isinstance(result, Tensor) or tuple(result.shape) not in shapes:
                 got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
                 raise TypeError(f"returned {got}; expected advantages of shape {shapes[0]} or {shapes[1]}")
 
         output["advantages"] = self.ext_guard.chain(
-            "advantages", output["advantages"], check, rollouts=rollouts, rewards=rewards
+            "advantages", "advantages", output["advantages"], check, rollouts=rollouts, rewards=rewards
         )
         return output
 
@@ -98,7 +98,7 @@ class GRPOTrainer(CheckpointMixin, TrainerMixin, trl.GRPOTrainer):
         return self._ext_add_auxiliary(loss, tap, inputs) if auxiliary else loss
 
     def _ext_policy_loss(self, owner: str, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """TRL's loss with the clipped term replaced: the rest of it, plus TRL's token weights times the plugin's loss."""
+        """TRL's loss with the clipped term replaced: the rest, plus TRL's token weights times the plugin's loss."""
         tap = self._ext_log_probs
         assert tap is not None
         advantages = inputs["advantages"]
@@ -123,14 +123,7 @@ class GRPOTrainer(CheckpointMixin, TrainerMixin, trl.GRPOTrainer):
         )
         ((_, call),) = self.ext_plugins.calls("policy_loss")
 
-        def checked(tokens: PolicyTokens) -> Tensor:
-            loss = call(tokens=tokens)
-            if not isinstance(loss, Tensor) or loss.shape != tokens.log_probs.shape:
-                got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(f"returned {got}; expected a loss of shape {tuple(tokens.log_probs.shape)}")
-            return loss
-
-        loss = self.ext_guard.run("policy_loss", owner, checked, -log_probs, tokens=tokens)
+        loss = self.ext_guard.run("policy_loss", owner, same_shape(call), -log_probs, tokens=tokens)
         return rest + (weights * torch.where(mask, loss, torch.zeros_like(loss))).sum()
 
     @staticmethod

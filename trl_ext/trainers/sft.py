@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,13 +12,12 @@ from trl.trainer.utils import add_fused_lm_head
 from trl_ext.config import SFTConfig
 from trl_ext.gradients import GradientView
 from trl_ext.isolated import fused_forward, gradient_of, standing_aside
-from trl_ext.losses import add_auxiliary_losses
+from trl_ext.losses import add_auxiliary_losses, token_record
 from trl_ext.records import MicroStep, SampleWeights, TokenRecord, Window
-from trl_ext.trainers.checkpoints import CheckpointMixin
 from trl_ext.trainers.mixin import TrainerMixin
 
 
-class SFTTrainer(CheckpointMixin, TrainerMixin, trl.SFTTrainer):
+class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     """Drop-in for `trl.SFTTrainer` with the hook points of `trl_ext.hookspecs`.
 
     The objective works on the per-token log-probabilities of TRL's fused LM head: no logits are built and there is no
@@ -32,6 +30,10 @@ class SFTTrainer(CheckpointMixin, TrainerMixin, trl.SFTTrainer):
 
     ext_kind = "sft"
     ext_config_class = SFTConfig
+
+    _ext_sample_weights: list[Tensor] | None = None
+    _ext_weighted_items: Tensor | int | None = None
+    _ext_window_sequences: Tensor
 
     def _ext_add_fused_outputs(self) -> None:
         if self.ext_fused_outputs:
@@ -51,7 +53,7 @@ class SFTTrainer(CheckpointMixin, TrainerMixin, trl.SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         weights = None
         if self.model.training and self._ext_sample_weights is not None:
-            weights = self._ext_sample_weights[self._ext_micro_step]
+            weights = self._ext_sample_weights[self.ext_micro_step]
             num_items_in_batch = self._ext_weighted_items
         tap = _LossTap(self, model, num_items_in_batch, weights)
         result = super().compute_loss(tap, inputs, return_outputs, num_items_in_batch)
@@ -76,23 +78,6 @@ class SFTTrainer(CheckpointMixin, TrainerMixin, trl.SFTTrainer):
         )
         return (loss, *rest) if return_outputs else loss
 
-    def ext_record(
-        self, outputs: Any, inputs: Mapping[str, Any], denominator: Tensor, stream: str | None = None
-    ) -> TokenRecord:
-        """What `per_token_loss` receives for the fused head's outputs."""
-        return TokenRecord(
-            log_probs=outputs.log_probs,
-            entropy=outputs.entropy,
-            mask=outputs.label_mask,
-            training=self.model.training,
-            denominator=denominator,
-            accumulation_steps=self.current_gradient_accumulation_steps if self.model.training else 1,
-            progress=self.ext_progress(),
-            stream=stream,
-            extras={name: outputs[name] for name in self.ext_fused_outputs},
-            inputs=inputs,
-        )
-
     def ext_denominator(self, num_items: Tensor | int | None, mask: Tensor) -> Tensor:
         """() what TRL divides the sum of this micro-batch's losses by, seen from this rank after DDP's averaging."""
         if num_items is None:
@@ -102,13 +87,13 @@ class SFTTrainer(CheckpointMixin, TrainerMixin, trl.SFTTrainer):
 
     # -- sample weights ----------------------------------------------------------------------------------------------
 
-    def _ext_begin_window(self, model: nn.Module) -> None:
-        super()._ext_begin_window(model)
+    def ext_begin_window(self, model: nn.Module) -> None:
+        super().ext_begin_window(model)
         self._ext_sample_weights = None
         wants_weights = self.ext_plugins.implements("sample_weights")
         if not wants_weights and not self.ext_plugins.implements("auxiliary_losses"):
             return
-        batches = [self._prepare_inputs(dict(batch)) for batch in self._ext_window]
+        batches = [self._prepare_inputs(dict(batch)) for batch in self.ext_window]
         index = _window_index(batches)
         local = int(max(int(i.max()) for i in index)) + 1
         count = torch.tensor(float(local), device=self.accelerator.device)
@@ -117,20 +102,20 @@ class SFTTrainer(CheckpointMixin, TrainerMixin, trl.SFTTrainer):
             self._ext_weigh(model, batches, index, local)
 
     def _ext_weigh(self, model: nn.Module, batches: list[dict[str, Any]], index: list[Tensor], samples: int) -> None:
-        if self._ext_num_items is None:
+        if self.ext_num_items is None:
             raise ValueError("sample weights need the window's token count, which this model's forward does not take")
 
         def forward(i: int) -> TokenRecord:
             # The unwrapped model: nothing is reduced, so ranks need not call this alike.
             with standing_aside(self):
                 outputs = fused_forward(self, self.model, batches[i])
-            return self.ext_record(outputs, batches[i], self.ext_denominator(self._ext_num_items, outputs.label_mask))
+            return token_record(self, outputs, batches[i], self.ext_denominator(self.ext_num_items, outputs.label_mask))
 
         def gradient(i: int, weights: Tensor | None = None) -> GradientView:
             def loss() -> Tensor:
                 outputs = fused_forward(self, model, batches[i])
-                denominator = self.ext_denominator(self._ext_num_items, outputs.label_mask)
-                record = self.ext_record(outputs, batches[i], denominator)
+                denominator = self.ext_denominator(self.ext_num_items, outputs.label_mask)
+                record = token_record(self, outputs, batches[i], denominator)
                 per_token = self.ext_per_token_loss(record)
                 if weights is not None:
                     per_token = per_token * weights[index[i]]
@@ -167,7 +152,7 @@ class SFTTrainer(CheckpointMixin, TrainerMixin, trl.SFTTrainer):
     def _ext_apply_weights(self, chosen: SampleWeights, batches: list[dict[str, Any]], index: list[Tensor]) -> None:
         weights = chosen.weights.detach().to(self.accelerator.device, torch.float32)
         self._ext_sample_weights = [weights[i] for i in index]
-        self._ext_weighted_items = self._ext_num_items
+        self._ext_weighted_items = self.ext_num_items
         if chosen.denominator == "weighted":
             masks = [batch["labels"][:, 1:] != -100 for batch in batches]
             total = sum((w * m).sum() for w, m in zip(self._ext_sample_weights, masks, strict=True))
@@ -177,8 +162,8 @@ class SFTTrainer(CheckpointMixin, TrainerMixin, trl.SFTTrainer):
 class _LossTap:
     """Stands in for the model in TRL's `compute_loss`, and puts the objective where TRL reads the log-probabilities.
 
-    TRL sums `-log_probs` and divides by the window's tokens; with `log_probs` replaced by minus the objective's loss the
-    whole of TRL's reduction, metrics and MoE loss stays as it is.
+    TRL sums `-log_probs` and divides by the window's tokens; with `log_probs` replaced by minus the objective's loss
+    the whole of TRL's reduction, metrics and MoE loss stays as it is.
     """
 
     def __init__(
@@ -196,9 +181,9 @@ class _LossTap:
             return outputs
         trainer = self.trainer
         denominator = trainer.ext_denominator(self.num_items, outputs.label_mask)
-        self.tokens = trainer.ext_record(outputs, inputs, denominator)
+        self.tokens = token_record(trainer, outputs, inputs, denominator)
         mode = "train" if trainer.model.training else "eval"
-        trainer._ext_tally.add_tokens(mode, outputs.log_probs, outputs.label_mask)
+        trainer.ext_tally.add_tokens(mode, outputs.log_probs, outputs.label_mask)
         if trainer.ext_plugins.implements("per_token_loss") or self.weights is not None:
             loss = trainer.ext_per_token_loss(self.tokens)
             outputs.log_probs = -(loss if self.weights is None else loss * self.weights)

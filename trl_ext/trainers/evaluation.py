@@ -1,0 +1,57 @@
+"""Evaluation and the final save under the weights that `deployed_weights` puts in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from trl_ext.trainers.base import Opened
+
+
+class EvaluationMixin(Opened):
+    """Wraps evaluation, prediction and `save_model`; checkpoints keep the raw weights."""
+
+    _ext_swapped = False
+
+    def ext_deployed(self) -> dict[str, AbstractContextManager[None]]:
+        """Contexts to evaluate under, by metric name; the first is the one to save under, its name is not shown."""
+        if self.ext_prepared and not self._ext_swapped:
+            for plugin, call in self.ext_plugins.calls("deployed_weights"):
+                contexts = self.ext_guard.run("deployed_weights", plugin, call, nullcontext(), weights=self.ext_weights)
+                self.ext_guard.agree()
+                return dict(contexts) if isinstance(contexts, Mapping) else {"": contexts}
+        return {"": nullcontext()}
+
+    @contextmanager
+    def ext_deploy(self, context: AbstractContextManager[None]) -> Iterator[None]:
+        """Enter one of the contexts; inside, nothing is swapped again (`evaluate` calls itself for several sets)."""
+        before, self._ext_swapped = self._ext_swapped, True
+        try:
+            with context:
+                yield
+        finally:
+            self._ext_swapped = before
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        for i, (name, context) in enumerate(self.ext_deployed().items()):
+            prefix = metric_key_prefix if i == 0 else f"{metric_key_prefix}_{name}"
+            with self.ext_deploy(context):
+                metrics.update(super().evaluate(eval_dataset, ignore_keys, prefix))
+        if self.ext_plugins:
+            self.ext_guard.agree()
+        return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        with self.ext_deploy(next(iter(self.ext_deployed().values()))):
+            return super().predict(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if _internal_call:  # a checkpoint
+            super().save_model(output_dir, _internal_call=True)
+            return
+        with self.ext_deploy(next(iter(self.ext_deployed().values()))):
+            super().save_model(output_dir, _internal_call=False)
