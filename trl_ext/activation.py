@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 import pluggy
 
-from trl_ext.discovery import find_distribution, load_plugin, range_error
+from trl_ext.discovery import PluginInfo, find_distribution, load_plugin, range_error
 from trl_ext.errors import ConfigurationError
 from trl_ext.hook_check import implementations, refuse_other_trainer
 from trl_ext.hookspecs import EXCLUSIVE, HOOKS, PROJECT, HookSpecs
-from trl_ext.options import build_options, option_fields, resolved_options
+from trl_ext.options import build_options, option_fields, option_type, resolved_options
 from trl_ext.specs import RESERVED, config_line, parse_specs, registered_name
 
-__all__ = ["ActivePlugin", "PluginSet", "activate", "parse_specs"]
+__all__ = ["ActivePlugin", "PluginSet", "activate", "check_plugin", "parse_specs"]
 
 HookCall = tuple[str, Callable[..., Any]]
 
@@ -138,12 +138,28 @@ def activate(specs: Any, instances: Sequence[Any] = (), *, trainer: Literal["sft
     return PluginSet(plugins)
 
 
+def check_plugin(name: str) -> None:
+    """Check all of an installed plugin that does not depend on its options: import, ranges, option types, hooks.
+
+    Raises:
+        ConfigurationError: A run with this plugin would be refused.
+    """
+    plugin_class, info = load_plugin(name)
+    for option in option_fields(plugin_class):
+        try:
+            option_type(plugin_class, option)
+        except NameError as error:
+            raise ConfigurationError(
+                f"plugin {info}: the type of option {option!r} is not imported: {error}"
+            ) from error
+    _refuse_reserved_options(plugin_class, info)
+    bare = object.__new__(plugin_class)  # hooks are the class's; options may be required or need this run's data
+    PluginSet([ActivePlugin(name, bare, info.distribution, info.version, {}, "", config_line({"name": name}))])
+
+
 def _from_spec(spec: dict[str, Any]) -> ActivePlugin:
     plugin_class, info = load_plugin(spec["name"])
-    if reserved := [option for option in RESERVED if option in option_fields(plugin_class)]:
-        raise ConfigurationError(
-            f"plugin {info} has an option {reserved[0]!r}, a name that configs reserve; rename the field"
-        )
+    _refuse_reserved_options(plugin_class, info)
     options = build_options(plugin_class, spec, str(info))
     try:
         instance = plugin_class(**options)
@@ -158,6 +174,12 @@ def _from_spec(spec: dict[str, Any]) -> ActivePlugin:
         citation=getattr(plugin_class, "citation", ""),
         line=config_line(spec),
     )
+
+
+def _refuse_reserved_options(plugin_class: type, info: PluginInfo) -> None:
+    for option in RESERVED:
+        if option in option_fields(plugin_class):
+            raise ConfigurationError(f"plugin {info} has an option {option!r}, a name that configs reserve; rename it")
 
 
 def _from_instance(instance: Any, before: Sequence[ActivePlugin]) -> ActivePlugin:

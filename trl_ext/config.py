@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
-import trl
 from transformers import TrainingArguments
+from trl import GRPOConfig as TrlGRPOConfig
+from trl import SFTConfig as TrlSFTConfig
 
 from trl_ext.data import parse_columns, parse_streams
 from trl_ext.errors import ConfigurationError
@@ -115,14 +116,14 @@ _PARAMETERS = """
 
 
 @dataclass
-class SFTConfig(_PluginSettings, trl.SFTConfig):
+class SFTConfig(_PluginSettings, TrlSFTConfig):
     __doc__ = f"""
     [`trl.SFTConfig`] with the settings of the plugin layer. Every argument of TRL's keeps its place and meaning.
 {_PARAMETERS}"""
 
 
 @dataclass
-class GRPOConfig(_PluginSettings, trl.GRPOConfig):
+class GRPOConfig(_PluginSettings, TrlGRPOConfig):
     __doc__ = f"""
     [`trl.GRPOConfig`] with the settings of the plugin layer. Every argument of TRL's keeps its place and meaning.
 {_PARAMETERS}"""
@@ -143,7 +144,7 @@ def upgrade_config(args: Any, config_cls: type[Any]) -> Any:
     """
     if isinstance(args, config_cls):
         return args
-    trl_cls = trl.SFTConfig if issubclass(config_cls, trl.SFTConfig) else trl.GRPOConfig
+    trl_cls = TrlSFTConfig if issubclass(config_cls, TrlSFTConfig) else TrlGRPOConfig
     if isinstance(args, trl_cls):
         upgraded = _new_config(config_cls, type(args))
         settings = {f.name: f.default for f in fields(_PluginSettings)}

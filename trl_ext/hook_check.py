@@ -65,20 +65,30 @@ def implementations(plugin: Any, origin: str, line: str) -> dict[str, Callable[.
     return found
 
 
+def marked_hooks(plugin: Any) -> tuple[str, ...]:
+    """Names of the hooks that a plugin or plugin class marks, in the order of the contract."""
+    return tuple(name for name in HOOKS if _marks(inspect.getattr_static(plugin, name, None)) is not None)
+
+
+def supported_trainers(plugin: Any) -> tuple[str, ...]:
+    """The trainers that a plugin or plugin class is for: both, unless it says otherwise."""
+    trainers = getattr(plugin, "trainers", _TRAINERS)
+    return (trainers,) if isinstance(trainers, str) else tuple(trainers)
+
+
 def refuse_other_trainer(plugin: Any, trainer: str, origin: str, line: str) -> None:
     """Refuse a plugin that declares itself, or shows by its hooks, to be for another trainer.
 
     Raises:
         ConfigurationError: The plugin would do nothing, or harm.
     """
-    supported = getattr(plugin, "trainers", _TRAINERS)
-    supported = (supported,) if isinstance(supported, str) else tuple(supported)
+    supported = supported_trainers(plugin)
     if trainer not in supported:
         raise ConfigurationError(
             f"plugin {origin} is for the trainers {', '.join(supported)}, and this is {trainer}. Remove {line}"
         )
     foreign = GRPO_ONLY if trainer == "sft" else SFT_ONLY
-    hooks = {name for name in HOOKS if _marks(inspect.getattr_static(plugin, name, None)) is not None} - _BYSTANDERS
+    hooks = set(marked_hooks(plugin)) - _BYSTANDERS
     if hooks and hooks <= foreign:
         raise ConfigurationError(
             f"plugin {origin} acts only through {', '.join(sorted(hooks))}, which {trainer} never calls. Remove {line}"

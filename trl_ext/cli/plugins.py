@@ -1,0 +1,115 @@
+"""`trl-ext plugins list|info|check`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+plugins_app = typer.Typer(help="Show and check the installed plugins.", no_args_is_help=True)
+
+
+@plugins_app.command("list")
+def list_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List the installed plugins, without importing them."""
+    from trl_ext.discovery import list_plugins
+
+    infos = list_plugins()
+    if as_json:
+        print(json.dumps([dataclasses.asdict(info) for info in infos], indent=2))
+        return
+    if not infos:
+        print("No plugins are installed. Distributions with plugins are called trl-ext-<topic>.")
+        return
+    rows = [
+        (info.name, f"{info.distribution} {info.version}", f"BROKEN: {info.error}" if info.error else info.summary)
+        for info in infos
+    ]
+    _print_table(("plugin", "distribution", "about"), rows)
+
+
+@plugins_app.command()
+def info(name: Annotated[str, typer.Argument(help="The plugin's name.")]) -> None:
+    """Show a plugin's options, hooks, trainers and citation; imports it."""
+    from trl_ext.discovery import load_plugin
+
+    plugin_class, found = load_plugin(name)
+    print(f"{name} ({found.distribution} {found.version}), {found.value}\n")
+    print(*_describe(plugin_class), sep="\n")
+    if options := _options(plugin_class):
+        print("\nOptions:")
+        _print_table(("option", "type", "default"), options)
+    else:
+        print("\nIt has no options.")
+
+
+@plugins_app.command()
+def check(
+    name: Annotated[str | None, typer.Argument(help="The plugin's name; all of them if left out.")] = None,
+) -> None:
+    """Import and validate plugins; exit with 1 if any is BROKEN."""
+    from trl_ext.activation import check_plugin
+    from trl_ext.discovery import list_plugins
+    from trl_ext.errors import ConfigurationError
+
+    failures = 0
+    for plugin in [name] if name else sorted({info.name for info in list_plugins()}):
+        try:
+            check_plugin(plugin)
+        except ConfigurationError as error:
+            failures += 1
+            print(f"BROKEN  {plugin}: {error}")
+        else:
+            print(f"ok      {plugin}")
+    if failures:
+        raise typer.Exit(1)
+
+
+def _describe(plugin_class: type) -> list[str]:
+    import inspect
+
+    from trl_ext.hook_check import marked_hooks, supported_trainers
+
+    facts = {
+        "Trainers": ", ".join(supported_trainers(plugin_class)),
+        "Hooks": ", ".join(marked_hooks(plugin_class)),
+        "Needs": ", ".join(
+            f"{what} {wanted}"
+            for what, wanted in (
+                ("plugin API", getattr(plugin_class, "requires_api", None)),
+                ("TRL", getattr(plugin_class, "requires_trl", None)),
+            )
+            if wanted
+        ),
+        "Citation": getattr(plugin_class, "citation", ""),
+    }
+    return [inspect.getdoc(plugin_class) or "", "", *(f"{key}: {value}" for key, value in facts.items() if value)]
+
+
+def _options(plugin_class: type) -> list[tuple[str, str, str]]:
+    from trl_ext.options import option_fields, option_type, type_name
+
+    return [
+        (name, type_name(option_type(plugin_class, name)), _default(field))
+        for name, field in option_fields(plugin_class).items()
+    ]
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default is not dataclasses.MISSING:
+        return repr(field.default)
+    return "required" if field.default_factory is dataclasses.MISSING else repr(field.default_factory())
+
+
+def _print_table(header: tuple[str, ...], rows: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=None, pad_edge=False, header_style="bold")
+    for row in rows:
+        table.add_row(*(Text(cell, style="red" if cell.startswith("BROKEN") else "") for cell in row))
+    Console().print(table)
