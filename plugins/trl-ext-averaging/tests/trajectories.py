@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from trl_ext.records import SetupContext, WeightsView
 
 
-def view_of(model: nn.Module) -> WeightsView:
+def view_of(model: nn.Module, sharded: bool = False) -> WeightsView:
     """The model's weights as the core shows them."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return WeightsView(tuple(trainable), tuple(trainable.values()), dict(model.named_buffers()), sharded=False)
+    return WeightsView(tuple(trainable), tuple(trainable.values()), dict(model.named_buffers()), sharded)
 
 
-def context_of(model: nn.Module, resuming: bool = False) -> SetupContext:
-    """What the core hands to `setup` for this model on one device."""
-    weights = view_of(model)
+def context_of(model: nn.Module, resuming: bool = False, sharded: bool = False) -> SetupContext:
+    """What the core hands to `setup` for this model."""
+    weights = view_of(model, sharded)
     return SetupContext(
         trainer="sft",
         model=model,
@@ -27,7 +27,7 @@ def context_of(model: nn.Module, resuming: bool = False) -> SetupContext:
         device=weights.parameters[0].device,
         rank=0,
         world_size=1,
-        sharded=False,
+        sharded=sharded,
         gradient_accumulation_steps=1,
         max_steps=100,
         output_dir="",
