@@ -12,7 +12,7 @@ from torch import Tensor
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
 from trl_ext.gradients import local_tensor
-from trl_ext.records import SetupContext
+from trl_ext.records import RunDescription, SetupContext
 from trl_ext_averaging.online import Copies, OnlineAverage
 
 
@@ -61,6 +61,15 @@ class Ema(OnlineAverage):
             torch._foreach_lerp_(copies[name], theta, 1 - decay_at(updates, decay, self.warmup))
 
     @hookimpl
+    def check(self, run: RunDescription) -> None:
+        if self.reference and (run.trainer != "grpo" or not run.args.beta):
+            raise ConfigurationError(
+                f"reference={self.reference!r} needs a KL term: use GRPO with beta above 0, or remove reference"
+            )
+        if self.reference and run.args.sync_ref_model:
+            raise ConfigurationError(f"reference={self.reference!r} and sync_ref_model=True both move the reference")
+
+    @hookimpl
     def setup(self, context: SetupContext) -> None:
         self._reference = []
         super().setup(context)
@@ -86,6 +95,6 @@ class Ema(OnlineAverage):
         if missing:
             raise ConfigurationError(
                 f"ema: reference={self.reference!r}, but the trainer has no reference with a parameter {missing[0]}; "
-                "use GRPO with beta above 0, and either full fine-tuning or an adapter that was trained before"
+                "a fresh adapter has the base model for its reference: fine-tune fully, or start from a saved adapter"
             )
         return [local_tensor(found[name].detach()) for name in self._names]
