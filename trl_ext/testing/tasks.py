@@ -99,7 +99,7 @@ class Task(ABC):
 
 @dataclass(frozen=True)
 class Addition(Task):
-    """Sum of two numbers of up to `digits` digits: "12+34=" -> "46"."""
+    """Sum of two numbers of up to `digits` digits: "12+34=" -> "46"; a wrong solution has one wrong digit."""
 
     digits: int = 2
 
@@ -112,8 +112,7 @@ class Addition(Task):
         return f"{a}+{b}=", str(a + b)
 
     def corrupt(self, rng: random.Random, prompt: str, solution: str) -> str:
-        largest = 2 * (10**self.digits - 1)
-        return str((int(solution) + rng.randint(1, largest)) % (largest + 1))
+        return _with_another(rng, solution, "0123456789")
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class ModularChain(Task):
 
 @dataclass(frozen=True)
 class Copy(Task):
-    """Repetition of `length` letters: "copy abcd:" -> "abcd"."""
+    """Repetition of `length` letters: "copy abcd:" -> "abcd"; a wrong solution has one wrong letter."""
 
     length: int = 6
     alphabet: str = "abcdefgh"
@@ -175,9 +174,7 @@ class Copy(Task):
         return f"copy {letters}:", letters
 
     def corrupt(self, rng: random.Random, prompt: str, solution: str) -> str:
-        place = rng.randrange(self.length)
-        other = rng.choice([letter for letter in self.alphabet if letter != solution[place]])
-        return solution[:place] + other + solution[place + 1 :]
+        return _with_another(rng, solution, self.alphabet)
 
     def score(self, completion: str, solution: str) -> float:
         shown = completion.strip()
@@ -191,6 +188,13 @@ class Reverse(Copy):
     def draw(self, rng: random.Random) -> tuple[str, str]:
         letters = "".join(rng.choices(self.alphabet, k=self.length))
         return f"reverse {letters}:", letters[::-1]
+
+
+def _with_another(rng: random.Random, text: str, alphabet: str) -> str:
+    """Replace one character of the text by another one of the alphabet."""
+    place = rng.randrange(len(text))
+    other = rng.choice([character for character in alphabet if character != text[place]])
+    return text[:place] + other + text[place + 1 :]
 
 
 def _distinct(pairs: Iterator[tuple[str, str]], size: int) -> Iterator[tuple[str, str]]:
