@@ -153,7 +153,7 @@ def check_plugin(name: str) -> None:
                 f"plugin {info}: the type of option {option!r} is not imported: {error}"
             ) from error
     _refuse_reserved_options(plugin_class, info)
-    bare = object.__new__(plugin_class)  # hooks are the class's; options may be required or need this run's data
+    bare: Any = object.__new__(plugin_class)  # hooks are the class's; options may be required or need this run's data
     PluginSet([ActivePlugin(name, bare, info.distribution, info.version, {}, "", config_line({"name": name}))])
 
 
