@@ -7,6 +7,8 @@ from textwrap import dedent
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))  # `helpers`, which --import-mode=importlib would not find
+
 
 class FakeSite:
     """A folder like site-packages, into which a test puts distributions of its own."""
