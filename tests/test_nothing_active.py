@@ -32,7 +32,12 @@ import trl_ext
 def test_thirty_steps_equal_plain_trl(tmp_path, kind, peft, accumulation):
     runs = {}
     for name in ("plain", "ours"):
-        config = {"max_steps": 30, "gradient_accumulation_steps": accumulation, "save_strategy": "steps", "save_steps": 15}
+        config = {
+            "max_steps": 30,
+            "gradient_accumulation_steps": accumulation,
+            "save_strategy": "steps",
+            "save_steps": 15,
+        }
         extra = {"saved": tmp_path / "model"}  # adapters name their base model
         if kind == "sft":
             config |= {"eval_strategy": "steps", "eval_steps": 10}
@@ -54,7 +59,9 @@ def test_thirty_steps_equal_plain_trl(tmp_path, kind, peft, accumulation):
     assert_equal_bits(parameters(runs["ours"]), parameters(runs["plain"]))
     assert logged(runs["ours"]) == logged(runs["plain"])
     ours, plain = (file_digests(tmp_path / name / "run") for name in ("ours", "plain"))
-    assert {f"checkpoint-{step}/{file}" for step in (15, 30) for file in ("optimizer.pt", "trainer_state.json")} <= set(ours)
+    assert {f"checkpoint-{step}/{file}" for step in (15, 30) for file in ("optimizer.pt", "trainer_state.json")} <= set(
+        ours
+    )
     assert ours == plain
 
 
@@ -73,7 +80,14 @@ def test_no_arguments_mean_trl_defaults(tmp_path, monkeypatch, kind):
         trainers.append(cls(model=model, train_dataset=data, processing_class=tokenizer(), **extra))
     theirs, ours = (trainer.args.to_dict() for trainer in trainers)
     own_fields = set(ours) - set(theirs)
-    assert own_fields == {"plugins", "streams", "dataset_columns", "nonfinite", "rank_check_steps", "reset_plugin_state"}
+    assert own_fields == {
+        "plugins",
+        "streams",
+        "dataset_columns",
+        "nonfinite",
+        "rank_check_steps",
+        "reset_plugin_state",
+    }
     assert {k: v for k, v in ours.items() if k not in own_fields} == theirs
     assert isinstance(trainers[1].args, trl_ext.SFTConfig if kind == "sft" else trl_ext.GRPOConfig)
 
@@ -98,7 +112,9 @@ def test_foreign_configs_train_as_in_trl(tmp_path, config):
 def test_evaluation_and_prediction_equal_plain_trl(tmp_path):
     results = []
     for plain in (True, False):
-        trainer = make_sft(tmp_path / str(plain), plain=plain, trainer={"eval_dataset": {"a": additions(8), "b": additions(4)}})
+        trainer = make_sft(
+            tmp_path / str(plain), plain=plain, trainer={"eval_dataset": {"a": additions(8), "b": additions(4)}}
+        )
         results.append((without_timing(trainer.evaluate()), trainer.predict(trainer.eval_dataset["a"]).predictions))
     assert results[0][0] == results[1][0]
     assert {"eval_a_loss", "eval_b_loss"} <= set(results[0][0])
