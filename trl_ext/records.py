@@ -81,6 +81,9 @@ class StreamRequest:
     """Longest sequence in tokens; the trainer's `max_length` where None."""
     optional: bool = False
     """Whether the run may go on without a data set for this role."""
+    select: Callable[[], Sequence[int]] | None = None
+    """Gives the rows of this rank's next batch, in place of the seeded order; none at all is allowed. For data that
+    belongs to the step, such as demonstrations of the prompts just rolled out. `batch_size` is not used then."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -157,6 +160,9 @@ class Window:
     """Gradients of the streams asked for with when="before"."""
     forward: Callable[[int], TokenRecord]
     """Forward of micro-batch i without side effects: no counter, metric or random state of the trainer moves."""
+    per_token_loss: Callable[[int], Tensor]
+    """(B, T) the active objective's loss of micro-batch i (plain NLL without one), on this rank and without side
+    effects; 0 without a label."""
     gradient: Callable[[int, Tensor | None], GradientView]
     """Reduced gradient of micro-batch i's loss, its samples weighted by the second argument (num_samples,), without
     side effects and without touching `p.grad`; every rank must call it alike."""
@@ -182,6 +188,10 @@ class Rollouts:
     prompts: Sequence[Any]
     completions: Sequence[Any]
     """Text, or messages for conversational data."""
+    prompt_ids: Tensor
+    """(N, P) long, padded on the left."""
+    prompt_mask: Tensor
+    """(N, P) 0/1."""
     completion_ids: Tensor
     """(N, T) long, padded on the right."""
     mask: Tensor

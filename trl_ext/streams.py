@@ -88,7 +88,14 @@ class Stream:
 
     def next_batch(self) -> dict[str, Tensor]:
         """This rank's next batch, on the CPU."""
-        return self.collate([self.dataset[i] for i in self.next_indices()])
+        if self.request.select is None:
+            return self.collate([self.dataset[i] for i in self.next_indices()])
+        rows = list(self.request.select())
+        batch = self.collate([self.dataset[i] for i in rows or [0]])
+        if not rows:
+            # The other ranks may have rows, so this one runs its forward and backward too, on nothing.
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        return batch
 
     def _row(self, i: int) -> int:
         n = len(self.dataset)

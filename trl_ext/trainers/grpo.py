@@ -54,6 +54,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         mask = output["completion_mask"]
         rollouts = Rollouts(
             **rows,
+            prompt_ids=output["prompt_ids"],
+            prompt_mask=output["prompt_mask"],
             completion_ids=output["completion_ids"],
             mask=mask * output["tool_mask"] if "tool_mask" in output else mask,
             num_generations=self.num_generations if self.model.training else self.num_generations_eval,

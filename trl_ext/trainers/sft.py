@@ -105,21 +105,27 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         if self.ext_num_items is None:
             raise ValueError("sample weights need the window's token count, which this model's forward does not take")
 
+        def record(module: nn.Module, i: int) -> TokenRecord:
+            outputs = fused_forward(self, module, batches[i])
+            denominator = self.ext_denominator(self.ext_num_items, outputs.label_mask)
+            return token_record(self, outputs, batches[i], denominator)
+
+        # Local passes use the unwrapped model: nothing is reduced, so ranks need not make them alike.
         def forward(i: int) -> TokenRecord:
-            # The unwrapped model: nothing is reduced, so ranks need not call this alike.
             with standing_aside(self):
-                outputs = fused_forward(self, self.model, batches[i])
-            return token_record(self, outputs, batches[i], self.ext_denominator(self.ext_num_items, outputs.label_mask))
+                return record(self.model, i)
+
+        def per_token_loss(i: int) -> Tensor:
+            with standing_aside(self):
+                return self.ext_per_token_loss(record(self.model, i))
 
         def gradient(i: int, weights: Tensor | None = None) -> GradientView:
             def loss() -> Tensor:
-                outputs = fused_forward(self, model, batches[i])
-                denominator = self.ext_denominator(self.ext_num_items, outputs.label_mask)
-                record = token_record(self, outputs, batches[i], denominator)
-                per_token = self.ext_per_token_loss(record)
+                tokens = record(model, i)
+                losses = self.ext_per_token_loss(tokens)
                 if weights is not None:
-                    per_token = per_token * weights[index[i]]
-                return per_token.sum() / denominator
+                    losses = losses * weights[index[i]]
+                return losses.sum() / tokens.denominator
 
             return gradient_of(self, model, loss)
 
@@ -130,6 +136,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             step=self.state.global_step,
             streams=self._ext_before,
             forward=forward,
+            per_token_loss=per_token_loss,
             gradient=gradient,
         )
         ((owner, call),) = self.ext_plugins.calls("sample_weights")
