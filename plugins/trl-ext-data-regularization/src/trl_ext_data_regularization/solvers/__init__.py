@@ -1,0 +1,69 @@
+"""Solvers: pure functions of scores, Gram matrix and token counts to weights. One file each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from trl_ext_data_regularization.solvers.ball import ball
+from trl_ext_data_regularization.solvers.capped import capped
+from trl_ext_data_regularization.solvers.cone import cone
+from trl_ext_data_regularization.solvers.filter import filter_negative
+from trl_ext_data_regularization.solvers.full import full
+from trl_ext_data_regularization.solvers.hull import hull
+from trl_ext_data_regularization.solvers.problem import Problem, Solution, squared_distance, subset
+from trl_ext_data_regularization.solvers.second_order import second_order
+from trl_ext_data_regularization.solvers.span import span
+from trl_ext_data_regularization.solvers.target import target
+from trl_ext_data_regularization.solvers.topk import count, topk
+
+__all__ = ["RULES", "Problem", "Rule", "Solution", "count", "squared_distance", "subset"]
+
+RULES = ("full", "target", "topk", "filter", "second-order", "span", "cone", "hull", "capped", "ball")
+GRAM_RULES = frozenset({"second-order", "span", "cone", "hull", "capped", "ball"})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A solver by name, with its settings."""
+
+    name: str
+    frac: float
+    radius: float = 1.0
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the solver wants the inner products among general samples."""
+        return self.name in GRAM_RULES
+
+    def solve(self, problem: Problem, squared_target_norm: Tensor, lr: float) -> Solution:
+        """Apply the solver.
+
+        Args:
+            problem: the problem, of one layer or of several.
+            squared_target_norm: (...) |t|^2.
+            lr: learning rate of the step, for `second-order`.
+        """
+        match self.name:
+            case "full":
+                return full(problem)
+            case "target":
+                return target(problem)
+            case "topk":
+                return topk(problem, self.frac)
+            case "filter":
+                return filter_negative(problem, self.frac)
+            case "second-order":
+                return second_order(problem, self.frac, lr)
+            case "span":
+                return span(problem)
+            case "cone":
+                return cone(problem)
+            case "hull":
+                return hull(problem)
+            case "capped":
+                return capped(problem, self.frac)
+            case "ball":
+                return ball(problem, squared_target_norm, self.radius)
+        raise ValueError(f"rule={self.name!r} is not one of {', '.join(RULES)}")

@@ -1,0 +1,68 @@
+"""The quadratic programs behind cone, hull and capped, by DAQP's exact active-set method."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import daqp
+import numpy as np
+import torch
+from torch import Tensor
+
+from trl_ext_data_regularization.solvers.problem import Problem, Solution
+
+_EQUALITY = 5  # DAQP's code for an active, immutable constraint
+_UNBOUNDED = 1e30  # DAQP's infinity
+# Far below the accuracy of scores in fp32; `eta_prox` ends the outer iterations for singular Gram matrices.
+_TOLERANCES = {"primal_tol": 1e-10, "eta_prox": 1e-12}
+
+
+def minimise(problem: Problem, upper: Tensor | None, simplex: bool) -> Solution:
+    """min |sum_i v_i m_i - t|^2 over 0 <= v <= upper (and sum v = 1), m_i the token mean of sample i's gradient.
+
+    Args:
+        problem: with K.
+        upper: (n,) upper bounds of v, or None.
+        simplex: whether v must sum to 1.
+
+    Returns:
+        The weights of the shares, w_i = v_i T_tot / tokens_i. Samples without a label have none.
+
+    Raises:
+        ArithmeticError: a score is not finite.
+    """
+    assert problem.K is not None
+    tokens = problem.tokens.double().cpu().numpy()
+    labelled = np.flatnonzero(tokens > 0)
+    scale = tokens.sum() / tokens[labelled] if len(labelled) else np.empty(0)
+    bound = None if upper is None else upper.double().cpu().numpy()[labelled]
+    s, K = problem.s.double().cpu().numpy(), problem.K.double().cpu().numpy()
+    weights = np.zeros_like(s)
+    for layer in product(*map(range, s.shape[:-1])):
+        if len(labelled):
+            means = K[layer][np.ix_(labelled, labelled)] * np.outer(scale, scale)
+            weights[(*layer, labelled)] = scale * _solve(means, s[layer][labelled] * scale, bound, simplex)
+    return Solution(torch.from_numpy(weights).to(problem.s), problem.s.new_zeros(problem.s.shape[:-1]))
+
+
+def _solve(K: np.ndarray, s: np.ndarray, upper: np.ndarray | None, simplex: bool) -> np.ndarray:
+    """(n,) the minimiser of v'Kv/2 - s'v over the bounds."""
+    n = len(s)
+    # Of unit size, so that the solver's absolute tolerances mean the same whatever the size of gradients.
+    size = max(np.abs(np.diag(K)).max(), np.finfo(float).tiny)
+    if not np.isfinite(K).all() or not np.isfinite(s).all():
+        raise ArithmeticError("scores of the general samples are not finite")
+    if simplex:
+        above = np.concatenate([np.full(n, 1.0) if upper is None else upper, [1.0]])
+        below = np.concatenate([np.zeros(n), [1.0]])
+        rows, sense = np.ones((1, n)), np.array([0] * n + [_EQUALITY], dtype=np.int32)
+        factor = 1.0
+    else:
+        above, below = np.full(n, _UNBOUNDED), np.zeros(n)
+        rows, sense = np.empty((0, n)), np.zeros(n, dtype=np.int32)
+        factor = np.abs(s).max() / size or 1.0  # a cone is unbounded: v is of the size of s / K
+    linear = np.ascontiguousarray(-s / (size * factor))
+    solution, _, flag, _ = daqp.solve(np.ascontiguousarray(K / size), linear, rows, above, below, sense, **_TOLERANCES)
+    if flag < 1:
+        raise ArithmeticError(f"the quadratic program over {n} samples has no solution (DAQP: {flag})")
+    return np.clip(solution, 0, None if upper is None else upper) * factor
