@@ -203,8 +203,13 @@ def _read(folder: Path, stem: str) -> State:
 # -- completeness ----------------------------------------------------------------------------------------------------
 
 
-def incompleteness(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None if it is complete."""
+def incompleteness(checkpoint: Path, model_only: bool = False) -> str | None:
+    """Why a checkpoint cannot be resumed from, or None if it is complete.
+
+    Args:
+        checkpoint: its folder.
+        model_only: whether the run saves no optimiser (`save_only_model`), so that none is missed.
+    """
     try:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         state["global_step"]
@@ -222,6 +227,8 @@ def incompleteness(checkpoint: Path) -> str | None:
             if path.stat().st_size != size:
                 return f"{relative} has {path.stat().st_size} bytes instead of {size}"
         return None
+    if model_only:
+        return None
     optimizer = list(checkpoint.glob("optimizer*")) + list(checkpoint.glob("global_step*"))
     if not optimizer:
         return "the optimiser's state is missing"
@@ -230,7 +237,7 @@ def incompleteness(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_complete(output_dir: Path) -> tuple[Path | None, list[tuple[Path, str]]]:
+def newest_complete(output_dir: Path, model_only: bool = False) -> tuple[Path | None, list[tuple[Path, str]]]:
     """The complete checkpoint with the highest step, and the incomplete ones with the reason."""
     found = []
     for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -239,7 +246,7 @@ def newest_complete(output_dir: Path) -> tuple[Path | None, list[tuple[Path, str
             found.append((int(step), path))
     complete, incomplete = None, []
     for _, path in sorted(found):
-        reason = incompleteness(path)
+        reason = incompleteness(path, model_only)
         if reason is None:
             complete = path
         else:

@@ -54,10 +54,11 @@ class CheckpointMixin(Opened):
     # -- resuming ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True:
+        if resume_from_checkpoint in (True, "true", "True"):  # the texts come from the command line
             resume_from_checkpoint = str(self._ext_newest_checkpoint())
-        if resume_from_checkpoint:
-            reason = state.incompleteness(Path(resume_from_checkpoint))
+        # A checkpoint with plugin state is checked without active plugins too: dropping it is a decision to be stated.
+        if resume_from_checkpoint and (self.ext_plugins or Path(resume_from_checkpoint, state.FOLDER).is_dir()):
+            reason = state.incompleteness(Path(resume_from_checkpoint), self.args.save_only_model)
             if reason is not None:
                 raise CheckpointError(
                     f"{resume_from_checkpoint} is incomplete: {reason}; resume from another checkpoint, or pass "
@@ -73,11 +74,11 @@ class CheckpointMixin(Opened):
         output_dir = Path(self.args.output_dir)
         self.ext_gather(None)
         if self.accelerator.is_main_process:
-            for path, reason in state.newest_complete(output_dir)[1]:
+            for path, reason in state.newest_complete(output_dir, self.args.save_only_model)[1]:
                 aside = state.set_aside(path)
                 logger.warning("%s is incomplete (%s): set aside as %s", path, reason, aside.name)
         self.ext_gather(None)
-        newest, _ = state.newest_complete(output_dir)
+        newest, _ = state.newest_complete(output_dir, self.args.save_only_model)
         if newest is None:
             raise CheckpointError(f"no complete checkpoint in {output_dir}; start without resume_from_checkpoint")
         return newest
