@@ -1,0 +1,146 @@
+"""What the methods on an RL and an SFT gradient share: the stream, the progress of the run, and the diagnostics."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from trl_ext import hookimpl
+from trl_ext.gradients import GradientView
+from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, StreamGradient, StreamRequest, WeightsView
+from trl_ext_mixing.comparison import Comparison, products
+from trl_ext_mixing.rewards import pass_rates
+
+ROLE = "sft"
+
+
+@dataclass(eq=False, kw_only=True)
+class TwoGradients:
+    """Base of the methods that mix GRPO's gradient with that of the stream "sft".
+
+    The stream's loss is the mean negative log-likelihood per label token, or the active objective plugin's loss; the
+    GRPO loss keeps its own denominator, so SFT tokens never change the RL gradient.
+
+    Args:
+        batch_size: SFT samples per rank and optimiser step.
+        on_exhausted: what to do at the end of the demonstrations: "cycle", "stop" or "error".
+        max_length: longest demonstration in tokens; not cut where None.
+        reward: name of the reward function that says whether a completion solves its prompt; the weighted sum of all
+            where empty. For the logged pass rate.
+        solved_at: value of that reward from which a completion counts as solved.
+    """
+
+    batch_size: int = 8
+    on_exhausted: Literal["cycle", "stop", "error"] = "cycle"
+    max_length: int | None = None
+    reward: str = ""
+    solved_at: float = 1.0
+
+    method: ClassVar[str]
+    requires_api: ClassVar[str] = "1"
+    trainers: ClassVar[tuple[str, ...]] = ("grpo",)
+    state_version: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"{self.method}: batch_size={self.batch_size} is not a number of samples (1 or more)")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"{self.method}: max_length={self.max_length} leaves no label; give 2 tokens or more")
+        self._step = 0
+        self._max_steps = 1
+        self._max_grad_norm = 0.0
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    @abstractmethod
+    def mix(self, gradients: GradientView, sft: StreamGradient, both: Comparison) -> None:
+        """Combine the two gradients, in place in `gradients`; called once a step, before TRL's clipping.
+
+        Args:
+            gradients: GRPO's gradient, live.
+            sft: the stream's.
+            both: their norms (a: RL, b: SFT) and cosine.
+        """
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    @hookimpl
+    def check(self, run: RunDescription) -> None:
+        self._max_grad_norm = float(run.args.max_grad_norm or 0.0)
+
+    @hookimpl
+    def setup(self, context: SetupContext) -> None:
+        self._step = 0
+        self._max_steps = max(context.max_steps, 1)
+
+    @hookimpl
+    def streams(self) -> list[StreamRequest]:
+        return [
+            StreamRequest(ROLE, batch_size=self.batch_size, on_exhausted=self.on_exhausted, max_length=self.max_length)
+        ]
+
+    @hookimpl
+    def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
+        if rollouts.training:
+            rates = pass_rates(rewards, rollouts.num_generations, self.reward, self.solved_at)
+            self.note(pass_rate=rates.mean(), solved_prompts=(rates > 0).float().mean())
+        return advantages
+
+    @hookimpl
+    def gradients_ready(self, gradients: GradientView, streams: Mapping[str, StreamGradient]) -> None:
+        sft = streams[ROLE]
+        both = Comparison.of(products(gradients.parameters, gradients.tensors, sft.gradients.tensors))
+        self.note(
+            sft_nll=sft.nll,
+            sft_loss=sft.loss,
+            grad_norm_rl=both.norm_a,
+            grad_norm_sft=both.norm_b,
+            grad_cosine=both.cosine,
+            grad_sign_conflicts=both.sign_conflicts,
+        )
+        self.mix(gradients, sft, both)
+        if not torch.isfinite(both.norm_b):
+            gradients.mul_(torch.nan)  # the core looks at these gradients, and decides on all ranks alike
+
+    @hookimpl
+    def weights_updated(self, weights: WeightsView, step: int, skipped: bool) -> None:
+        self._step = step
+
+    @hookimpl
+    def metrics(self, mode: str) -> dict[str, float]:
+        return self.read() if mode == "train" else {}
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser steps done; the stream's position is the core's."""
+        return {"step": self._step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue after the steps done."""
+        self._step = int(state["step"])
+
+    # -- for the methods ---------------------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """Share of the optimiser steps already done, in [0, 1]."""
+        return self._step / self._max_steps
+
+    def note(self, **values: float | Tensor) -> None:
+        """Remember numbers for the log, where the means since the last log appear."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """Means of what was noted since the last reading."""
+        values = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums.clear()
+        self._counts.clear()
+        return values

@@ -1,0 +1,115 @@
+"""Tiny GRPO runs in fp64, with a plugin that records both gradients and the weights of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from trl_ext import GRPOConfig, GRPOTrainer, hookimpl
+from trl_ext.gradients import GradientView
+from trl_ext.records import SetupContext, StreamGradient, WeightsView
+from trl_ext.testing import Addition, tiny_llama, tiny_tokenizer
+
+TASK = Addition(digits=2)
+Vector = list[Tensor]
+
+
+def checksum_reward(completions: Sequence[str], **columns: Any) -> list[float]:
+    """A reward that a random model gets at many values, so that groups carry a signal from the first step."""
+    return [sum(map(ord, c)) % 7 / 6 for c in completions]
+
+
+def constant_reward(completions: Sequence[str], **columns: Any) -> list[float]:
+    return [0.3 for _ in completions]
+
+
+@dataclass(eq=False)
+class Recorder:
+    """Keeps what every step saw: put it first to see the gradients as the methods receive them."""
+
+    rl: list[Vector] = field(default_factory=list)
+    sft: list[Vector] = field(default_factory=list)
+    weights: list[Vector] = field(default_factory=list)
+
+    requires_api: ClassVar[str] = "1"
+    citation: ClassVar[str] = "test"
+
+    @hookimpl
+    def setup(self, context: SetupContext) -> None:
+        self.weights.append([t.clone() for t in context.weights.local()])
+
+    @hookimpl
+    def gradients_ready(self, gradients: GradientView, streams: Mapping[str, StreamGradient]) -> None:
+        self.rl.append(vector(gradients))
+        if "sft" in streams:
+            self.sft.append(vector(streams["sft"].gradients))
+
+    @hookimpl
+    def weights_updated(self, weights: WeightsView, step: int, skipped: bool) -> None:
+        self.weights.append([t.clone() for t in weights.local()])
+
+
+def vector(view: GradientView) -> Vector:
+    return [torch.zeros_like(p) if g is None else g.clone() for p, g in zip(view.parameters, view.tensors, strict=True)]
+
+
+def prompts(size: int = 16) -> Dataset:
+    return TASK.dataset(size, "prompt_only")
+
+
+def demonstrations(size: int = 12) -> Dataset:
+    return TASK.dataset(size, "prompt_completion", seed=1)
+
+
+SETTINGS: dict[str, Any] = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "num_generations": 4,
+    "max_completion_length": 4,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
+def grpo(
+    output_dir: Path,
+    plugins: list[Any],
+    *,
+    recorder: Recorder | None = None,
+    make: Any = GRPOTrainer,
+    config: Any = GRPOConfig,
+    reward: Any = checksum_reward,
+    dtype: torch.dtype = torch.float64,
+    stream: Dataset | None = None,
+    data: Dataset | None = None,
+    model: Any = None,
+    **settings: Any,
+) -> Any:
+    """A trainer of a few steps at a rate that moves the weights visibly. The recorder comes before plugin instances."""
+    ours = {}
+    if make is GRPOTrainer:
+        named = [plugin for plugin in plugins if isinstance(plugin, str)]
+        ours = {"plugins": [*([recorder] if recorder else []), *(p for p in plugins if p not in named)]}
+        ours["streams"] = {"sft": demonstrations() if stream is None else stream} if stream is not False else {}
+        settings["plugins"] = named
+    return make(
+        tiny_llama(hidden=16).to(dtype) if model is None else model,
+        reward_funcs=reward,
+        args=config(str(output_dir), **{**SETTINGS, **settings}),
+        train_dataset=prompts() if data is None else data,
+        processing_class=tiny_tokenizer(),
+        **ours,
+    )

@@ -1,0 +1,187 @@
+"""Parallel averaging against two branches stepped apart by plain optimisers, and against plain TRL at both ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import trl
+from mixing_runs import SETTINGS, Recorder, Vector, demonstrations, grpo
+from transformers import Adafactor
+from trl_ext_mixing import ParallelAveraging
+
+from trl_ext.testing import tiny_llama, tiny_tokenizer
+
+OPTIMIZERS = {
+    "adamw_torch": lambda p, lr: torch.optim.AdamW(p, lr),
+    "adamw_torch_fused": lambda p, lr: torch.optim.AdamW(p, lr, fused=True),
+    "adafactor": lambda p, lr: Adafactor(p, lr, scale_parameter=False, relative_step=False),
+    "sgd": lambda p, lr: torch.optim.SGD(p, lr),
+}
+
+
+class Branch:
+    """A plain training of one branch: its own copy of the weights, optimiser and scheduler."""
+
+    def __init__(self, name: str, start: Vector, lr: float, steps: int, max_norm: float) -> None:
+        self.parameters = [torch.nn.Parameter(t.clone()) for t in start]
+        # As transformers does: norms, the only vectors of this model, are not decayed.
+        decayed = [p for p in self.parameters if p.ndim > 1]
+        rest = [p for p in self.parameters if p.ndim == 1]
+        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = OPTIMIZERS[name](groups, lr)
+        self.scheduler = transformers.get_scheduler("cosine", self.optimizer, 2, steps)
+        self.max_norm = max_norm
+
+    def step(self, theta: Vector, gradient: Vector) -> Vector:
+        """The weights after one step from theta."""
+        for p, t, g in zip(self.parameters, theta, gradient, strict=True):
+            p.data.copy_(t)
+            p.grad = g.clone()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        return [p.detach().clone() for p in self.parameters]
+
+
+def two_branches(
+    name: str, seen: Recorder, steps: int, lr: tuple[float, float], norms: tuple[float, float], c: float = 0.5
+) -> list[Vector]:
+    """The trajectory of the mean of two one-step branches, driven by the gradients that the run saw."""
+    theta = seen.weights[0]
+    rl, sft = (Branch(name, theta, lr[i], steps, norms[i]) for i in (0, 1))
+    trajectory = [theta]
+    for g_rl, g_sft in zip(seen.rl, seen.sft, strict=True):
+        a, b = rl.step(theta, g_rl), sft.step(theta, g_sft)
+        theta = [(x + y) / 2 if c == 0.5 else (1 - c) * x + c * y for x, y in zip(a, b, strict=True)]
+        trajectory.append(theta)
+    return trajectory
+
+
+def largest_difference(a: Vector, b: Vector) -> float:
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_twenty_steps_are_the_mean_of_two_separate_branches_to_the_last_bit(
+    tmp_path: Path, optim: str, accumulation: int
+) -> None:
+    seen = Recorder()
+    trainer = grpo(
+        tmp_path,
+        [ParallelAveraging(batch_size=3)],
+        recorder=seen,
+        optim=optim,
+        max_steps=20,
+        gradient_accumulation_steps=accumulation,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        max_grad_norm=0.2,
+        weight_decay=0.1,
+    )
+    trainer.train()
+    expected = two_branches(optim, seen, 20, (1e-2, 1e-2), (0.2, 0.2))
+    assert len(seen.weights) == 21
+    assert largest_difference(seen.weights[0], seen.weights[-1]) > 1e-3, "the run did not move"
+    for step, (mine, theirs) in enumerate(zip(seen.weights, expected, strict=True)):
+        assert largest_difference(mine, theirs) == 0, f"step {step}"
+
+
+def test_fp32_agrees_with_the_branches_and_rates_clipping_and_coefficient_are_apart(tmp_path: Path) -> None:
+    seen = Recorder()
+    trainer = grpo(
+        tmp_path,
+        [ParallelAveraging(lr_ratio=0.25, max_grad_norm=0.05, coefficient=0.3)],
+        recorder=seen,
+        dtype=torch.float32,
+        max_steps=20,
+        lr_scheduler_type="cosine",
+        warmup_steps=2,
+        max_grad_norm=0.4,
+        weight_decay=0.1,
+        optim="adamw_torch",
+    )
+    trainer.train()
+    expected = two_branches("adamw_torch", seen, 20, (1e-2, 2.5e-3), (0.4, 0.05), c=0.3)
+    # Rounding of the weighted mean only: weights are below 4, one part in 2**23 of that a step, twenty steps.
+    assert largest_difference(seen.weights[-1], expected[-1]) < 1e-6
+
+
+def test_it_is_not_one_optimizer_on_the_mean_gradient(tmp_path: Path) -> None:
+    """With the SFT gradient 30 times larger, Adam on the mean gradient goes elsewhere: the modes must differ."""
+    runs = {}
+    for mode in ("updates", "gradients"):
+        seen = Recorder()
+        grpo(tmp_path / mode, [ParallelAveraging(mode=mode)], recorder=seen, max_grad_norm=0.0).train()
+        runs[mode] = seen
+    assert largest_difference(runs["updates"].weights[-1], runs["gradients"].weights[-1]) > 1e-3
+
+
+def test_gradient_mode_is_one_plain_optimizer_on_the_mean_of_the_clipped_gradients(tmp_path: Path) -> None:
+    seen = Recorder()
+    settings: dict[str, Any] = {
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+    }
+    grpo(
+        tmp_path,
+        [ParallelAveraging(mode="gradients", max_grad_norm=0.05)],
+        recorder=seen,
+        max_grad_norm=0.1,
+        **settings,
+    ).train()
+    theta = seen.weights[0]
+    one = Branch("adamw_torch", theta, 1e-2, 4, max_norm=0.1)
+    for g_rl, g_sft in zip(seen.rl, seen.sft, strict=True):
+        mean = [(a + b) / 2 for a, b in zip(clipped(g_rl, 0.1), clipped(g_sft, 0.05), strict=True)]
+        theta = one.step(theta, mean)
+    # The same operations up to their order, in fp64.
+    assert largest_difference(theta, seen.weights[-1]) < 1e-12
+
+
+def clipped(gradient: Vector, max_norm: float) -> Vector:
+    norm = torch.sqrt(sum((g * g).sum() for g in gradient))
+    return [g * min(1.0, float(max_norm / (norm + 1e-6))) for g in gradient]
+
+
+def test_coefficient_zero_is_plain_grpo(tmp_path: Path) -> None:
+    seen = Recorder()
+    mixed = grpo(tmp_path / "mixed", [ParallelAveraging(coefficient=0)], recorder=seen)
+    mixed.train()
+    plain = grpo(tmp_path / "plain", [], make=trl.GRPOTrainer, config=trl.GRPOConfig)
+    plain.train()
+    assert largest_difference(seen.weights[0], seen.weights[-1]) > 1e-3
+    assert largest_difference([p.detach() for p in plain.model.parameters()], seen.weights[-1]) == 0
+
+
+def test_coefficient_one_is_plain_sft(tmp_path: Path) -> None:
+    """A stream of one batch, cycled, is a plain SFT run on that batch, so the order of rows does not matter."""
+    data = demonstrations(6)
+    seen = Recorder()
+    grpo(tmp_path / "mixed", [ParallelAveraging(coefficient=1, batch_size=6)], recorder=seen, stream=data).train()
+    settings = {k: v for k, v in SETTINGS.items() if k not in ("num_generations", "max_completion_length")}
+    plain = trl.SFTTrainer(
+        tiny_llama(hidden=16).double(),
+        args=trl.SFTConfig(str(tmp_path / "plain"), **{**settings, "per_device_train_batch_size": 6}),
+        train_dataset=data,
+        processing_class=tiny_tokenizer(),
+    )
+    plain.train()
+    # Rows come in another order, so sums round differently; Adam divides near-zero gradients by their own size.
+    assert largest_difference([p.detach() for p in plain.model.parameters()], seen.weights[-1]) < 1e-9
+
+
+def test_the_rl_gradient_does_not_change_with_the_number_of_sft_tokens(tmp_path: Path) -> None:
+    first = {}
+    for size in (1, 12):
+        seen = Recorder()
+        grpo(tmp_path / str(size), [ParallelAveraging(batch_size=size)], recorder=seen, max_steps=1).train()
+        first[size] = seen
+    assert largest_difference(first[1].rl[0], first[12].rl[0]) == 0
+    assert largest_difference(first[1].sft[0], first[12].sft[0]) > 0
