@@ -10,7 +10,7 @@ from trl_ext.trainers.base import Opened
 
 
 class EvaluationMixin(Opened):
-    """Wraps evaluation, prediction and `save_model`; checkpoints keep the raw weights."""
+    """Wraps evaluation, prediction, `save_model` and `push_to_hub`; checkpoints keep the raw weights."""
 
     _ext_swapped = False
 
@@ -55,3 +55,8 @@ class EvaluationMixin(Opened):
             return
         with self.ext_deploy(next(iter(self.ext_deployed().values()))):
             super().save_model(output_dir, _internal_call=False)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        # It saves once more, as an internal call, over what `save_model` wrote.
+        with self.ext_deploy(next(iter(self.ext_deployed().values()))):
+            return super().push_to_hub(*args, **kwargs)

@@ -42,6 +42,7 @@ class StepMixin(Opened):
         if self.ext_nonfinite != "ignore":
             finite = torch.isfinite(loss)
             self._ext_finite = finite if self.ext_micro_step == 0 else self._ext_finite & finite
+        if self.ext_nonfinite == "skip":
             self.ext_tally.add_step_loss(loss)
         self.ext_micro_step += 1
         return loss
