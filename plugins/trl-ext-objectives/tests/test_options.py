@@ -1,0 +1,171 @@
+"""Schedules, mixtures, denominators, and what is refused before a model loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from trl_ext_objectives.mixture import Mixture
+from trl_ext_objectives.power import Power
+from trl_ext_objectives.rho1 import Rho1
+from trl_ext_objectives.schedule import POSITIVE, UNIT, parse_schedule
+from trl_ext_objectives.threshold import Threshold
+
+from trl_ext.activation import activate
+from trl_ext.errors import ConfigurationError
+from trl_ext.records import TokenRecord
+
+MakeRecord = Callable[..., TokenRecord]
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        (0.3, [0.3, 0.3, 0.3]),
+        ("0.3", [0.3, 0.3, 0.3]),
+        ("constant:0.3", [0.3, 0.3, 0.3]),
+        ("linear:1:3", [1, 1.5, 3]),
+        ("cosine:1:3", [1, 2 - math.sqrt(0.5), 3]),
+        ("linear:3:1", [3, 2.5, 1]),
+    ],
+)
+def test_schedule_at_start_quarter_and_end(text: Any, values: list[float]) -> None:
+    schedule = parse_schedule(text, "x: y", POSITIVE)
+    assert [schedule(t) for t in (0.0, 0.25, 1.0)] == pytest.approx(values)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1), st.sampled_from(["linear", "cosine"]))
+def test_schedule_stays_between_its_ends(start: float, end: float, progress: float, shape: str) -> None:
+    value = parse_schedule(f"{shape}:{start!r}:{end!r}", "x: y", UNIT)(progress)
+    assert min(start, end) - 1e-12 <= value <= max(start, end) + 1e-12
+
+
+def test_option_follows_the_progress_and_is_logged(record: MakeRecord) -> None:
+    objective = Power("linear:0.5:2.5")
+    tokens = record(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.long), progress=0.25)
+    assert objective.per_token_loss(tokens).item() == pytest.approx(1 - 0.5)  # alpha = 1
+    assert objective.metrics("train") == {"alpha": 1.0}
+    assert Power(1.0).metrics("train") == {}
+
+
+def test_mixture_moves_from_the_second_to_the_first(record: MakeRecord) -> None:
+    mixture = Mixture("power:alpha=1", {"name": "nll"}, "linear:0:1")
+    logits = torch.log(torch.tensor([[[0.2, 0.8]]]))
+    for progress in (0.0, 0.5, 1.0):
+        tokens = record(logits, torch.zeros(1, 1, dtype=torch.long), progress=progress)
+        expected = progress * 0.8 + (1 - progress) * -math.log(0.2)
+        assert mixture.per_token_loss(tokens).item() == pytest.approx(expected, rel=1e-6)
+        assert mixture.metrics("train")["weight"] == progress
+
+
+def test_mixture_asks_for_what_its_parts_need() -> None:
+    assert Mixture("deft", "power").fused_outputs == ("log_sum_sq_probs",)
+    assert Mixture("dft", "nll").fused_outputs == ()
+    parts = Mixture("threshold:q=0.5,normalization=kept", "power:alpha=linear:1:2")
+    assert parts.metrics("train") == {"first_normalized_by_kept": 1.0}
+
+
+def test_mixture_keeps_the_state_of_its_parts_apart() -> None:
+    mixture = Mixture("auto", "auto")
+    mixture._first._choose(0.9)
+    mixture._second._choose(0.1)
+    again = Mixture("auto", "auto")
+    again.load_state_dict(mixture.state_dict())
+    assert again.metrics("train") == {
+        "first_mean_p": 0.9,
+        "first_prior_leaning": 1.0,
+        "second_mean_p": 0.1,
+        "second_prior_leaning": 0.0,
+    }
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_kept_tokens_are_averaged_over_each_micro_batch(record: MakeRecord, steps: int) -> None:
+    """sum(loss) / denominator, as the core reduces, must be the mean over kept tokens over the micro-batches."""
+    p = torch.tensor([[0.9, 0.6, 0.3, 0.1, 0.8]])
+    logits = torch.stack([p.log(), (1 - p).log()], -1)
+    mask = torch.tensor([[True, True, True, True, False]])
+    denominator = torch.tensor(37.0)  # whatever the window holds
+    tokens = record(logits, torch.zeros_like(p).long(), mask, denominator=denominator, accumulation_steps=steps)
+    kept = -math.log(0.9) - math.log(0.6)
+    for normalization, expected in (("valid", kept / 37), ("kept", kept / 2 / steps)):
+        objective = Threshold(0.5, normalization=normalization)
+        loss = objective.per_token_loss(tokens).sum() / denominator
+        assert loss.item() == pytest.approx(expected, rel=1e-6)
+        metrics = objective.metrics("train")
+        assert metrics == {"normalized_by_kept": float(normalization == "kept"), "kept_share": 0.5}
+        assert "kept_share" not in objective.metrics("train")  # since the last log
+
+
+def test_nothing_kept_is_a_finite_zero(record: MakeRecord) -> None:
+    tokens = record(torch.zeros(1, 3, 4), torch.zeros(1, 3, dtype=torch.long))
+    assert Threshold(0.9, normalization="kept").per_token_loss(tokens).tolist() == [[0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "share", "kept"), [(5, 0.6, 3), (4, 0.6, 3), (10, 0.1, 1), (3, 1.0, 3), (1, 0.2, 1)]
+)
+def test_rho1_keeps_its_share_of_the_label_tokens(record: MakeRecord, labels: int, share: float, kept: int) -> None:
+    width = labels + 2
+    mask = torch.arange(width)[None] < labels
+    logits = torch.randn(1, width, 7, generator=torch.Generator().manual_seed(0))
+    reference = torch.linspace(-1, 0, width)[None]  # masked positions would come first, were they not left out
+    tokens = record(logits, torch.zeros(1, width, dtype=torch.long), mask, reference_log_probs=reference)
+    objective = Rho1("start", share, normalization="valid")
+    loss = objective.per_token_loss(tokens)
+    assert (loss != 0).sum().item() == kept
+    excess = reference - tokens.log_probs
+    assert excess[loss != 0].min() >= excess[mask & (loss == 0)].max() if kept < labels else True
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("power:alpha=0", "alpha=0.0: the value must be a finite number greater than 0"),
+        ("power:alpha=-1", "alpha=-1.0: the value must be a finite number greater than 0"),
+        ("power:alpha=nan", "the value must be a finite number greater than 0"),
+        ("power:alpha=inf", "the value must be a finite number greater than 0"),
+        ("power:alpha=linear:0:1", "alpha='linear:0:1': the value must be a finite number greater than 0"),
+        ("power:alpha=linear:1", "neither a number nor constant:VALUE, linear:START:END or cosine:START:END"),
+        ("power:alpha=step:1:2", "neither a number nor"),
+        ("threshold:q=1.5", r"q=1.5: the value must be in \[0, 1\]"),
+        ("threshold:q=-0.1", r"q=-0.1: the value must be in \[0, 1\]"),
+        ("threshold:q=linear:0:2", r"must be in \[0, 1\]"),
+        ("threshold:side=left", "expected one of 'above', 'below'"),
+        ("threshold:quantile_of=nowhere.json,q=2", r"must be in \[0, 1\]"),
+        ("focal:gamma=-1", "gamma=-1.0: the value must be a finite number of at least 0"),
+        ("huber:delta=0", r"delta=0.0: the value must be in \(0, 1\]"),
+        ("huber:delta=2", r"delta=2.0: the value must be in \(0, 1\]"),
+        ("eaft:support=1", "support=1.0: the value must be a finite number greater than 1"),
+        ("entropy:beta=-1", "beta=-1.0: the value must be a finite number of at least 0"),
+        ("idft:low=3", "low=3.0 is above high=2.0"),
+        ("gem:beta=0", r"beta=0.0: the value must be in \(0, 1\]"),
+        ("psft:low=2", r"low=2.0: the value must be in \[0, 1\]"),
+        ("psft:refresh_every=0", "refresh_every=0: the value must be a finite number of at least 1"),
+        ("iw-sft:temperature=0", "temperature=0.0: the value must be a finite number greater than 0"),
+        ("iw-sft:reference=somewhere", "'somewhere' is not one of start, base, model:PATH or cache:PATH"),
+        ("rho1", "needs a value for option 'reference'"),
+        ("rho1:reference=start,share=0", r"share=0.0: the value must be in \(0, 1\]"),
+        ("asft:reference=cache:x", "the divergence is over the whole vocabulary"),
+        ("asft:beta=-1", "beta=-1.0: the value must be a finite number of at least 0"),
+        ("mixture:weight=1.1", r"weight=1.1: the value must be in \[0, 1\]"),
+        ("mixture:first=ema", "is not one objective of trl-ext-objectives"),
+        ("mixture:first=gem", "cannot be mixed"),
+        ("mixture:second=power:alpha=0", "alpha=0.0: the value must be a finite number greater than 0"),
+    ],
+)
+def test_bad_options_are_refused_with_the_option_and_its_range(spec: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        activate([spec], trainer="sft")
+    assert spec.split(":")[0] in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [None, True, "", [1.0]])
+def test_instances_refuse_what_is_no_number(value: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="alpha="):
+        Power(value)
