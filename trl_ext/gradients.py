@@ -1,7 +1,7 @@
 """Gradients as one vector: algebra over lists of tensors that is right on one device, under DDP and under FSDP2.
 
-Scalars (dot, norm) are accumulated in fp32 on each rank's local shards and summed over the ranks that hold different
-shards, in one all-reduce a mesh dimension. Updates are elementwise and need no communication.
+Scalars (dot, norm) are accumulated in fp32 (fp64 for fp64 gradients) on each rank's local shards and summed over the
+ranks that hold different shards, in one all-reduce a mesh dimension. Updates are elementwise and need no communication.
 """
 
 from __future__ import annotations
@@ -86,16 +86,16 @@ class GradientView:
     # -- scalars -------------------------------------------------------------------------------------------------
 
     def dots(self, other: GradientView) -> Tensor:
-        """(P,) float32: the inner product with `other` per parameter, over all shards."""
+        """(P,) float: the inner product with `other` per parameter, over all shards."""
         pairs = zip(self.tensors, other.tensors, strict=True)
         return self._scalars([None if a is None or b is None else _dot(a, b) for a, b in pairs])
 
     def dot(self, other: GradientView) -> Tensor:
-        """() float32: the inner product with `other`, over all parameters and shards."""
+        """() float: the inner product with `other`, over all parameters and shards."""
         return self.dots(other).sum()
 
     def squared_norm(self) -> Tensor:
-        """() float32: the squared Euclidean norm over all parameters and shards."""
+        """() float: the squared Euclidean norm over all parameters and shards."""
         present = [(i, g) for i, g in enumerate(self.tensors) if g is not None]
         scalars: list[Tensor | None] = [None] * len(self.parameters)
         # One foreach call per (device, dtype); norms are taken in fp32 whatever the gradients' dtype.
@@ -104,11 +104,11 @@ class GradientView:
         return self._scalars(scalars).sum()
 
     def norm(self) -> Tensor:
-        """() float32: the Euclidean norm over all parameters and shards."""
+        """() float: the Euclidean norm over all parameters and shards."""
         return self.squared_norm().sqrt()
 
     def cosine(self, other: GradientView) -> Tensor:
-        """() float32: the cosine of the angle to `other`; 0 where one of the two is zero."""
+        """() float: the cosine of the angle to `other`; 0 where one of the two is zero."""
         return self.dot(other) / (self.norm() * other.norm()).clamp(min=torch.finfo(torch.float32).tiny)
 
     # -- updates in place ----------------------------------------------------------------------------------------
@@ -163,23 +163,26 @@ class GradientView:
 
     def _scalars(self, scalars: Iterable[Tensor | None]) -> Tensor:
         device = local_tensor(self.parameters[0].detach()).device
-        zero = torch.zeros((), dtype=torch.float32, device=device)
-        return sum_over_shards(torch.stack([zero if s is None else s for s in scalars]), self.parameters)
+        present = [None if s is None else s.to(device) for s in scalars]
+        dtype = max((s.dtype for s in present if s is not None), default=torch.float32, key=lambda d: d.itemsize)
+        zero = torch.zeros((), dtype=dtype, device=device)
+        return sum_over_shards(torch.stack([zero if s is None else s.to(dtype) for s in present]), self.parameters)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """() float32 inner product; low-precision inputs are upcast, since their own dot product rounds its result."""
-    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float())
+    """() inner product; low-precision inputs are upcast, since their own dot product rounds its result."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))
 
 
 def _foreach_norm(tensors: list[Tensor]) -> list[Tensor]:
-    """() float32 norms. Foreach wants one device and dtype a call, so mixed models take one call per group."""
+    """() norms in fp32 or more. Foreach wants one device and dtype a call, so mixed models take one call per group."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for i, tensor in enumerate(tensors):
         groups.setdefault((tensor.device, tensor.dtype), []).append(i)
     out: list[Tensor] = [torch.empty(0)] * len(tensors)
-    for indices in groups.values():
-        norms = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=torch.float32)
+    for (_, dtype), indices in groups.items():
+        norms = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=torch.promote_types(dtype, torch.float32))
         for i, norm in zip(indices, norms, strict=True):
             out[i] = norm
     return out
