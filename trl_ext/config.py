@@ -11,10 +11,7 @@ from trl import SFTConfig as TrlSFTConfig
 
 from trl_ext.data import parse_columns, parse_streams
 from trl_ext.errors import ConfigurationError
-from trl_ext.specs import parse_specs
-
-PLUGINS_VARIABLE = "TRL_EXT_PLUGINS"
-"""Environment variable that names the plugins of a run whose config does not."""
+from trl_ext.specs import PLUGINS_VARIABLE, parse_specs
 
 NONFINITE = ("raise", "skip", "ignore")
 

@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -44,8 +44,8 @@ class PluginInfo:
 
 def list_plugins() -> list[PluginInfo]:
     """All installed plugins, sorted by name, without importing any of them."""
-    entry_points, inspector = _entry_points(), SourceInspector()
-    return [_inspect(entry_point, entry_points, inspector) for entry_point in entry_points]
+    installed = _Installation()
+    return [installed.inspect(entry_point) for entry_point in installed.entry_points]
 
 
 def load_plugin(name: str) -> tuple[type, PluginInfo]:
@@ -55,20 +55,20 @@ def load_plugin(name: str) -> tuple[type, PluginInfo]:
         ConfigurationError: There is no such plugin, it does not fit what is installed, or its import fails (the
             original error is the cause).
     """
-    entry_points = _entry_points()
-    claimed = [entry_point for entry_point in entry_points if entry_point.name == name]
-    if not claimed:
-        installed = sorted({entry_point.name for entry_point in entry_points})
-        near = difflib.get_close_matches(name, installed, n=3)
+    installed = _Installation()
+    entry_point = next(iter(installed.claims(name)), None)
+    if entry_point is None:
+        names = sorted({entry_point.name for entry_point in installed.entry_points})
+        near = difflib.get_close_matches(name, names, n=3)
         hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ConfigurationError(
-            f"plugins: [{name}]: no plugin of this name is installed. {hint}Installed: {', '.join(installed) or 'none'}"
+            f"plugins: [{name}]: no plugin of this name is installed. {hint}Installed: {', '.join(names) or 'none'}"
         )
-    info = _describe(claimed[0])
-    if problem := _conflict(claimed) or _ill_formed(claimed[0]) or _unmet_requirement(claimed[0]):
+    info = installed.describe(entry_point)
+    if problem := installed.problem(entry_point):
         raise ConfigurationError(f"plugin {info} is broken: {problem}. Remove {name!r} from plugins, or repair it")
     try:
-        plugin_class = claimed[0].load()
+        plugin_class = entry_point.load()
     except (Exception, SystemExit) as error:  # a plugin's import may raise anything, and the message names the plugin
         raise ConfigurationError(
             f"plugin {info} is broken: importing {info.value!r} raised {type(error).__name__}: {error}. "
@@ -87,20 +87,32 @@ def load_plugin(name: str) -> tuple[type, PluginInfo]:
 
 def find_distribution(plugin_class: type) -> PluginInfo | None:
     """The installed plugin whose entry point names this class or a module that exports it; None for a local class."""
-    for entry_point in _entry_points():
+    installed = _Installation()
+    for entry_point in installed.entry_points:
         module, _, attribute = entry_point.value.partition(":")
         # What exports the class is imported already, or else not where it came from.
         if attribute and getattr(sys.modules.get(module), attribute, None) is plugin_class:
-            return _describe(entry_point)
+            return installed.describe(entry_point)
     return None
 
 
-def range_error(requires_api: str | None, requires_trl: str | None) -> str | None:
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution; None where there is none."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def range_error(
+    requires_api: str | None,
+    requires_trl: str | None,
+    version: Callable[[str], str | None] = installed_version,
+) -> str | None:
     """Say how a plugin's declared ranges miss what is installed ("needs TRL >=2, but ..."); None where they fit."""
-    for what, wanted, present in (
-        ("plugin API", _api_range(requires_api), API_VERSION),
-        ("TRL", requires_trl, _version("trl")),
-    ):
+    if requires_api and re.fullmatch(r"\d+", requires_api):
+        requires_api = f">={requires_api},<{int(requires_api) + 1}"
+    for what, wanted, present in (("plugin API", requires_api, API_VERSION), ("TRL", requires_trl, version("trl"))):
         if wanted is None:
             continue
         try:
@@ -112,77 +124,74 @@ def range_error(requires_api: str | None, requires_trl: str | None) -> str | Non
     return None
 
 
-def _entry_points() -> list[metadata.EntryPoint]:
-    return sorted(metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda e: (e.name, _describe(e).distribution))
+class _Installation:
+    """A snapshot of what is installed. Listing has to answer at once, so each piece of metadata is parsed once."""
 
+    def __init__(self) -> None:
+        self._origins: dict[metadata.Distribution | None, tuple[str, str, str]] = {None: ("unknown", "unknown", "")}
+        self._problems: dict[metadata.Distribution | None, str | None] = {None: None}
+        self._versions: dict[str, str | None] = {}
+        self._sources = SourceInspector()
+        found = metadata.entry_points(group=ENTRY_POINT_GROUP)
+        self.entry_points = sorted(found, key=lambda entry_point: (entry_point.name, self._origin(entry_point.dist)))
 
-def _describe(entry_point: metadata.EntryPoint) -> PluginInfo:
-    distribution = entry_point.dist
-    name, version, summary = ("unknown", "unknown", "")
-    if distribution is not None:
-        name, version = distribution.metadata["Name"], distribution.version
-        summary = distribution.metadata.get("Summary", "")  # type: ignore[attr-defined]
-    return PluginInfo(entry_point.name, name, version, entry_point.value, summary)
+    def claims(self, name: str) -> list[metadata.EntryPoint]:
+        """The entry points of this name: more than one is a conflict."""
+        return [entry_point for entry_point in self.entry_points if entry_point.name == name]
 
+    def describe(self, entry_point: metadata.EntryPoint) -> PluginInfo:
+        """What metadata says of a plugin."""
+        distribution, version, summary = self._origin(entry_point.dist)
+        return PluginInfo(entry_point.name, distribution, version, entry_point.value, summary)
 
-def _inspect(
-    entry_point: metadata.EntryPoint, entry_points: list[metadata.EntryPoint], inspector: SourceInspector
-) -> PluginInfo:
-    info, facts = _describe(entry_point), ClassFacts()
-    error = _conflict([other for other in entry_points if other.name == entry_point.name])
-    error = error or _ill_formed(entry_point) or _unmet_requirement(entry_point)
-    if error is None:
-        try:
-            facts = inspector.inspect(entry_point.module, entry_point.attr)
-            error = range_error(facts.requires_api, facts.requires_trl)
-        except StaticError as found:
-            error = str(found)
-    return dataclasses.replace(info, summary=facts.summary or info.summary, error=error)
+    def inspect(self, entry_point: metadata.EntryPoint) -> PluginInfo:
+        """What metadata and sources say of a plugin."""
+        facts, error = ClassFacts(), self.problem(entry_point)
+        if error is None:
+            try:
+                facts = self._sources.inspect(entry_point.module, entry_point.attr)
+                error = range_error(facts.requires_api, facts.requires_trl, self._version)
+            except StaticError as found:
+                error = str(found)
+        info = self.describe(entry_point)
+        return dataclasses.replace(info, summary=facts.summary or info.summary, error=error)
 
+    def problem(self, entry_point: metadata.EntryPoint) -> str | None:
+        """Why the metadata alone rules a plugin out: its name, its value, another claimant, an unmet requirement."""
+        name, value, claims = entry_point.name, entry_point.value, self.claims(entry_point.name)
+        if len(claims) > 1:
+            claimants = " and ".join(" ".join(self._origin(claim.dist)[:2]) for claim in claims)
+            return f"{claimants} both provide a plugin named {name!r}; uninstall one of them"
+        if not NAME.fullmatch(name):
+            return f"its name {name!r} cannot be written in a config (letters, digits, '_', '-', '.')"
+        if not re.fullmatch(r"[\w.]+:\w+", value):
+            return f"its entry point {value!r} is not of the form module:Class"
+        if entry_point.dist not in self._problems:
+            self._problems[entry_point.dist] = self._unmet_requirement(entry_point.dist)
+        return self._problems[entry_point.dist]
 
-def _ill_formed(entry_point: metadata.EntryPoint) -> str | None:
-    if not NAME.fullmatch(entry_point.name):
-        return f"its name {entry_point.name!r} cannot be written in a config (letters, digits, '_', '-', '.')"
-    if not re.fullmatch(r"[\w.]+:\w+", entry_point.value):
-        return f"its entry point {entry_point.value!r} is not of the form module:Class"
-    return None
+    def _origin(self, distribution: metadata.Distribution | None) -> tuple[str, str, str]:
+        """Name, version and summary of a distribution."""
+        if distribution is not None and distribution not in self._origins:
+            fields = distribution.metadata
+            self._origins[distribution] = (fields["Name"], fields["Version"], fields["Summary"] or "")
+        return self._origins[distribution]
 
+    def _version(self, distribution: str) -> str | None:
+        if distribution not in self._versions:
+            self._versions[distribution] = installed_version(distribution)
+        return self._versions[distribution]
 
-def _conflict(claimed: list[metadata.EntryPoint]) -> str | None:
-    if len(claimed) < 2:
+    def _unmet_requirement(self, distribution: metadata.Distribution | None) -> str | None:
+        environment: dict[str, Any] = {**default_environment(), "extra": ""}
+        for text in (distribution.requires if distribution else None) or ():
+            try:
+                requirement = Requirement(text)
+            except InvalidRequirement:
+                return f"its metadata holds an invalid requirement {text!r}"
+            if requirement.marker and not requirement.marker.evaluate(environment):
+                continue
+            present = self._version(requirement.name)
+            if present is None or not requirement.specifier.contains(present, prereleases=True):
+                return f"it requires {text}, but {present or 'none'} is installed"
         return None
-    claimants = " and ".join(f"{info.distribution} {info.version}" for info in map(_describe, claimed))
-    return f"{claimants} both provide a plugin named {claimed[0].name!r}; uninstall one of them"
-
-
-def _unmet_requirement(entry_point: metadata.EntryPoint) -> str | None:
-    return next(_unmet_requirements(entry_point), None)
-
-
-def _unmet_requirements(entry_point: metadata.EntryPoint) -> Iterator[str]:
-    environment: dict[str, Any] = {**default_environment(), "extra": ""}
-    for text in (entry_point.dist.requires if entry_point.dist else None) or ():
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
-            yield f"its metadata holds an invalid requirement {text!r}"
-            continue
-        if requirement.marker and not requirement.marker.evaluate(environment):
-            continue
-        present = _version(requirement.name)
-        if present is None or not requirement.specifier.contains(present, prereleases=True):
-            yield f"it requires {text}, but {present or 'none'} is installed"
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _api_range(requires_api: str | None) -> str | None:
-    """ "1" means any version 1.x; anything else is a range as packaging knows them."""
-    if requires_api and re.fullmatch(r"\d+", requires_api):
-        return f">={requires_api},<{int(requires_api) + 1}"
-    return requires_api

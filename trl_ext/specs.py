@@ -9,6 +9,9 @@ from typing import Any
 
 from trl_ext.errors import ConfigurationError
 
+PLUGINS_VARIABLE = "TRL_EXT_PLUGINS"
+"""Environment variable that names the plugins of a run whose config does not."""
+
 RESERVED = ("name", "label")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _OPTION = re.compile(r"\s*([A-Za-z_]\w*)\s*=(.*)", re.DOTALL)

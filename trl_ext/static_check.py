@@ -29,6 +29,8 @@ class SourceInspector:
     def __init__(self) -> None:
         self._specs: dict[str, ModuleSpec | None] = {}
         self._trees: dict[str, ast.Module | None] = {}
+        self._bindings: dict[str, dict[str, ast.stmt]] = {}
+        self._importable: frozenset[str] = frozenset()
 
     def inspect(self, module: str, attribute: str) -> ClassFacts:
         """Check that `from module import attribute` can work, and read the class's literals.
@@ -37,7 +39,9 @@ class SourceInspector:
             StaticError: A module is missing or has a syntax error, a top-level import or `raise` would fail, or the
                 module does not define the attribute.
         """
-        self._check_imports(module, set())
+        seen = set(self._importable)
+        self._check_imports(module, seen)
+        self._importable = frozenset(seen)  # only now: nothing of it failed
         return self._find_definition(module, attribute, set())
 
     def _find_module(self, name: str) -> ModuleSpec | None:
@@ -118,25 +122,36 @@ class SourceInspector:
         if tree is None or (module, name) in seen:
             return ClassFacts()
         seen.add((module, name))
-        dynamic = False
-        for statement in _top_level(tree.body):
-            if isinstance(statement, ast.ClassDef) and statement.name == name:
-                return _facts(statement)
-            if isinstance(statement, ast.ImportFrom):
-                source = self._absolute(statement, module)
-                for alias in statement.names:
-                    if (alias.asname or alias.name) == name:
-                        if source.split(".")[0] != module.split(".")[0] or self._find_module(f"{source}.{alias.name}"):
-                            return ClassFacts()
-                        return self._find_definition(source, alias.name, seen)
-                    dynamic = dynamic or alias.name == "*"
-            bound = _bound_names(statement)
-            if name in bound:
-                return ClassFacts()
-            dynamic = dynamic or "__getattr__" in bound
-        if not dynamic:
+        if module not in self._bindings:
+            self._bindings[module] = _bindings(tree)
+        bindings = self._bindings[module]
+        statement = bindings.get(name)
+        if isinstance(statement, ast.ClassDef):
+            return _facts(statement)
+        if isinstance(statement, ast.ImportFrom):
+            source = self._absolute(statement, module)
+            original = next(alias.name for alias in statement.names if name in (alias.asname, alias.name))
+            if source.split(".")[0] == module.split(".")[0] and not self._find_module(f"{source}.{original}"):
+                return self._find_definition(source, original, seen)
+        elif statement is None and not {"*", "__getattr__"} & bindings.keys():
             raise StaticError(f"module {module!r} does not define {name!r}")
         return ClassFacts()
+
+
+def _bindings(tree: ast.Module) -> dict[str, ast.stmt]:
+    """The names that a module binds, each with the statement that does ("*" for a star import)."""
+    bindings: dict[str, ast.stmt] = {}
+    for statement in _top_level(tree.body):
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            bindings[statement.name] = statement
+        elif isinstance(statement, ast.Import | ast.ImportFrom):
+            bindings |= {alias.asname or alias.name.split(".")[0]: statement for alias in statement.names}
+        else:
+            targets = [*getattr(statement, "targets", ()), getattr(statement, "target", None)]
+            targets += [item.optional_vars for item in getattr(statement, "items", ())]
+            for target in filter(None, targets):
+                bindings |= {node.id: statement for node in ast.walk(target) if isinstance(node, ast.Name)}
+    return bindings
 
 
 def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
@@ -149,14 +164,6 @@ def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _top_level(getattr(statement, block, []))
         for handler in getattr(statement, "handlers", []):
             yield from _top_level(handler.body)
-
-
-def _bound_names(statement: ast.stmt) -> set[str]:
-    if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        return {statement.name}
-    if isinstance(statement, ast.Import):
-        return {alias.asname or alias.name.split(".")[0] for alias in statement.names}
-    return {n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
 
 
 def _facts(definition: ast.ClassDef) -> ClassFacts:

@@ -21,7 +21,7 @@ def contributed_group(entry_point_group: str) -> type[TyperGroup]:
         def get_command(self, ctx: Any, name: str) -> Any:
             if name in self.commands:
                 return self.commands[name]
-            claimed = tuple(metadata.entry_points(group=entry_point_group, name=name))
+            claimed = tuple(sorted(metadata.entry_points(group=entry_point_group, name=name), key=_origin))
             return _LazyCommand(name, claimed) if claimed else None
 
     return ContributedGroup

@@ -14,7 +14,7 @@ from typing import Any
 from trl_ext.data import FILE_FORMATS
 from trl_ext.errors import ConfigurationError
 from trl_ext.patching import patch_trl
-from trl_ext.specs import parse_specs
+from trl_ext.specs import PLUGINS_VARIABLE, parse_specs
 
 
 def train(kind: str, arguments: Sequence[str]) -> None:
@@ -48,8 +48,6 @@ def run_script(script: Path, arguments: Sequence[str], plugins: Sequence[str] | 
     Raises:
         ConfigurationError: There is no such file, or the plugins cannot be read.
     """
-    from trl_ext.config import PLUGINS_VARIABLE
-
     if not script.is_file():
         raise ConfigurationError(f"trl-ext run: there is no file {str(script)!r}")
     if plugins is not None:

@@ -1,0 +1,352 @@
+"""The command line up to training: what it shows, how fast, and what it refuses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEADER = "from dataclasses import dataclass\nfrom trl_ext import hookimpl\n"
+GOOD = (
+    HEADER
+    + '''
+@dataclass
+class Plugin:
+    """One line about it."""
+    path: str
+    alpha: float = 1.0
+    citation = "A paper, arXiv:0000.00000"
+    trainers = ("sft",)
+    requires_api = "1"
+
+    @hookimpl
+    def metrics(self, mode): return {}
+
+    @hookimpl
+    def setup(self): pass
+'''
+)
+MISSPELT = HEADER + "\n@dataclass\nclass Plugin:\n    @hookimpl\n    def setpu(self): pass\n"
+EXPLODES = "raise RuntimeError('imported')\n"
+COMMAND = '''
+from typing import Annotated
+import typer
+
+def greet(name: Annotated[str, typer.Argument(help="Whom to greet.")], loud: bool = False) -> None:
+    """Greet someone."""
+    print(name.upper() if loud else name)
+'''
+HEAVY = ("torch", "trl", "transformers", "datasets", "accelerate")
+
+
+def trl_ext(*arguments, site=None, **options) -> subprocess.CompletedProcess:
+    """Run the command in a process of its own, with a fake site on its path."""
+    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("TRL_EXT_PLUGINS", None)
+    if site:
+        environment["PYTHONPATH"] = str(site.root)
+    return subprocess.run(
+        [sys.executable, "-m", "trl_ext", *map(str, arguments)],
+        **{"env": environment, "capture_output": True, "text": True, **options},
+    )
+
+
+def add_plugin(site, name: str, source: str) -> None:
+    site.add(f"trl-ext-{name}", plugins={name: f"{name}_pkg:Plugin"}, files={f"{name}_pkg/__init__.py": source})
+
+
+def listed(site) -> dict[str, dict]:
+    done = trl_ext("plugins", "list", "--json", site=site, check=True)
+    return {row["name"]: row for row in json.loads(done.stdout)}
+
+
+# plugins
+
+
+def test_list_shows_usable_and_broken_plugins(site):
+    add_plugin(site, "good", GOOD)
+    add_plugin(site, "bad", EXPLODES)
+    done = trl_ext("plugins", "list", site=site)
+    assert done.returncode == 0
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    assert "trl-ext-good 1.2" in lines["good"]
+    assert "One line about it." in lines["good"]
+    assert "BROKEN: importing 'bad_pkg' fails at line 1" in lines["bad"]
+
+
+def test_list_gives_the_same_as_json(site):
+    add_plugin(site, "good", GOOD)
+    add_plugin(site, "bad", EXPLODES)
+    rows = listed(site)
+    assert rows["good"] == {
+        "name": "good",
+        "distribution": "trl-ext-good",
+        "version": "1.2",
+        "value": "good_pkg:Plugin",
+        "summary": "One line about it.",
+        "error": None,
+    }
+    assert "RuntimeError" in rows["bad"]["error"]
+
+
+def test_info_shows_what_a_user_needs_to_configure_a_plugin(site):
+    add_plugin(site, "good", GOOD)
+    done = trl_ext("plugins", "info", "good", site=site, check=True)
+    for shown in (
+        "good (trl-ext-good 1.2), good_pkg:Plugin",
+        "One line about it.",
+        "Trainers: sft",
+        "Hooks: setup, metrics",
+        "Needs: plugin API 1",
+        "Citation: A paper, arXiv:0000.00000",
+    ):
+        assert shown in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["path", "str", "required"] in rows
+    assert ["alpha", "float", "1.0"] in rows
+
+
+def test_info_about_an_unknown_plugin_names_the_nearest(site):
+    add_plugin(site, "good", GOOD)
+    done = trl_ext("plugins", "info", "goodd", site=site)
+    assert done.returncode == 2
+    assert done.stderr.startswith("trl-ext: plugins: [goodd]: no plugin of this name is installed. Did you mean 'good'")
+
+
+def test_check_passes_usable_plugins_whatever_their_options(site):
+    add_plugin(site, "good", GOOD)
+    done = trl_ext("plugins", "check", "good", site=site)
+    assert (done.returncode, done.stdout) == (0, "ok      good\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (EXPLODES, "RuntimeError: imported"),
+        (MISSPELT, "did you mean 'setup'"),
+        ("class Plugin: pass", "is not a dataclass"),
+        (GOOD.replace("path: str", "path: 'Absent'"), "the type of option 'path' is not imported"),
+        (GOOD.replace("path: str", "label: str"), "has an option 'label', a name that configs reserve"),
+    ],
+    ids=["import", "hook", "class", "type", "reserved"],
+)
+def test_check_fails_for_what_a_run_would_refuse(site, source, expected):
+    add_plugin(site, "good", GOOD)
+    add_plugin(site, "bad", source)
+    done = trl_ext("plugins", "check", site=site)
+    assert done.returncode == 1
+    assert "ok      good\n" in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("BROKEN  bad: ")]
+    assert expected in line
+    assert "trl-ext-bad 1.2" in line
+
+
+# Speed
+
+
+def modules_after(*arguments, site=None) -> set[str]:
+    """The top-level modules that a command has imported."""
+    script = (
+        "import sys\nfrom trl_ext.cli import main\n"
+        "try:\n    main()\nfinally:\n    print('\\n@', *{m.split('.')[0] for m in sys.modules})"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site.root) if site else ""}
+    done = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
+    return set(done.stdout.rpartition("@")[2].split())
+
+
+HELPS = [["--help"], ["plugins", "--help"], ["probe", "--help"], ["run", "--help"], ["demo", "--help"]]
+
+
+@pytest.mark.parametrize(
+    "arguments", [*HELPS, ["plugins", "list"], ["plugins", "list", "--json"], ["--version"]], ids=" ".join
+)
+def test_listings_and_help_import_nothing_heavy_and_no_plugin(site, arguments):
+    add_plugin(site, "good", GOOD)
+    site.add("trl-ext-tool", groups={"trl_ext.commands": {"greet": "tool_pkg:greet"}}, files={"tool_pkg.py": COMMAND})
+    modules = modules_after(*arguments, site=site)
+    assert "typer" in modules
+    assert modules & {*HEAVY, "good_pkg", "tool_pkg"} == set()
+
+
+def seconds(*arguments) -> float:
+    """The least of five runs, of what the process itself used: what else the machine does hardly counts."""
+    used = []
+    for _ in range(5):
+        before = os.times()
+        trl_ext(*arguments, check=True)
+        after = os.times()
+        used.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return min(used)
+
+
+@pytest.mark.parametrize("arguments", HELPS, ids=" ".join)
+def test_help_answers_within_half_a_second(arguments):
+    assert seconds(*arguments) < 0.5
+
+
+def test_listing_plugins_takes_less_than_three_tenths_of_a_second():
+    assert seconds("plugins", "list") < 0.3
+
+
+# Commands of other distributions
+
+
+def add_command(
+    site, source: str = COMMAND, group: str = "trl_ext.commands", name: str = "greet", module: str = "tool_pkg"
+) -> None:
+    site.add(f"trl-ext-{module}", groups={group: {name: f"{module}:greet"}}, files={f"{module}.py": source})
+
+
+@pytest.mark.parametrize(("group", "prefix"), [("trl_ext.commands", []), ("trl_ext.probes", ["probe"])])
+def test_a_distribution_may_bring_commands(site, group, prefix):
+    add_command(site, group=group)
+    assert "From trl-ext-tool_pkg 1.2." in trl_ext(*prefix, "--help", site=site, check=True).stdout
+    assert trl_ext(*prefix, "greet", "you", "--loud", site=site, check=True).stdout == "YOU\n"
+    assert "Whom to greet." in trl_ext(*prefix, "greet", "--help", site=site, check=True).stdout
+
+
+def test_a_broken_command_breaks_only_itself(site):
+    add_command(site)
+    add_command(site, EXPLODES, name="bad", module="bad_pkg")
+    for arguments in (["--help"], ["plugins", "list"], ["greet", "you"]):
+        assert trl_ext(*arguments, site=site).returncode == 0
+    done = trl_ext("bad", site=site)
+    assert done.returncode != 0
+    assert "command 'bad' of trl-ext-bad_pkg 1.2 cannot be loaded: RuntimeError: imported" in done.stderr
+
+
+def test_a_command_claimed_twice_is_refused(site):
+    add_command(site, module="one_pkg")
+    add_command(site, module="two_pkg")
+    done = trl_ext("greet", "you", site=site)
+    assert done.returncode == 2
+    assert "trl-ext-one_pkg 1.2 and trl-ext-two_pkg 1.2 both provide a command 'greet'" in done.stderr
+
+
+def test_a_built_in_command_cannot_be_replaced(site):
+    add_command(site, EXPLODES, name="plugins", module="bad_pkg")
+    assert trl_ext("plugins", "list", site=site).returncode == 0
+
+
+def test_an_unknown_command_is_refused():
+    done = trl_ext("trian")
+    assert done.returncode == 2
+    assert "No such command 'trian'" in done.stderr
+
+
+# run
+
+
+SHOW = """
+import json, os, sys
+import trl, trl.trainer
+from trl.trainer import grpo_config, grpo_trainer, sft_config, sft_trainer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+import beside
+
+places = [trl, trl.trainer, grpo_config, grpo_trainer, sft_config, sft_trainer]
+names = ["SFTConfig", "SFTTrainer", "GRPOConfig", "GRPOTrainer"]
+found = {getattr(place, name) for place in places for name in names if hasattr(place, name)}
+config = SFTConfig("out", use_cpu=True, bf16=False, report_to="none")
+print("@" + json.dumps({
+    "classes": sorted(f"{c.__module__}.{c.__name__}" for c in found),
+    "argv": sys.argv, "path": sys.path[0], "name": __name__, "file": __file__,
+    "plugins": config.plugins, "beside": beside.here,
+}))
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    folder = tmp_path / "scripts"
+    folder.mkdir()
+    (folder / "beside.py").write_text("here = True\n")
+    (folder / "show.py").write_text(SHOW)
+    return folder / "show.py"
+
+
+def test_run_gives_a_script_our_classes_and_its_own_arguments(script):
+    done = trl_ext("run", "--plugins", "power:alpha=1,ema", script, "one", "--plugins", "mine", "--", "-x", check=True)
+    shown = json.loads(done.stdout.partition("@")[2])
+    assert shown == {
+        "classes": [
+            "trl_ext.config.GRPOConfig",
+            "trl_ext.config.SFTConfig",
+            "trl_ext.trainers.grpo.GRPOTrainer",
+            "trl_ext.trainers.sft.SFTTrainer",
+        ],
+        "argv": [str(script), "one", "--plugins", "mine", "--", "-x"],
+        "path": str(script.parent),
+        "name": "__main__",
+        "file": str(script),
+        "plugins": [{"name": "power", "alpha": "1"}, {"name": "ema"}],
+        "beside": True,
+    }
+
+
+def test_run_without_plugins_leaves_the_environment_s(script):
+    environment = {**os.environ, "TRL_EXT_PLUGINS": "ema"}
+    done = trl_ext("run", script.name, cwd=script.parent, env=environment, check=True)
+    shown = json.loads(done.stdout.partition("@")[2])
+    assert shown["plugins"] == [{"name": "ema"}]
+    assert (shown["argv"], shown["path"]) == ([script.name], str(script.parent))
+
+
+def test_a_script_s_exit_code_is_kept(script):
+    script.write_text("import sys; sys.exit(7)")
+    assert trl_ext("run", script).returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["run", "absent.py"], "trl-ext run: there is no file 'absent.py'"),
+        (["run", "--plugins", "alpha=1", __file__], "plugins: 'alpha=1' starts with an option"),
+        (["sft", "--plugins", "alpha=1"], "plugins: 'alpha=1' starts with an option"),
+    ],
+)
+def test_what_cannot_work_ends_with_its_message_alone(arguments, expected):
+    done = trl_ext(*arguments)
+    assert done.returncode == 2
+    assert f"trl-ext: {expected}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# sft, grpo
+
+
+CPU = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--model_name_or_path", "absent"]
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+def test_the_training_commands_show_trl_s_flags_and_ours(kind):
+    shown = trl_ext(kind, "--help", check=True).stdout
+    assert f"usage: trl-ext {kind}" in shown
+    for flag in ("--learning_rate", "--dataset_name", "--plugins", "--streams", "--dataset_columns", "--nonfinite"):
+        assert flag in shown
+
+
+def test_a_plugin_that_cannot_run_stops_the_command_before_data_and_model(site):
+    add_plugin(site, "good", GOOD)
+    done = trl_ext("sft", *CPU, "--dataset_name", "absent/absent", "--plugins", "good:alpha=ten,path=x", site=site)
+    assert done.returncode == 1
+    assert "plugin 'good' (trl-ext-good 1.2), option 'alpha': expected float, got 'ten' (str)" in done.stderr
+    done = trl_ext("grpo", *CPU, "--dataset_name", "absent/absent", "--plugins", "good:path=x", site=site)
+    assert done.returncode == 2
+    assert "plugin 'good' (trl-ext-good 1.2) is for the trainers sft, and this is grpo" in done.stderr
+
+
+def test_a_missing_data_file_is_named():
+    done = trl_ext("sft", *CPU, "--dataset_name", "absent.jsonl")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "trl-ext: --dataset_name: there is no file 'absent.jsonl'"
+
+
+def test_a_misspelt_key_in_yaml_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("plugin: [power]\n")
+    done = trl_ext("sft", *CPU, "--config", tmp_path / "config.yaml")
+    assert done.returncode != 0
+    assert "Unknown arguments from config file: ['--plugin'" in done.stderr
