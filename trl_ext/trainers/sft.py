@@ -32,7 +32,6 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     ext_config_class = SFTConfig
 
     _ext_sample_weights: list[Tensor] | None = None
-    _ext_weighted_items: Tensor | int | None = None
     _ext_window_sequences: Tensor
 
     def _ext_add_fused_outputs(self) -> None:
@@ -54,7 +53,6 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         weights = None
         if self.model.training and self._ext_sample_weights is not None:
             weights = self._ext_sample_weights[self.ext_micro_step]
-            num_items_in_batch = self._ext_weighted_items
         tap = _LossTap(self, model, num_items_in_batch, weights)
         result = super().compute_loss(tap, inputs, return_outputs, num_items_in_batch)
         if not self.ext_plugins.implements("auxiliary_losses") or not self.model.training:
@@ -68,22 +66,27 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             step=self.state.global_step,
             progress=self.ext_progress(),
         )
+        later = self._ext_divided_later(num_items_in_batch)
         loss = add_auxiliary_losses(
             self,
             loss,
             step,
-            per_token=tap.tokens.denominator,
-            per_sequence=self._ext_window_sequences / self.accelerator.num_processes,
-            per_batch=self.current_gradient_accumulation_steps,
+            per_token=tap.tokens.denominator / later,
+            per_sequence=self._ext_window_sequences / self.accelerator.num_processes / later,
+            per_batch=self.current_gradient_accumulation_steps / later,
         )
         return (loss, *rest) if return_outputs else loss
 
     def ext_denominator(self, num_items: Tensor | int | None, mask: Tensor) -> Tensor:
         """() what TRL divides the sum of this micro-batch's losses by, seen from this rank after DDP's averaging."""
         if num_items is None:
-            return mask.sum().clamp(min=1)
+            return mask.sum().clamp(min=1) * self._ext_divided_later(num_items)
         items = torch.as_tensor(num_items, device=mask.device).clamp(min=1)
         return items / self.accelerator.num_processes if self.args.average_tokens_across_devices else items
+
+    def _ext_divided_later(self, num_items: Tensor | int | None) -> int:
+        """What transformers divides the loss by after `compute_loss`: without a token count, the micro-batches."""
+        return self.current_gradient_accumulation_steps if num_items is None and self.model.training else 1
 
     # -- sample weights ----------------------------------------------------------------------------------------------
 
@@ -148,6 +151,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             chosen = result if isinstance(result, SampleWeights) else SampleWeights(result)
             if chosen.weights.shape != (samples,):
                 raise TypeError(f"returned weights of shape {tuple(chosen.weights.shape)}; expected ({samples},)")
+            if chosen.denominator == "weighted" and bool((chosen.weights < 0).any()):
+                raise ValueError("returned negative weights, which have no weighted mean; use denominator='tokens'")
             return chosen
 
         chosen = self.ext_guard.run("sample_weights", owner, checked, None, window=window)
@@ -158,12 +163,13 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 
     def _ext_apply_weights(self, chosen: SampleWeights, batches: list[dict[str, Any]], index: list[Tensor]) -> None:
         weights = chosen.weights.detach().to(self.accelerator.device, torch.float32)
-        self._ext_sample_weights = [weights[i] for i in index]
-        self._ext_weighted_items = self.ext_num_items
         if chosen.denominator == "weighted":
             masks = [batch["labels"][:, 1:] != -100 for batch in batches]
-            total = sum((w * m).sum() for w, m in zip(self._ext_sample_weights, masks, strict=True))
-            self._ext_weighted_items = self.accelerator.reduce(total, reduction="sum")
+            total = torch.stack([(weights[i] * m).sum() for i, m in zip(index, masks, strict=True)]).sum()
+            total = self.accelerator.reduce(total, reduction="sum")
+            # TRL goes on dividing by all label tokens, so the weights carry the ratio; all-zero weights stay zero.
+            weights = weights * torch.where(total > 0, self.ext_num_items / total, torch.zeros_like(total))
+        self._ext_sample_weights = [weights[i] for i in index]
 
 
 class _LossTap:
