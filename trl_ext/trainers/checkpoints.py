@@ -54,20 +54,21 @@ class CheckpointMixin(Opened):
     # -- resuming ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        if resume_from_checkpoint in (True, "true", "True"):  # the texts come from the command line
-            resume_from_checkpoint = str(self._ext_newest_checkpoint())
+        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if checkpoint in ("True", "true"):  # a flag, also as the command line gives it
+            checkpoint = str(self._ext_newest_checkpoint())
         # A checkpoint with plugin state is checked without active plugins too: dropping it is a decision to be stated.
-        if resume_from_checkpoint and (self.ext_plugins or Path(resume_from_checkpoint, state.FOLDER).is_dir()):
-            reason = state.incompleteness(Path(resume_from_checkpoint), self.args.save_only_model)
+        if checkpoint and (self.ext_plugins or Path(checkpoint, state.FOLDER).is_dir()):
+            reason = state.incompleteness(Path(checkpoint), self.args.save_only_model)
             if reason is not None:
                 raise CheckpointError(
-                    f"{resume_from_checkpoint} is incomplete: {reason}; resume from another checkpoint, or pass "
+                    f"{checkpoint} is incomplete: {reason}; resume from another checkpoint, or pass "
                     "resume_from_checkpoint=True for the newest complete one"
                 )
             if not self.args.reset_plugin_state:
                 world = self.accelerator.num_processes
-                state.verify_plugins(Path(resume_from_checkpoint), self.ext_plugins, world)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+                state.verify_plugins(Path(checkpoint), self.ext_plugins, world)
+        return super().train(checkpoint, *args, **kwargs)
 
     def _ext_newest_checkpoint(self) -> Path:
         """The newest complete checkpoint; incomplete ones are renamed, so that rotation does not count them."""
