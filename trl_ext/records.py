@@ -59,6 +59,8 @@ class SetupContext:
     resuming: bool
     """Whether the run continues from a checkpoint; `load_state_dict` follows `setup` then."""
     tokenizer: Any
+    reference: nn.Module | None = None
+    """GRPO: the unwrapped reference model of the KL term, where the trainer keeps one beside the policy."""
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ class SetupMixin(Opened):
         self._ext_refuse_wrapper(named)
         self.ext_weights = WeightsView(tuple(named), tuple(named.values()), dict(model.named_buffers()), sharded)
         self.ext_prepared = True
+        reference = getattr(self, "ref_model", None)
         context = SetupContext(
             trainer=self.ext_kind,
             model=model,
@@ -160,6 +161,7 @@ class SetupMixin(Opened):
             output_dir=self.args.output_dir,
             resuming=checkpoint is not None,
             tokenizer=self.processing_class,
+            reference=None if reference is None else self.accelerator.unwrap_model(reference),
         )
         self.ext_guard.run_all("setup", context=context)
         self.ext_guard.agree()
