@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -24,6 +25,8 @@ from trl_ext.records import TokenRecord
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
 
 datasets.disable_progress_bars()
+# Every `train()` collects garbage, which takes longer than the steps while it goes through all of these imports.
+gc.freeze()
 
 # A file's pickled config class differs by design; the others must not.
 PICKLED_CONFIG = "training_args.bin"
@@ -69,15 +72,19 @@ def make_sft(
     model: Any = None,
     train: Any = None,
     trainer: Mapping[str, Any] | None = None,
+    names: list[Any] | None = None,
     plugins: Iterable[Any] = (),
     streams: Mapping[str, Any] | None = None,
     **config: Any,
 ) -> Any:
-    """An SFT trainer, TRL's own where `plain`; `config` goes into its config, `trainer` to its constructor."""
+    """An SFT trainer, TRL's own where `plain`.
+
+    `config` and, as its `plugins`, `names` go into the config, `trainer` goes to the constructor.
+    """
     torch.manual_seed(0)
     library = trl if plain else trl_ext
     ours = {} if plain else {"plugins": list(plugins), "streams": streams}
-    config = {**COMMON, "max_steps": 4, **config}
+    config = {**COMMON, "max_steps": 4, **config} | ({"plugins": names} if names else {})
     return library.SFTTrainer(
         model=tiny_model() if model is None else model,
         args=library.SFTConfig(str(folder), **config),
@@ -97,6 +104,7 @@ def make_grpo(
     reward: Any = None,
     saved: Path | None = None,
     trainer: Mapping[str, Any] | None = None,
+    names: list[Any] | None = None,
     plugins: Iterable[Any] = (),
     streams: Mapping[str, Any] | None = None,
     **config: Any,
@@ -108,6 +116,7 @@ def make_grpo(
     model = tiny_model() if model is None else model
     save_model(model, tokenizer(), saved or Path(folder).parent / "model")
     config = {**COMMON, "max_steps": 4, "num_generations": 2, "max_completion_length": 5, **config}
+    config |= {"plugins": names} if names else {}
     return library.GRPOTrainer(
         model=model,
         reward_funcs=varied_reward if reward is None else reward,
