@@ -3,66 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 import trl
+from branches import OPTIMIZERS, SCHEDULE, Branch, largest_difference, two_branches
 from mixing_runs import SETTINGS, Recorder, Vector, demonstrations, grpo
-from transformers import Adafactor
 from trl_ext_mixing import ParallelAveraging
 
 from trl_ext.testing import tiny_llama, tiny_tokenizer
-
-OPTIMIZERS = {
-    "adamw_torch": lambda p, lr: torch.optim.AdamW(p, lr),
-    "adamw_torch_fused": lambda p, lr: torch.optim.AdamW(p, lr, fused=True),
-    "adafactor": lambda p, lr: Adafactor(p, lr, scale_parameter=False, relative_step=False),
-    "sgd": lambda p, lr: torch.optim.SGD(p, lr),
-}
-
-
-class Branch:
-    """A plain training of one branch: its own copy of the weights, optimiser and scheduler."""
-
-    def __init__(self, name: str, start: Vector, lr: float, steps: int, max_norm: float) -> None:
-        self.parameters = [torch.nn.Parameter(t.clone()) for t in start]
-        # As transformers does: norms, the only vectors of this model, are not decayed.
-        decayed = [p for p in self.parameters if p.ndim > 1]
-        rest = [p for p in self.parameters if p.ndim == 1]
-        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-        self.optimizer = OPTIMIZERS[name](groups, lr)
-        self.scheduler = transformers.get_scheduler("cosine", self.optimizer, 2, steps)
-        self.max_norm = max_norm
-
-    def step(self, theta: Vector, gradient: Vector) -> Vector:
-        """The weights after one step from theta."""
-        for p, t, g in zip(self.parameters, theta, gradient, strict=True):
-            p.data.copy_(t)
-            p.grad = g.clone()
-        torch.nn.utils.clip_grad_norm_(self.parameters, self.max_norm)
-        self.optimizer.step()
-        self.scheduler.step()
-        return [p.detach().clone() for p in self.parameters]
-
-
-def two_branches(
-    name: str, seen: Recorder, steps: int, lr: tuple[float, float], norms: tuple[float, float], c: float = 0.5
-) -> list[Vector]:
-    """The trajectory of the mean of two one-step branches, driven by the gradients that the run saw."""
-    theta = seen.weights[0]
-    rl, sft = (Branch(name, theta, lr[i], steps, norms[i]) for i in (0, 1))
-    trajectory = [theta]
-    for g_rl, g_sft in zip(seen.rl, seen.sft, strict=True):
-        a, b = rl.step(theta, g_rl), sft.step(theta, g_sft)
-        theta = [(x + y) / 2 if c == 0.5 else (1 - c) * x + c * y for x, y in zip(a, b, strict=True)]
-        trajectory.append(theta)
-    return trajectory
-
-
-def largest_difference(a: Vector, b: Vector) -> float:
-    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -78,10 +27,8 @@ def test_twenty_steps_are_the_mean_of_two_separate_branches_to_the_last_bit(
         optim=optim,
         max_steps=20,
         gradient_accumulation_steps=accumulation,
-        lr_scheduler_type="cosine",
-        warmup_steps=2,
+        **SCHEDULE,
         max_grad_norm=0.2,
-        weight_decay=0.1,
     )
     trainer.train()
     expected = two_branches(optim, seen, 20, (1e-2, 1e-2), (0.2, 0.2))
@@ -99,10 +46,8 @@ def test_fp32_agrees_with_the_branches_and_rates_clipping_and_coefficient_are_ap
         recorder=seen,
         dtype=torch.float32,
         max_steps=20,
-        lr_scheduler_type="cosine",
-        warmup_steps=2,
+        **SCHEDULE,
         max_grad_norm=0.4,
-        weight_decay=0.1,
         optim="adamw_torch",
     )
     trainer.train()
@@ -123,18 +68,13 @@ def test_it_is_not_one_optimizer_on_the_mean_gradient(tmp_path: Path) -> None:
 
 def test_gradient_mode_is_one_plain_optimizer_on_the_mean_of_the_clipped_gradients(tmp_path: Path) -> None:
     seen = Recorder()
-    settings: dict[str, Any] = {
-        "optim": "adamw_torch",
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 2,
-        "weight_decay": 0.1,
-    }
     grpo(
         tmp_path,
         [ParallelAveraging(mode="gradients", max_grad_norm=0.05)],
         recorder=seen,
         max_grad_norm=0.1,
-        **settings,
+        optim="adamw_torch",
+        **SCHEDULE,
     ).train()
     theta = seen.weights[0]
     one = Branch("adamw_torch", theta, 1e-2, 4, max_norm=0.1)

@@ -1,0 +1,178 @@
+"""Parallel averaging in whole runs: resume, skipped halves and steps, non-finite gradients, kinds of data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mixing_runs import Recorder, Vector, constant_reward, demonstrations, grpo
+from trl_ext_mixing import ParallelAveraging
+
+from trl_ext import hookimpl
+from trl_ext.errors import ConfigurationError, NonFiniteError
+
+
+def same(a: Vector, b: Vector) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resume_equals_the_uninterrupted_run_to_the_last_bit(tmp_path: Path, accumulation: int) -> None:
+    settings: dict[str, Any] = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "gradient_accumulation_steps": accumulation,
+        "lr_scheduler_type": "cosine",
+    }
+    line = ["parallel-averaging:coefficient=0.9,coefficient_end=0.1,batch_size=5"]
+    whole = Recorder()
+    grpo(tmp_path, line, recorder=whole, **settings).train()
+    rest = Recorder()
+    resumed = grpo(tmp_path, line, recorder=rest, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert len(rest.rl) == 3
+    assert same(whole.sft[3], rest.sft[0]), "the stream continues at its position"
+    assert same(whole.weights[-1], rest.weights[-1])
+
+
+def test_the_coefficient_follows_its_schedule_and_is_logged(tmp_path: Path) -> None:
+    plugin = ParallelAveraging(coefficient=0.9, coefficient_end=0.1, schedule="linear")
+    trainer = grpo(tmp_path, [plugin])
+    trainer.train()
+    logged = [v for entry in trainer.state.log_history for k, v in entry.items() if k.endswith("/coefficient")]
+    assert logged == pytest.approx([0.9, 0.7, 0.5, 0.3])
+
+
+def test_every_diagnostic_is_logged_each_step(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, ["parallel-averaging"])
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = (
+        "pass_rate", "sft_nll", "grad_norm_rl", "grad_norm_sft", "grad_cosine", "grad_sign_conflicts",
+        "update_norm_rl", "update_norm_sft", "update_cosine", "update_sign_conflicts", "coefficient",
+    )  # fmt: skip
+    assert len(steps) == 4
+    for entry in steps:
+        for name in names:
+            assert isinstance(entry[f"parallel-averaging/{name}"], float), name
+    assert steps[-1]["parallel-averaging/sft_nll"] < steps[0]["parallel-averaging/sft_nll"]
+
+
+def test_without_a_signal_momentum_moves_the_weights_unless_the_rl_half_is_skipped(tmp_path: Path) -> None:
+    """Rewards are informative for two steps and then constant; c = 0 leaves only the RL half in the weights."""
+    calls = []
+
+    def fading(completions: list[str], **columns: Any) -> list[float]:
+        calls.append(1)
+        return [sum(map(ord, c)) % 7 / 6 if len(calls) <= 2 else 0.3 for c in completions]
+
+    for skip in (False, True):
+        calls.clear()
+        seen = Recorder()
+        plugin = ParallelAveraging(coefficient=0.0, skip_equal_rewards=skip)
+        # Six times 0.3 has a mean that rounds, so TRL's advantages are not quite zero.
+        six = {"per_device_train_batch_size": 6, "num_generations": 6}
+        grpo(tmp_path / str(skip), [plugin], recorder=seen, reward=fading, **six).train()
+        assert not same(seen.weights[1], seen.weights[2])
+        assert same(seen.weights[2], seen.weights[4]) == skip
+        assert all(float(g.abs().max()) == 0 for g in seen.rl[3]) or not skip
+
+
+def test_constant_rewards_leave_pass_rate_and_sft_half_alone(tmp_path: Path) -> None:
+    seen = Recorder()
+    plugin = ParallelAveraging(skip_equal_rewards=True, solved_at=0.3)
+    trainer = grpo(tmp_path, [plugin], recorder=seen, reward=constant_reward)
+    trainer.train()
+    (rate,) = {v for e in trainer.state.log_history for k, v in e.items() if k.endswith("/pass_rate")}
+    (skipped,) = {v for e in trainer.state.log_history for k, v in e.items() if k.endswith("/skipped_rl")}
+    assert (rate, skipped) == (1.0, 1.0)
+    assert not same(seen.weights[0], seen.weights[1])
+
+
+class Poison:
+    """Makes the stream's gradient infinite at the second step."""
+
+    requires_api = "1"
+    citation = "test"
+    steps = 0
+
+    @hookimpl
+    def per_token_loss(self, tokens: Any) -> torch.Tensor:
+        self.steps += 1
+        return -tokens.log_probs * (torch.inf if self.steps == 2 else 1.0)
+
+
+def test_a_non_finite_sft_gradient_is_found_before_the_step(tmp_path: Path) -> None:
+    seen = Recorder()
+    trainer = grpo(tmp_path / "raise", [Poison(), ParallelAveraging()], recorder=seen)
+    with pytest.raises(NonFiniteError, match="step 2"):
+        trainer.train()
+    assert len(seen.weights) == 2
+    seen = Recorder()
+    grpo(tmp_path / "skip", [Poison(), ParallelAveraging()], recorder=seen, nonfinite="skip").train()
+    assert same(seen.weights[1], seen.weights[2]), "skipped whole"
+    assert not same(seen.weights[2], seen.weights[3])
+    assert all(bool(t.isfinite().all()) for t in seen.weights[-1])
+
+
+def test_the_demonstrations_are_required_and_sft_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="role 'sft'"):
+        grpo(tmp_path, ["parallel-averaging"], stream=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"coefficient": 1.5}, "coefficient=1.5"),
+        ({"coefficient_end": -0.1}, "coefficient_end=-0.1"),
+        ({"lr_ratio": 0.0}, "lr_ratio=0.0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0"),
+        ({"schedule": "step"}, "schedule='step'"),
+        ({"mode": "weights"}, "mode='weights'"),
+        ({"mode": "gradients", "lr_ratio": 0.5}, "lr_ratio=0.5 needs two optimiser states"),
+        ({"mode": "gradients", "skip_equal_rewards": True}, "skip_equal_rewards=True needs two"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"max_length": 1}, "max_length=1"),
+    ],
+)
+def test_values_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParallelAveraging(**options)
+
+
+def test_messages_and_text_serve_as_demonstrations(tmp_path: Path) -> None:
+    from mixing_runs import TASK
+
+    for kind, conversational in (
+        ("language_modeling", False),
+        ("language_modeling", True),
+        ("prompt_completion", True),
+    ):
+        data = TASK.dataset(8, kind, conversational=conversational, seed=1)
+        seen = Recorder()
+        folder = tmp_path / f"{kind}-{conversational}"
+        grpo(folder, ["parallel-averaging"], recorder=seen, stream=data, max_steps=1).train()
+        assert max(float(g.abs().max()) for g in seen.sft[0]) > 0
+
+
+def test_stream_gradient_is_that_of_the_mean_log_likelihood(tmp_path: Path) -> None:
+    """Against transformers' own loss on the same rows, all in one batch, at a sampling temperature other than 1."""
+    from trl_ext.testing import tiny_llama, tiny_tokenizer
+
+    data, seen = demonstrations(6), Recorder()
+    grpo(tmp_path, [ParallelAveraging(batch_size=6)], recorder=seen, stream=data, max_steps=1, temperature=0.5).train()
+    model, tokenizer = tiny_llama(hidden=16).double(), tiny_tokenizer()
+    rows = [
+        (tokenizer(r["prompt"])["input_ids"], tokenizer(r["completion"] + tokenizer.eos_token)["input_ids"])
+        for r in data
+    ]
+    width = max(len(p) + len(c) for p, c in rows)
+    ids = torch.tensor([p + c + [256] * (width - len(p) - len(c)) for p, c in rows])
+    labels = torch.tensor([[-100] * len(p) + c + [-100] * (width - len(p) - len(c)) for p, c in rows])
+    model(input_ids=ids, attention_mask=(ids != 256).long(), labels=labels).loss.backward()
+    for mine, p in zip(seen.sft[0], model.parameters(), strict=True):
+        # transformers takes the cross-entropy in fp32.
+        torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-7)
