@@ -122,8 +122,8 @@ class TokenRecord:
     """(B, T) each: the outputs named in the plugin's `fused_outputs` ("log_sum_sq_probs", "mean_logits", "is_top1"),
     without gradient."""
     reference_log_probs: Tensor | None = None
-    """(B, T) float: log-probabilities of the labels under a reference that the trainer has; TRL's SFT has none, so that an
-    objective asks a reference of its own where this is None."""
+    """(B, T) float: log-probabilities of the labels under a reference that the trainer has; TRL's SFT has none, so
+    an objective asks a reference of its own where this is None."""
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     """The micro-batch as the model received it."""
 
