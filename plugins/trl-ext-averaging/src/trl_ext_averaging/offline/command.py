@@ -33,9 +33,7 @@ console = Console(stderr=True, soft_wrap=True)
 
 
 def average_command(
-    inputs: Annotated[
-        list[Path], typer.Argument(help="Checkpoint folders, or for lawa and ema the output of one run.")
-    ],
+    inputs: Annotated[list[Path], typer.Argument(help="Checkpoint folders; for lawa and ema a run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; appears only when it is complete.")],
     method: Annotated[
         str,
@@ -49,16 +47,12 @@ def average_command(
     warmup: Annotated[bool, typer.Option("--warmup", help="ema: min(decay, (1 + t) / (10 + t)).")] = False,
     last: Annotated[int | None, typer.Option(min=1, help="lawa, ema: only the latest so many checkpoints.")] = None,
     every: Annotated[int | None, typer.Option(min=1, help="lawa, ema: checkpoints so many steps apart.")] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="slerp, mergekit: start of the task vectors; ema: the start.")
-    ] = None,
+    base: Annotated[Path | None, typer.Option(help="slerp, mergekit: start of the task vectors; ema: start.")] = None,
     name: Annotated[str, typer.Option(help="online: the average to take from the checkpoint's state.")] = "ema",
     lora: Annotated[
         str | None, typer.Option(help="Adapters: product (B A; across runs) or factors (A and B; along one run).")
     ] = None,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="product: rank of the output; the sum of ranks if absent.")
-    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="product: rank of the output; absent: the sum.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or float64; as the last input.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, as 5GB.")] = "5GB",
     metric: Annotated[
@@ -68,15 +62,13 @@ def average_command(
     data: Annotated[Path | None, typer.Option(help="JSON lines for --metric loss.")] = None,
     sweep_: Annotated[
         str | None,
-        typer.Option("--sweep", help="Values of alpha, decay or last to try, as 0,0.5,1; the best is written."),
+        typer.Option("--sweep", help="Values of alpha, decay or last, as 0,0.5,1; writes the best."),
     ] = None,
     parameters: Annotated[str, typer.Option(help="mergekit: parameters of its method, as JSON.")] = "{}",
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, say what would be written, stop.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
-    """Average checkpoints on disk, piece by piece, without a GPU; any size needs less than 1 GiB of memory."""
+    """Average checkpoints on disk, piece by piece and without a GPU."""
     if lora not in (None, "product", "factors"):
         raise ConfigurationError(f"--lora {lora!r} is not one of product, factors")
     if dtype is not None and dtype not in DTYPES:

@@ -61,7 +61,8 @@ class Request:
             raise ConfigurationError(f"--sweep goes with {', '.join(SWEPT)}; {self.method} has nothing to sweep")
         if option == "last" and value != int(value):
             raise ConfigurationError(f"--sweep {value}: lawa takes a whole number of checkpoints")
-        return replace(self, **{option: int(value) if option == "last" else value})
+        changed: dict[str, Any] = {option: int(value) if option == "last" else value}
+        return replace(self, **changed)
 
 
 SWEPT = {"wise-ft": "alpha", "slerp": "alpha", "ema": "decay", "lawa": "last"}

@@ -41,7 +41,7 @@ def metric_of(spec: str, data: Path | None = None) -> Metric:
         metric = lambda folder: float(function(str(folder)))  # noqa: E731
     else:
         raise ConfigurationError(
-            f"--metric {spec!r} is not 'loss', 'module:function', 'file.py:function' or a command with {{}} for the folder"
+            f"--metric {spec!r} is not loss, module:function, file.py:function or a command with {{}} for the folder"
         )
 
     def checked(folder: Path) -> float:
@@ -116,7 +116,8 @@ def _load_function(spec: str) -> Callable[[str], Any]:
     try:
         if source.endswith(".py"):
             module_spec = importlib.util.spec_from_file_location("averaging_metric", source)
-            assert module_spec is not None and module_spec.loader is not None  # a .py path always has a loader
+            if module_spec is None or module_spec.loader is None:
+                raise ImportError(f"{source} is not a Python file")
             module = importlib.util.module_from_spec(module_spec)
             module_spec.loader.exec_module(module)
         else:

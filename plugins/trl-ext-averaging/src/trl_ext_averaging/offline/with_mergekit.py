@@ -42,8 +42,8 @@ def merge(config: Mapping[str, Any], inputs: Sequence[Checkpoint], folder: Path)
         raise ConfigurationError("mergekit merges models; merge the adapters into their base first")
     check_compatible(inputs, any_dtype=True)
     try:
-        from mergekit.config import MergeConfiguration
-        from mergekit.merge import MergeOptions, run_merge
+        from mergekit.config import MergeConfiguration  # type: ignore[import-not-found,unused-ignore]
+        from mergekit.merge import MergeOptions, run_merge  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise ConfigurationError("mergekit is not installed: pip install trl-ext-averaging[mergekit]") from error
     try:
