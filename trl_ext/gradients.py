@@ -133,7 +133,7 @@ class GradientView:
         if present:
             targets, sources = map(list, zip(*present, strict=True))
             if isinstance(factor, Tensor):
-                scaled = torch._foreach_mul(sources, factor.to(sources[0].dtype))
+                scaled = torch._foreach_mul(sources, factor)
                 torch._foreach_add_(targets, scaled)
             else:
                 torch._foreach_add_(targets, sources, alpha=float(factor))

@@ -131,7 +131,8 @@ class TokenRecord:
     def sample_index(self) -> Tensor:
         """(B, T) long: the sample of the micro-batch that each label belongs to, counted from 0.
 
-        Rows are samples, except under padding-free training, where a position id of 0 starts the next sample.
+        Rows are samples, except under padding-free training, where a position id of 0 starts the next sample; zeros at
+        the very end are padding and count with the last one.
         """
         import torch
 
@@ -139,8 +140,10 @@ class TokenRecord:
         position_ids = self.inputs.get("position_ids")
         if position_ids is None or "attention_mask" in self.inputs:
             return torch.arange(rows, device=self.mask.device).unsqueeze(1).expand(rows, width)
-        starts = (position_ids == 0).flatten().cumsum(0) - 1
-        return starts.view(position_ids.shape)[:, 1:]
+        flat = position_ids.flatten()
+        before_padding = (flat != 0).flip(0).cumsum(0).flip(0) > 0
+        starts = ((flat == 0) & before_padding).cumsum(0) - 1
+        return starts.clamp(min=0).view(position_ids.shape)[:, 1:]
 
     @cached_property
     def num_samples(self) -> int:
