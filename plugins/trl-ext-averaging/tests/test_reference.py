@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from trl_ext_averaging import Ema
 
 from trl_ext import GRPOConfig, GRPOTrainer
 from trl_ext.errors import ConfigurationError
-from trl_ext.testing import Addition, tiny_llama, tiny_tokenizer
+from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
 
 
 def distinct_characters(completions, **kwargs):
@@ -61,20 +61,29 @@ def ema_of(path, d):
     return average
 
 
-def test_the_reference_adapter_follows_the_average(tmp_path):
+def model_on_disk(folder):
+    """TRL loads the reference of a full fine-tuning from the place that the policy came from."""
+    return save_model(tiny_llama(hidden=16), tiny_tokenizer(), folder / "policy")
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_the_reference_follows_the_average(tmp_path, kind):
     recorder = Recorder()
-    run = grpo(tmp_path, "ema:decay=0.6,reference=ema,deploy=raw", trained_adapter(), recorder)
+    policy = model_on_disk(tmp_path) if kind == "full" else trained_adapter()
+    run = grpo(tmp_path, "ema:decay=0.6,reference=ema,deploy=raw", policy, recorder)
     run.train()
     for name in recorder.trajectory[0]:
         path = recorder.path(name)
-        assert not torch.equal(path[0], path[-1])
-        reference = run.model.get_parameter(name.replace(".default.", ".ref."))
-        torch.testing.assert_close(reference.double(), ema_of(path, 0.6), rtol=1e-5, atol=1e-6)  # fp32 against fp64
+        found = (run.ref_model if kind == "full" else run.model).get_parameter(name.replace(".default.", ".ref."))
+        torch.testing.assert_close(found.double(), ema_of(path, 0.6), rtol=1e-5, atol=1e-6)  # fp32 against fp64
+    assert not torch.equal(path[0], path[-1])
 
 
-def test_a_reference_that_follows_at_once_makes_the_kl_term_vanish(tmp_path):
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_reference_that_follows_at_once_makes_the_kl_term_vanish(tmp_path, kind):
     def kl(decay: float) -> float:
-        run = grpo(tmp_path, f"ema:decay={decay},reference=ema", trained_adapter())
+        policy = model_on_disk(tmp_path) if kind == "full" else trained_adapter()
+        run = grpo(tmp_path, f"ema:decay={decay},reference=ema", policy)
         run.train()
         return sum(entry["kl"] for entry in run.state.log_history if "kl" in entry)
 
@@ -90,7 +99,7 @@ def test_the_reference_model_follows_the_average_and_resumes_with_it():
         model.fill(path[at])
         reference.fill(path[0])
         plugin = Ema(decay=[0.9, d], reference=f"ema_{d}")
-        plugin.setup(SimpleNamespace(**{**vars(context_of(model)), "reference": reference}))
+        plugin.setup(replace(context_of(model), reference=reference))
         return plugin
 
     plugin = started(at=0)

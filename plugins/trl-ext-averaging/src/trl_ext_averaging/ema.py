@@ -84,9 +84,8 @@ class Ema(OnlineAverage):
 
     def _reference_tensors(self, context: SetupContext) -> list[Tensor]:
         """The reference's counterparts of the averaged parameters: in its own model, or in PEFT's adapter "ref"."""
-        reference = getattr(context, "reference", None)
-        if reference is not None:
-            found = dict(reference.named_parameters())
+        if context.reference is not None:
+            found = dict(context.reference.named_parameters())
         else:
             found = {
                 name.replace(".ref.", ".default."): p for name, p in context.model.named_parameters() if ".ref." in name

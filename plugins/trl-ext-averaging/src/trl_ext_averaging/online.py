@@ -244,7 +244,8 @@ class OnlineAverage:
     def _begin(self, theta: list[Tensor]) -> None:
         self._wait()
         for copies in self._copies.values():
-            torch._foreach_copy_(copies, theta)
+            for copy, tensor in zip(copies, theta, strict=True):
+                copy.copy_(tensor)
         self._began = True
         self.copies_changed()
 
