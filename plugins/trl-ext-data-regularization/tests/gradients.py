@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
 from trl_ext_data_regularization.solvers import Problem
 
 

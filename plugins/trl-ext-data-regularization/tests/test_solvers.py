@@ -1,12 +1,11 @@
 """Properties of the solvers over families of gradients, against brute force and closed forms."""
 
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
 from gradients import FAMILIES, Case, case
-
 from trl_ext_data_regularization.solvers import RULES, Problem, Rule, Solution, count, squared_distance, subset
 
 LR = 0.3
@@ -97,7 +96,7 @@ def test_distances_are_ordered(family):
         k = count(len(c.tokens), 0.5)
         best = min(float((mean - c.t).norm()) for _, mean in subset_means(c, k))
         distances = [c.distance(solve(c, name)) for name in ("span", "cone", "hull", "capped")] + [best]
-        assert all(a <= b + REL * float(c.t.norm()) for a, b in zip(distances, distances[1:], strict=False)), distances
+        assert all(a <= b + REL * float(c.t.norm()) for a, b in pairwise(distances)), distances
 
 
 @families

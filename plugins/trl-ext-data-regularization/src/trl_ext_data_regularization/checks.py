@@ -1,0 +1,87 @@
+"""What is refused, and why: options that cannot work together, and runs that cannot work with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trl_ext.records import RunDescription
+from trl_ext_data_regularization.solvers import Rule
+
+if TYPE_CHECKING:
+    from trl_ext_data_regularization.plugin import DataRegularization
+
+_COUNTED = ("topk", "second-order")
+
+
+def validate(plugin: DataRegularization, rule: Rule, engine: str) -> None:
+    """Check options against one another.
+
+    Raises:
+        ValueError: naming the option and what is allowed.
+    """
+    low = 0 if rule.name == "filter" else 1e-9
+    if not low <= rule.frac <= 1:
+        raise ValueError(f"frac={plugin.frac}: allowed is {'[0, 1]' if low == 0 else '(0, 1]'} for rule={rule.name}")
+    if plugin.radius < 0:
+        raise ValueError(f"radius={plugin.radius}: a ball's radius is at least 0")
+    for name in ("sketch_size", "stream_batch_size", "stream_max_length"):
+        value = getattr(plugin, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: at least 1")
+    if plugin.report_steps < 0:
+        raise ValueError(f"report_steps={plugin.report_steps}: at least 0")
+    if rule.needs_gram and engine in ("ghost", "derivative"):
+        raise ValueError(
+            f"rule={rule.name} needs <g_i, g_j>, which engine={engine} does not give; use direct or sketch"
+        )
+    if engine == "derivative" and plugin.scope != "global":
+        raise ValueError("engine=derivative scores all layers together; set scope=global")
+    if plugin.scope == "global" and plugin.passes == "one":
+        raise ValueError("passes=one needs scope=layer: a global choice is known only after the backward pass")
+    if plugin.general == "stream" and plugin.scope == "global":
+        raise ValueError(
+            "scope=global weighs the trainer's own samples; with general=stream use scope=layer, or make the general data "
+            "the trainer's own"
+        )
+    if plugin.general == "stream" and (plugin.passes == "two" or plugin.unit == "micro"):
+        raise ValueError("general=stream chooses per layer in the stream's one pass; leave passes and unit as they are")
+    if plugin.precondition and (rule.needs_gram or rule.name in ("full", "target")):
+        raise ValueError(f"precondition=True applies to rule=topk and rule=filter, not to rule={rule.name}")
+
+
+def refuse(plugin: DataRegularization, rule: Rule, engine: str, run: RunDescription) -> None:
+    """Check options against the run.
+
+    Raises:
+        ValueError: naming the setting to change.
+    """
+    args = run.args
+    if run.sharding not in ("none", "ddp"):
+        raise ValueError(
+            f"under {run.sharding} no rank sees whole layers, and the target's gradient would have to be gathered; use DDP"
+        )
+    if run.world_size > 1 and not args.average_tokens_across_devices:
+        raise ValueError("samples are weighed over all ranks; set average_tokens_across_devices=True")
+    across = run.world_size > 1 and plugin.unit == "step" and plugin.general == "train"
+    if across and rule.needs_gram and engine == "direct":
+        raise ValueError(
+            f"rule={rule.name} over {run.world_size} ranks needs inner products between ranks, and engine=direct keeps "
+            "gradients local; use engine=sketch, or unit=micro"
+        )
+    if engine == "derivative" and (args.bf16 or getattr(args, "bf16_full_eval", False)):
+        raise ValueError(
+            "engine=derivative takes differences of losses, which bf16 rounds away; set bf16=False or use ghost"
+        )
+    if plugin.general == "stream":
+        if run.streams != ("general",):
+            raise ValueError(f"general=stream works with the one stream 'general', not with {', '.join(run.streams)}")
+        samples = plugin.stream_batch_size or 8
+    else:
+        samples = args.per_device_train_batch_size
+        if plugin.unit == "step":
+            samples *= args.gradient_accumulation_steps * run.world_size
+    if samples == 1 and rule.name in _COUNTED and not getattr(args, "packing", False):
+        raise ValueError(
+            f"rule={rule.name} chooses among one sample, which is plain training; raise per_device_train_batch_size, "
+            "gradient_accumulation_steps or stream_batch_size, or use a rule that may drop it (filter)"
+        )

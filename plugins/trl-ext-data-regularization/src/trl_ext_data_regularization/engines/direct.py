@@ -1,0 +1,58 @@
+"""Every sample's gradient itself: exact scores and Gram matrix, at n times a layer's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trl_ext_data_regularization.engines.engine import Engine, Scores, sums, sums_of_products
+from trl_ext_data_regularization.layers import Batch, Layer, Use
+
+
+class Direct(Engine):
+    """G (n, P) in fp32 per layer, until its scores are taken: s = G t, K = G G'. For LoRA and small models."""
+
+    gram = True
+
+    def __init__(self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int) -> None:
+        super().__init__(layers, target, samples)
+        self._weight: dict[int, Tensor] = {}
+        self._bias: dict[int, Tensor] = {}
+
+    def add(self, use: Use, x: Tensor | None, go: Tensor, index: Tensor, batch: Batch) -> None:
+        go = go.float()
+        self._accumulate(self._weight, use.layer, _gradients(use, x, go, index, batch), batch)
+        if self.has_bias(use):
+            self._accumulate(self._bias, use.layer, sums(go, index, batch), batch)
+
+    def scores(self, layers: Sequence[int]) -> Scores:
+        s, K = [], []
+        for layer in layers:
+            found = self.layers[layer]
+            parts = [(self._weight.pop(layer), self.target[found.weight])]
+            if layer in self._bias and found.bias is not None:
+                parts.append((self._bias.pop(layer), self.target[found.bias]))
+            flat = [(G.flatten(1), t) for G, t in parts]
+            s.append(
+                sum((G @ t.float().flatten() for G, t in flat if t is not None), flat[0][0].new_zeros(self.samples))
+            )
+            K.append(sum((G @ G.t() for G, _ in flat), flat[0][0].new_zeros(self.samples, self.samples)))
+        return Scores(torch.stack(s), torch.stack(K))
+
+    def _accumulate(self, store: dict[int, Tensor], layer: int, values: Tensor, batch: Batch) -> None:
+        if layer not in store:
+            store[layer] = values.new_zeros(self.samples, *values.shape[1:])
+        store[layer][batch.window] += values
+
+
+def _gradients(use: Use, x: Tensor | None, go: Tensor, index: Tensor, batch: Batch) -> Tensor:
+    """(samples, ...) fp32 gradients of the weight: (O, I) each, (V, H) for an embedding, (H,) for a scale."""
+    if x is None:
+        return sums(go, index, batch)
+    if use.kind == "embedding":
+        rows = use.module.weight.shape[0]
+        flat = go.new_zeros(batch.samples * rows, go.shape[1]).index_add_(0, index * rows + x, go)
+        return flat.view(batch.samples, rows, go.shape[1])
+    return sums_of_products(go, x.float(), index, batch)

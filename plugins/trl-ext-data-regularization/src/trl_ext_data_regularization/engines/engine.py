@@ -1,0 +1,89 @@
+"""What every engine that listens to a backward pass does: add up tokens, layer by layer, to scores."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trl_ext_data_regularization.layers import Batch, Layer, Use
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is known of n samples in one or more layers, in fp32, for gradients as the backward pass scaled them."""
+
+    s: Tensor
+    """(L, n)"""
+    K: Tensor | None
+    """(L, n, n), where the engine has it."""
+
+    def over_layers(self) -> Scores:
+        """The scores of all layers as one, (1, n) and (1, n, n)."""
+        return Scores(self.s.sum(0, keepdim=True), None if self.K is None else self.K.sum(0, keepdim=True))
+
+
+class Engine(ABC):
+    """Scores of the n samples of a window.
+
+    Args:
+        layers: all layers of the model.
+        target: the target's gradient per parameter, in the order of the gradient views; None counts as zero.
+        samples: n.
+    """
+
+    gram = False
+    """Whether the engine gives K."""
+
+    def __init__(self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int) -> None:
+        self.layers = layers
+        self.target = target
+        self.samples = samples
+
+    @abstractmethod
+    def add(self, use: Use, x: Tensor | None, go: Tensor, index: Tensor, batch: Batch) -> None:
+        """Add tokens of one use of a layer.
+
+        Args:
+            use: the module.
+            x: (N, I) its input, (N,) ids for an embedding, None for a scale.
+            go: (N, O) gradient of its output.
+            index: (N,) the sample of each token, counted over the micro-batch.
+            batch: the micro-batch.
+        """
+
+    @abstractmethod
+    def scores(self, layers: Sequence[int]) -> Scores:
+        """The scores of some layers."""
+
+    def weight_of(self, layer: int) -> Tensor | None:
+        """The target's gradient of a layer's weight: (O, I), (V, H) for an embedding, (H,) for a scale."""
+        return self.target[self.layers[layer].weight]
+
+    def bias_of(self, use: Use) -> Tensor | None:
+        """(O,) the target's gradient of a Linear's bias, where it has a trainable one."""
+        bias = self.layers[use.layer].bias
+        return None if bias is None or use.kind == "embedding" else self.target[bias]
+
+    def has_bias(self, use: Use) -> bool:
+        """Whether tokens of this use also make up a bias's gradient."""
+        return self.layers[use.layer].bias is not None and use.kind != "embedding"
+
+
+def sums_of_products(left: Tensor, right: Tensor, index: Tensor, batch: Batch) -> Tensor:
+    """(samples, p, q): for each sample the sum over its tokens of the outer product of left (N, p) and right (N, q)."""
+    rows, width = batch.index.shape
+    if batch.by_row and len(index) % batch.index.numel() == 0:
+        return left.view(rows, -1, left.shape[1]).transpose(1, 2) @ right.view(rows, -1, right.shape[1])
+    # Without a loop over samples, whose lengths only the device knows.
+    mine = torch.nn.functional.one_hot(index, batch.samples).to(left.dtype)
+    spread = (mine.unsqueeze(2) * left.unsqueeze(1)).flatten(1)
+    return (spread.t() @ right).view(batch.samples, left.shape[1], right.shape[1])
+
+
+def sums(values: Tensor, index: Tensor, batch: Batch) -> Tensor:
+    """(samples, p): for each sample the sum of its tokens' values (N, p)."""
+    return values.new_zeros(batch.samples, values.shape[1]).index_add_(0, index, values)

@@ -1,0 +1,109 @@
+"""Two-sided random projections of every sample's gradient: unbiased scores and Gram matrix, in p x p numbers each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trl_ext_data_regularization.engines.engine import Engine, Scores, sums, sums_of_products
+from trl_ext_data_regularization.layers import Batch, Layer, Use
+
+
+class Projections:
+    """Random sign matrices (d, p) / sqrt(p), one per side and width; the identity where d <= p, which is exact.
+
+    Args:
+        size: p.
+        seed: seed of the signs; they stay the same for the whole run.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self.seed = seed
+        self._known: dict[tuple[str, int], Tensor] = {}
+
+    def apply(self, side: str, values: Tensor) -> Tensor:
+        """(N, d) to (N, min(d, p)). `side` is "out" or "in"."""
+        return values if values.shape[1] <= self.size else values @ self.matrix(side, values.shape[1], values)
+
+    def rows(self, side: str, width: int, ids: Tensor) -> Tensor:
+        """(N, min(width, p)): the projections of the unit vectors `ids` (N,)."""
+        if width <= self.size:
+            return torch.nn.functional.one_hot(ids, width)
+        return self.matrix(side, width, torch.empty(0, device=ids.device))[ids]
+
+    def matrix(self, side: str, width: int, like: Tensor) -> Tensor:
+        """(width, p) in the dtype and on the device of `like`."""
+        key = (side, width)
+        if key not in self._known:
+            # Two sides need independent signs, or their product would be biased.
+            seed = self.seed * 1_000_003 + 2 * width + (side == "in")
+            generator = torch.Generator().manual_seed(seed)
+            signs = torch.randint(0, 2, (width, self.size), generator=generator, dtype=torch.int8)
+            self._known[key] = signs.to(like.device).mul_(2).sub_(1)
+        return self._known[key].to(like.dtype) * self.size**-0.5
+
+
+class Sketch(Engine):
+    """z_i = (P go)' (Q x) summed over tokens: E<z_i, z_t> = <g_i, t> (arXiv:2605.07063, "compressed").
+
+    Args:
+        projections: P and Q of every width.
+    """
+
+    gram = True
+
+    def __init__(
+        self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int, projections: Projections
+    ) -> None:
+        super().__init__(layers, target, samples)
+        self.projections = projections
+        self._z: dict[int, Tensor] = {}
+        self._bias: dict[int, Tensor] = {}
+
+    def add(self, use: Use, x: Tensor | None, go: Tensor, index: Tensor, batch: Batch) -> None:
+        project = self.projections.apply
+        if use.kind == "embedding":
+            # A Linear on one-hot inputs with the sides swapped: the weight is (V, H), as a tied head's.
+            assert x is not None
+            rows = self.projections.rows("out", use.module.weight.shape[0], x).float()
+            z = sums_of_products(rows, project("in", go).float(), index, batch)
+        else:
+            left = project("out", go).float()
+            z = (
+                sums(left, index, batch)
+                if x is None
+                else sums_of_products(left, project("in", x).float(), index, batch)
+            )
+            if self.has_bias(use):
+                self._accumulate(self._bias, use.layer, sums(left, index, batch), batch)
+        self._accumulate(self._z, use.layer, z.flatten(1), batch)
+
+    def scores(self, layers: Sequence[int]) -> Scores:
+        pairs = [self.sketches(layer) for layer in layers]
+        return Scores(torch.stack([z @ t for z, t in pairs]), torch.stack([z @ z.t() for z, _ in pairs]))
+
+    def sketches(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(n, d) the samples' sketches and (d,) the target's, in one layer."""
+        found, samples = self.layers[layer], [self._z[layer]]
+        target = [self._target(self.target[found.weight], samples[0])]
+        if layer in self._bias and found.bias is not None:
+            samples.append(self._bias[layer])
+            target.append(self._target(self.target[found.bias], samples[1]))
+        return torch.cat(samples, 1), torch.cat(target)
+
+    def _target(self, gradient: Tensor | None, like: Tensor) -> Tensor:
+        """(d,) float: the target's gradient (O, I) or (O,) in the coordinates of `like` (n, d)."""
+        if gradient is None:
+            return like.new_zeros(like.shape[1])
+        if gradient.dim() == 1:
+            return self.projections.apply("out", gradient.float().unsqueeze(0))[0]
+        left = self.projections.apply("out", gradient.t()).t()
+        return self.projections.apply("in", left).float().flatten()
+
+    def _accumulate(self, store: dict[int, Tensor], layer: int, values: Tensor, batch: Batch) -> None:
+        if layer not in store:
+            store[layer] = values.new_zeros(self.samples, values.shape[1])
+        store[layer][batch.window] += values

@@ -1,0 +1,175 @@
+"""The LM head under TRL's fused log-probabilities, where logits exist only tile by tile and no module is called.
+
+TRL's kernel gives the head's weight gradient as one sum over all tokens. Scaling the gradients of the log-probabilities
+by w_i on the way in, and the gradient of the hidden states by 1 / w_i on the way out, weighs the samples in that sum
+and nowhere else, at the cost of two elementwise products. Scores need the gradient of the logits, which is recomputed
+in tiles: once per step, one matmul more.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trl_ext_data_regularization.layers import Batch, Use
+
+if TYPE_CHECKING:
+    from trl_ext_data_regularization.taps import Taps, Visitor
+
+_TILE = 512  # tokens
+# Stands for a weight of 0: it must be undone by a division. A power of two, so that undoing it is exact; next to a kept
+# sample's gradient, 2^-60 of a dropped one is lost in fp32's rounding.
+_NOTHING = 2.0**-60
+
+
+class HeadTap:
+    """Hooks on the model that let each forward pass of the fused head be scored and weighed.
+
+    Args:
+        taps: tells whether a forward is to be tapped, for which batch and visitor.
+        model: the unwrapped model, perhaps under PEFT.
+        use: the head.
+        temperature: what the fused head divides the logits by.
+    """
+
+    def __init__(self, taps: Taps, model: nn.Module, use: Use, temperature: float) -> None:
+        self.taps = taps
+        self.use = use
+        self.temperature = temperature
+        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._pass: _Pass | None = None
+        self._checked = False
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.base.base_model.register_forward_hook(self._hidden),
+            model.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not self.taps.listening:
+            return
+        assert self.taps.visitor is not None and self.taps.batch is not None
+        if not kwargs.get("fused_lm_head"):
+            raise RuntimeError("data-regularization needs TRL's fused LM head; the model was called without it")
+        self._pass = _Pass(self, self.taps.visitor, self.taps.batch, kwargs["labels"][:, 1:])
+        if not self.taps.visitor.weighing:
+            # The kernel would compute the weight's gradient for nothing, and leave it in `.grad`.
+            head = self.use.module
+            frozen = SimpleNamespace(
+                weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach()
+            )
+            self.base.get_output_embeddings = lambda: frozen
+
+    def _hidden(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._pass is not None:
+            self._pass.hidden = output.last_hidden_state.detach()[:, :-1]
+            output.last_hidden_state = _Undo.apply(output.last_hidden_state, self._pass)
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        vars(self.base).pop("get_output_embeddings", None)
+        current, self._pass = self._pass, None
+        if current is not None:
+            current.check(output.log_probs)
+            output.log_probs, output.entropy = _Scale.apply(output.log_probs, output.entropy, current)
+
+
+class _Pass:
+    """One forward and backward of the head."""
+
+    def __init__(self, tap: HeadTap, visitor: Visitor, batch: Batch, labels: Tensor) -> None:
+        self.tap = tap
+        self.visitor = visitor
+        self.batch = batch
+        self.index = batch.index[:, :-1]
+        self.labels = labels
+        self.hidden: Tensor
+        self.undo: Tensor | None = None
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """(len(rows), V) float of the label positions `rows`, counted over the flattened batch."""
+        head = self.tap.use.module
+        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
+        weight = head.weight.detach().to(hidden.dtype)
+        bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
+        return nn.functional.linear(hidden, weight, bias).float() / self.tap.temperature
+
+    def check(self, log_probs: Tensor) -> None:
+        """Refuse a head that does more than a product, once: its scores would be wrong."""
+        if self.tap._checked or not self.visitor.scoring:
+            return
+        rows = (self.labels != -100).flatten().nonzero().flatten()[:8]
+        mine = torch.log_softmax(self.logits(rows), -1).gather(1, self.labels.flatten()[rows].unsqueeze(1)).squeeze(1)
+        theirs = log_probs.detach().flatten()[rows].float()
+        # bf16 logits differ by about 2^-8 of their size between two orders of summation.
+        if not torch.allclose(mine, theirs, rtol=0.05, atol=0.05):
+            raise RuntimeError(
+                f"the head '{self.tap.use.name}' scales or caps its logits, which layer-wise scores do not follow; freeze "
+                "it, or use scope=global,engine=derivative"
+            )
+        self.tap._checked = True
+
+    def score(self, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> None:
+        """Show the head's tokens to the visitor, tile by tile."""
+        for rows in (self.labels != -100).flatten().nonzero().flatten().split(_TILE):
+            log_p = torch.log_softmax(self.logits(rows), -1)
+            p = log_p.exp()
+            go = torch.zeros_like(p)
+            if grad_log_probs is not None:
+                v = grad_log_probs.flatten()[rows].float().unsqueeze(1)
+                go = go - v * p
+                go.scatter_add_(1, self.labels.flatten()[rows].unsqueeze(1), v)
+            if grad_entropy is not None:
+                entropy = -(p * log_p).sum(-1, keepdim=True)
+                go = go - grad_entropy.flatten()[rows].float().unsqueeze(1) * p * (log_p + entropy)
+            hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
+            go = (go / self.tap.temperature).to(hidden.dtype)
+            self.visitor.score(self.tap.use, hidden, go, self.index.flatten()[rows], self.batch)
+
+
+class _Scale(torch.autograd.Function):
+    """The identity; its backward pass scores the head, and scales by the samples' weights."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probs: Tensor, entropy: Tensor | None, current: _Pass) -> tuple[Tensor, Tensor | None]:
+        ctx.current = current
+        ctx.set_materialize_grads(False)
+        return log_probs.view_as(log_probs), None if entropy is None else entropy.view_as(entropy)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor | None, ve: Tensor | None) -> tuple[Tensor | None, ...]:
+        current: _Pass = ctx.current
+        if current.visitor.scoring:
+            current.score(v, ve)
+        weights = current.visitor.weights(current.tap.use, current.batch)
+        if weights is None:
+            return v, ve, None
+        size = weights.abs().max()
+        floor = torch.where(size > 0, size, torch.ones_like(size)) * _NOTHING
+        rows = torch.where(weights == 0, floor, weights).float()[current.index]
+        current.undo = rows
+        return None if v is None else v * rows, None if ve is None else ve * rows, None
+
+
+class _Undo(torch.autograd.Function):
+    """The identity; its backward pass takes the weights off again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, current: _Pass) -> Tensor:
+        ctx.current = current
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        undo = ctx.current.undo
+        if undo is None:
+            return grad, None
+        last = torch.ones_like(undo[:, :1])  # the last position predicts nothing
+        return (grad.float() / torch.cat([undo, last], 1).unsqueeze(-1)).to(grad.dtype), None

@@ -1,0 +1,131 @@
+"""The layers of a model: what chooses its own samples, and which parameters belong to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor, nn
+
+from trl_ext.errors import ConfigurationError
+
+Kind = Literal["linear", "embedding", "scale", "head"]
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One module that uses a layer's weight. A tied embedding is one layer with two uses: embedding and head."""
+
+    name: str
+    module: nn.Module
+    kind: Kind
+    layer: int
+    """Position of the layer in the list."""
+    bias: Use | None = None
+    """The shift of a LayerNorm, which chooses for itself."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight, for a Linear with its bias: what chooses its own samples.
+
+    Under LoRA, A and B are layers of their own; so are the scale and the shift of a norm.
+    """
+
+    name: str
+    weight: int
+    """Position of the weight in the gradient views."""
+    bias: int | None
+    uses: int
+    """Number of modules that use the weight."""
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """Positions of the parameters in the gradient views."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def type(self) -> str:
+        """What layers alike in different blocks have in common: "q_proj", "q_proj.lora_A", "embed_tokens"."""
+        parts = [part for part in self.name.split(".") if part != "default"]
+        return ".".join(parts[-2:]) if parts[-1].startswith("lora_") else parts[-1]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The micro-batch in flight."""
+
+    index: Tensor
+    """(B, T) long: the sample of each input position, counted from 0."""
+    samples: int
+    offset: int
+    """Samples of the window before this micro-batch."""
+    by_row: bool
+    """Whether row i is sample i."""
+
+    @property
+    def window(self) -> slice:
+        """Its samples among those of the window."""
+        return slice(self.offset, self.offset + self.samples)
+
+
+def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[list[Layer], list[Use]]:
+    """Cover every trainable parameter by a layer.
+
+    Args:
+        model: the unwrapped model.
+        names: names of the trainable parameters, in the order of the gradient views.
+
+    Raises:
+        ConfigurationError: a trainable parameter that no layer covers would silently keep the full batch's gradient.
+    """
+    position = {id(p): i for i, p in enumerate(dict(model.named_parameters())[name] for name in names)}
+    head = _head(model)
+    layers: list[Layer] = []
+    uses: list[Use] = []
+    by_weight: dict[int, int] = {}
+    for name, module in model.named_modules():
+        kind = "head" if module is head else _kind(module)
+        weight = getattr(module, "weight", None)
+        if kind is None or id(weight) not in position:
+            continue
+        w, b = position[id(weight)], position.get(id(getattr(module, "bias", None)))
+        shift = None
+        if kind == "scale" and b is not None:
+            layers.append(Layer(f"{name}.bias", b, None, 1))
+            shift, b = Use(f"{name}.bias", module, "scale", len(layers) - 1), None
+        if w not in by_weight:
+            by_weight[w] = len(layers)
+            layers.append(Layer(name, w, b, 0))
+        i = by_weight[w]
+        layers[i] = replace(layers[i], bias=layers[i].bias if b is None else b, uses=layers[i].uses + 1)
+        uses.append(Use(name, module, kind, i, shift))
+    covered = {i for layer in layers for i in layer.parameters}
+    if missing := [name for i, name in enumerate(names) if i not in covered]:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ConfigurationError(
+            f"data-regularization: {len(missing)} trainable parameter(s) belong to no Linear, Embedding or norm and would "
+            f"keep the full batch's gradient: {shown}. Freeze them, or choose samples for all layers at once with "
+            "scope=global,engine=derivative, which works with any layer"
+        )
+    return layers, uses
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    """The module whose weight TRL's fused head reads without calling it."""
+    output = getattr(model, "get_output_embeddings", None)
+    if output is None and hasattr(model, "get_base_model"):
+        output = model.get_base_model().get_output_embeddings
+    return output() if output is not None else None
+
+
+def _kind(module: nn.Module) -> Kind | None:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        return "embedding" if plain else None
+    weight = getattr(module, "weight", None)
+    is_norm = isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module).__name__.endswith("RMSNorm")
+    return "scale" if is_norm and isinstance(weight, Tensor) and weight.dim() == 1 else None
