@@ -1,0 +1,121 @@
+"""`pg`: the plain policy gradient in GRPO, -A log p, with rewards 0/1 or +1/-1, and a rate that adapts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from trl_ext import hookimpl
+from trl_ext.records import PolicyTokens, Rewards, Rollouts, RunDescription, SetupContext
+
+RewardForm = Literal["binary", "sign", "raw", "given"]
+Baseline = Literal["none", "group"]
+
+
+def adaptive_rate(squared_norm: Tensor, constant: float = 4.0, slope: float = 2.0) -> Tensor:
+    """eta = 1 / (4 + 2 |grad log p|²): the rate for which the number of queries does not grow with the length."""
+    return 1 / (constant + slope * squared_norm)
+
+
+def sequence_squared_norms(log_probs: Tensor, mask: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """(B,) squared norm of the gradient of each sequence's log-probability, on this rank; one backward a sequence.
+
+    Args:
+        log_probs: (B, T) float, differentiable; the graph stays.
+        mask: (B, T) bool.
+        parameters: those that are trained.
+    """
+    norms = []
+    for row in torch.where(mask, log_probs, 0).sum(dim=1):
+        gradients = torch.autograd.grad(row, parameters, retain_graph=True, allow_unused=True)
+        present = [g.float().flatten() for g in gradients if g is not None]
+        norms.append(torch.stack([g.dot(g) for g in present]).sum())
+    return torch.stack(norms)
+
+
+@dataclass(eq=False)
+class PG:
+    """REINFORCE through `policy_loss`: no ratio, no clipping. TRL's masks and reduction stay; with
+    `loss_type="dr_grpo"` a token's weight is the same whatever the length, as in the sum over a sequence.
+
+    Args:
+        rewards: "binary" (0/1), "sign" (-1/+1), "raw" (the weighted sum), or "given": advantages as they come, such as
+            those of a process reward before this plugin.
+        threshold: Reward above which a completion is correct ("binary" and "sign").
+        baseline: "none", or "group": minus the group's mean.
+        adaptive: Whether to scale each sequence by 1 / (4 + 2 |grad log p(y|x)|²), at one more backward a sequence.
+            The rate of the paper is this factor at learning_rate=1 under SGD.
+    """
+
+    requires_api: ClassVar[str] = "1"
+    trainers: ClassVar[tuple[str, ...]] = ("grpo",)
+    citation: ClassVar[str] = (
+        "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957"
+    )
+
+    rewards: RewardForm = "binary"
+    threshold: float = 0.5
+    baseline: Baseline = "none"
+    adaptive: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("rewards", get_args(RewardForm)), ("baseline", get_args(Baseline))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.rewards == "given" and self.baseline != "none":
+            raise ValueError("baseline='group' has no rewards to work on with rewards='given'")
+        self._parameters: list[nn.Parameter] = []
+        self._rates: list[float] = []
+
+    @hookimpl
+    def check(self, run: RunDescription) -> None:
+        """Refuse what would need an importance ratio, and norms of sharded gradients."""
+        if run.args.num_iterations > 1:
+            raise ValueError(
+                f"num_iterations={run.args.num_iterations} trains on rollouts of older weights, which the plain policy "
+                "gradient does not correct for; set num_iterations=1"
+            )
+        if self.adaptive and run.sharding not in ("none", "ddp"):
+            raise ValueError(
+                f"adaptive=True needs whole gradients of single sequences, which {run.sharding} shards; "
+                "use the plugin adaptive-lr, or DDP"
+            )
+
+    @hookimpl
+    def setup(self, context: SetupContext) -> None:
+        """Take the parameters."""
+        self._parameters = list(context.weights.parameters)
+
+    @hookimpl
+    def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
+        """(N,) the rewards themselves, minus the baseline."""
+        if self.rewards == "given":
+            return advantages
+        total = rewards.total
+        if self.rewards != "raw":
+            correct = (total > self.threshold).to(advantages.dtype)
+            total = correct if self.rewards == "binary" else 2 * correct - 1
+        if self.baseline == "group":
+            total = total - total.view(-1, rollouts.num_generations).mean(1).repeat_interleave(rollouts.num_generations)
+        return total[rewards.local].to(advantages.dtype)
+
+    @hookimpl
+    def policy_loss(self, tokens: PolicyTokens) -> Tensor:
+        """(B, T) -A log p."""
+        loss = -tokens.advantages * tokens.log_probs
+        if not self.adaptive or not tokens.training:
+            return loss
+        rates = adaptive_rate(sequence_squared_norms(tokens.log_probs, tokens.mask, self._parameters))
+        self._rates += rates.tolist()
+        return rates.unsqueeze(1).to(loss.dtype) * loss
+
+    @hookimpl
+    def metrics(self, mode: str) -> dict[str, float]:
+        """Mean adaptive rate of this rank's sequences since the last log."""
+        if mode != "train" or not self._rates:
+            return {}
+        mean, self._rates = sum(self._rates) / len(self._rates), []
+        return {"rate": mean}

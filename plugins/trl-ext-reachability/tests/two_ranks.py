@@ -1,0 +1,37 @@
+"""Run under torchrun: groups that reach over ranks, and a verifier that fails on one of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from runs import distance, grpo, weights
+
+from trl_ext.errors import PluginError
+
+
+def main(folder: Path) -> None:
+    settings: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 2}
+    process = {"name": "process-reward", "normalize": "group", "split": "token"}
+    plain = grpo(folder / "plain", plain=True, **settings)
+    start = weights(plain)
+    plain.train()
+    ours = grpo(folder / "ours", [{**process, "verifier": "runs:constant_verifier"}], **settings)
+    ours.train()
+    assert dist.get_world_size() == 2
+    moved, apart = distance(start, weights(plain)), distance(weights(plain), weights(ours))
+    failing = grpo(folder / "failing", [{**process, "verifier": "runs:failing_verifier"}], **settings)
+    try:
+        failing.train()
+        message = "no error"
+    except PluginError as error:
+        message = str(error)
+    Path(folder, f"rank{dist.get_rank()}").write_text(f"{moved}\n{apart}\n{message}\n")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
