@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
 
@@ -53,3 +54,18 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
     yield fake
     for name in [name for name in sys.modules if name.split(".")[0] in fake.modules]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undo afterwards what a command does to its process, so that it can be tried in this one (loading TRL is slow)."""
+    from trl_ext.patching import PLACES
+
+    for name, places in PLACES.items():
+        for place in places:
+            module = import_module(place)
+            monkeypatch.setattr(module, name, getattr(module, name))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("TRL_EXT_PLUGINS", "")
+    monkeypatch.delenv("TRL_EXT_PLUGINS")

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from trl_ext.cli.train import run_script, train
+from trl_ext.errors import ConfigurationError
+
 HEADER = "from dataclasses import dataclass\nfrom trl_ext import hookimpl\n"
 GOOD = (
     HEADER
@@ -287,17 +290,20 @@ def test_run_gives_a_script_our_classes_and_its_own_arguments(script):
     }
 
 
-def test_run_without_plugins_leaves_the_environment_s(script):
-    environment = {**os.environ, "TRL_EXT_PLUGINS": "ema"}
-    done = trl_ext("run", script.name, cwd=script.parent, env=environment, check=True)
-    shown = json.loads(done.stdout.partition("@")[2])
+def test_run_without_plugins_leaves_the_environment_s(process, script, capsys, monkeypatch):
+    monkeypatch.chdir(script.parent)
+    monkeypatch.setenv("TRL_EXT_PLUGINS", "ema")
+    run_script(Path("show.py"), [])
+    shown = json.loads(capsys.readouterr().out.partition("@")[2])
     assert shown["plugins"] == [{"name": "ema"}]
-    assert (shown["argv"], shown["path"]) == ([script.name], str(script.parent))
+    assert (shown["argv"], shown["path"]) == (["show.py"], str(script.parent))
 
 
-def test_a_script_s_exit_code_is_kept(script):
+def test_a_script_s_exit_code_is_kept(process, script):
     script.write_text("import sys; sys.exit(7)")
-    assert trl_ext("run", script).returncode == 7
+    with pytest.raises(SystemExit) as raised:
+        run_script(script, [])
+    assert raised.value.code == 7
 
 
 @pytest.mark.parametrize(
@@ -305,7 +311,6 @@ def test_a_script_s_exit_code_is_kept(script):
     [
         (["run", "absent.py"], "trl-ext run: there is no file 'absent.py'"),
         (["run", "--plugins", "alpha=1", __file__], "plugins: 'alpha=1' starts with an option"),
-        (["sft", "--plugins", "alpha=1"], "plugins: 'alpha=1' starts with an option"),
     ],
 )
 def test_what_cannot_work_ends_with_its_message_alone(arguments, expected):
@@ -322,31 +327,37 @@ CPU = ["--use_cpu", "--bf16", "false", "--report_to", "none", "--model_name_or_p
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
-def test_the_training_commands_show_trl_s_flags_and_ours(kind):
-    shown = trl_ext(kind, "--help", check=True).stdout
+def test_the_training_commands_show_trl_s_flags_and_ours(process, capsys, kind):
+    with pytest.raises(SystemExit) as raised:
+        train(kind, ["--help"])
+    assert raised.value.code == 0
+    shown = capsys.readouterr().out
     assert f"usage: trl-ext {kind}" in shown
     for flag in ("--learning_rate", "--dataset_name", "--plugins", "--streams", "--dataset_columns", "--nonfinite"):
         assert flag in shown
 
 
-def test_a_plugin_that_cannot_run_stops_the_command_before_data_and_model(site):
+@pytest.mark.parametrize(
+    ("kind", "plugins", "expected"),
+    [
+        ("sft", "alpha=1", "plugins: 'alpha=1' starts with an option"),
+        ("sft", "good:alpha=ten,path=x", "plugin 'good' (trl-ext-good 1.2), option 'alpha': expected float, got 'ten'"),
+        ("grpo", "good:path=x", "plugin 'good' (trl-ext-good 1.2) is for the trainers sft, and this is grpo"),
+    ],
+)
+def test_a_plugin_that_cannot_run_stops_the_command_before_data_and_model(process, site, kind, plugins, expected):
     add_plugin(site, "good", GOOD)
-    done = trl_ext("sft", *CPU, "--dataset_name", "absent/absent", "--plugins", "good:alpha=ten,path=x", site=site)
-    assert done.returncode == 1
-    assert "plugin 'good' (trl-ext-good 1.2), option 'alpha': expected float, got 'ten' (str)" in done.stderr
-    done = trl_ext("grpo", *CPU, "--dataset_name", "absent/absent", "--plugins", "good:path=x", site=site)
-    assert done.returncode == 2
-    assert "plugin 'good' (trl-ext-good 1.2) is for the trainers sft, and this is grpo" in done.stderr
+    with pytest.raises(ConfigurationError) as raised:
+        train(kind, [*CPU, "--dataset_name", "absent/absent", "--plugins", plugins])
+    assert expected in str(raised.value)
 
 
-def test_a_missing_data_file_is_named():
-    done = trl_ext("sft", *CPU, "--dataset_name", "absent.jsonl")
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "trl-ext: --dataset_name: there is no file 'absent.jsonl'"
+def test_a_missing_data_file_is_named(process):
+    with pytest.raises(ConfigurationError, match=r"--dataset_name: there is no file 'absent\.jsonl'"):
+        train("sft", [*CPU, "--dataset_name", "absent.jsonl"])
 
 
-def test_a_misspelt_key_in_yaml_is_refused(tmp_path):
+def test_a_misspelt_key_in_yaml_is_refused(process, tmp_path):
     (tmp_path / "config.yaml").write_text("plugin: [power]\n")
-    done = trl_ext("sft", *CPU, "--config", tmp_path / "config.yaml")
-    assert done.returncode != 0
-    assert "Unknown arguments from config file: ['--plugin'" in done.stderr
+    with pytest.raises(ValueError, match=r"Unknown arguments from config file: \['--plugin'"):
+        train("sft", [*CPU, "--config", str(tmp_path / "config.yaml")])

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-_PLACES = {
+PLACES: dict[str, tuple[str, ...]] = {
     "SFTConfig": ("trl", "trl.trainer", "trl.trainer.sft_config", "trl.trainer.sft_trainer"),
     "SFTTrainer": ("trl", "trl.trainer", "trl.trainer.sft_trainer"),
     "GRPOConfig": ("trl", "trl.trainer", "trl.trainer.grpo_config", "trl.trainer.grpo_trainer"),
@@ -18,7 +18,7 @@ def patch_trl() -> None:
     import trl_ext
 
     # All of ours first: they subclass what is replaced below.
-    replacements = {name: getattr(trl_ext, name) for name in _PLACES}
-    for name, places in _PLACES.items():
+    replacements = {name: getattr(trl_ext, name) for name in PLACES}
+    for name, places in PLACES.items():
         for place in places:
             setattr(import_module(place), name, replacements[name])

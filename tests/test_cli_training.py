@@ -1,0 +1,159 @@
+"""Real runs from the command line: TRL's own scripts, with and without our classes in place."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import trl
+from helpers import additions, assert_close, assert_equal_bits, tiny_model, tokenizer
+from safetensors.torch import load_file
+
+from trl_ext.cli.train import run_script, train
+from trl_ext.report import RUN_FILE
+from trl_ext.testing import save_model
+
+SCRIPTS = Path(trl.__file__).parent / "scripts"
+REWARD = (
+    "def digits(completions, **columns):\n    return [float(sum(c.isdigit() for c in text)) for text in completions]\n"
+)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a model, data under TRL's column names and under others, and a reward."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tiny_model(), tokenizer(), tmp_path / "model")
+    rows = additions(32).to_list()
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    renamed = [{"question": row["prompt"], "reply": row["completion"]} for row in rows]
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in renamed))
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "train.jsonl").write_text(
+        "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
+    )
+    (tmp_path / "reward_functions.py").write_text(REWARD)
+    return tmp_path
+
+
+def flags(output: str, **changed: object) -> list[str]:
+    settings = {
+        "model_name_or_path": "model",
+        "output_dir": output,
+        "use_cpu": True,
+        "bf16": False,
+        "dtype": "float32",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_steps": 3,
+        **changed,
+    }
+    return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
+
+
+GRPO = {"num_generations": 2, "max_completion_length": 5, "reward_funcs": "reward_functions.digits", "max_steps": 2}
+
+
+def run_plain(kind: str, arguments: list[str]) -> None:
+    """TRL's script as TRL runs it."""
+    script = import_module(f"trl.scripts.{kind}")
+    script.main(*script.make_parser().parse_args_and_config(arguments))
+
+
+def weights(folder: str) -> dict:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def active(folder: str) -> list[tuple[str, dict]]:
+    return [
+        (plugin["name"], plugin["options"]) for plugin in json.loads((Path(folder) / RUN_FILE).read_text())["plugins"]
+    ]
+
+
+@pytest.mark.parametrize(("kind", "data", "options"), [("sft", "plain", {}), ("grpo", "prompts", GRPO)])
+def test_without_plugins_the_command_trains_as_trl_s_script_does(process, here, kind, data, options):
+    run_plain(kind, flags("theirs", dataset_name=data, **options))
+    train(kind, flags("ours", dataset_name=data, **options))
+    assert_equal_bits(weights("ours"), weights("theirs"))
+    with pytest.raises(AssertionError, match="tensors differ"):
+        assert_equal_bits(weights("ours"), weights("model"))
+
+
+def test_a_data_file_with_other_columns_trains_as_the_same_data_does(process, here):
+    run_plain("sft", flags("theirs", dataset_name="plain"))
+    train("sft", flags("flags", dataset_name="qa.jsonl", dataset_columns="question=prompt,reply=completion"))
+    assert_equal_bits(weights("flags"), weights("theirs"))
+
+
+YAML = """
+dataset_name: qa.jsonl
+dataset_columns: {question: prompt, reply: completion}
+plugins:
+  - {name: power, alpha: 1}
+  - ema:decay=0.5
+"""
+
+
+def test_yaml_and_flags_and_an_unmodified_script_train_alike(process, here):
+    (here / "config.yaml").write_text(YAML)
+    train("sft", flags("yaml", config="config.yaml"))
+    columns = {"dataset_name": "qa.jsonl", "dataset_columns": "question=prompt,reply=completion"}
+    train("sft", flags("flags", plugins="power:alpha=1,ema:decay=0.5", **columns))
+    run_script(SCRIPTS / "sft.py", flags("script", dataset_name="plain"), ["power:alpha=1,ema:decay=0.5"])
+    assert [name for name, _ in active("yaml")] == ["power", "ema"]
+    assert active("yaml") == active("flags") == active("script")
+    assert active("yaml")[1][1]["decay"] == 0.5
+    assert_equal_bits(weights("flags"), weights("yaml"))
+    assert_equal_bits(weights("script"), weights("yaml"))
+
+
+def test_a_plugin_of_the_command_line_has_its_effect(process, here):
+    run_plain("sft", flags("dft", dataset_name="plain", loss_type="dft"))
+    run_plain("sft", flags("nll", dataset_name="plain"))
+    train("sft", flags("power", dataset_name="plain", plugins="power:alpha=1"))
+    # The same loss in another order of operations; three steps of Adam at 1e-2 on fp32 weights.
+    assert_close(weights("power"), weights("dft"), rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError):
+        assert_close(weights("power"), weights("nll"), rtol=1e-4, atol=1e-5)
+
+
+def test_trl_s_grpo_script_runs_unmodified_with_a_plugin(process, here):
+    run_plain("grpo", flags("theirs", dataset_name="prompts", **GRPO))
+    train("grpo", flags("ours", dataset_name="prompts", plugins="ema:decay=0.5", **GRPO))
+    run_script(SCRIPTS / "grpo.py", flags("script", dataset_name="prompts", **GRPO), ["ema:decay=0.5"])
+    assert [name for name, _ in active("script")] == ["ema"]
+    assert_equal_bits(weights("script"), weights("ours"))
+    with pytest.raises(AssertionError, match="tensors differ"):
+        assert_equal_bits(weights("script"), weights("theirs"))
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"],
+    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1", "-m"],
+}
+
+
+@pytest.mark.slow  # two or three processes, each of which loads TRL
+@pytest.mark.parametrize(("launcher", "ranks"), [("torchrun", 2), ("accelerate", 1)])
+def test_a_launcher_runs_an_unmodified_script_with_plugins(here, launcher, ranks):
+    arguments = [*LAUNCHERS[launcher], "trl_ext", "run", "--plugins", "power:alpha=1", str(SCRIPTS / "sft.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments, *flags("out", dataset_name="plain")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert active("out") == [("power", {"alpha": 1.0})]
+    assert f"'epoch': '{3 * 4 * ranks / 32:g}'" in done.stdout  # 3 steps of 4 samples per rank, of 32
+    assert (here / "out" / "model.safetensors").is_file()
