@@ -1,5 +1,9 @@
 """RL and SFT in one step: parallel averaging and its relatives, one file each, with pass@k and drift probes."""
 
+from trl_ext_mixing.chord import Chord
+from trl_ext_mixing.hpt import HPT
 from trl_ext_mixing.parallel_averaging import ParallelAveraging
+from trl_ext_mixing.pcgrad import PCGrad
+from trl_ext_mixing.relift import ReLIFT
 
-__all__ = ["ParallelAveraging"]
+__all__ = ["HPT", "Chord", "PCGrad", "ParallelAveraging", "ReLIFT"]

@@ -14,6 +14,12 @@ from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, StreamGradient, StreamRequest, WeightsView
 from trl_ext_mixing.comparison import Comparison, products
+from trl_ext_mixing.demonstrations import (
+    Demonstration,
+    Demonstrations,
+    refuse_split_generations,
+    refuse_unsupported,
+)
 from trl_ext_mixing.rewards import pass_rates
 
 ROLE = "sft"
@@ -27,7 +33,9 @@ class TwoGradients:
     GRPO loss keeps its own denominator, so SFT tokens never change the RL gradient.
 
     Args:
-        batch_size: SFT samples per rank and optimiser step.
+        batch_size: SFT samples per rank and optimiser step; with `demonstrations`, samples per forward.
+        demonstrations: column of the GRPO data set; where given, each step takes the demonstrations of the very prompts
+            that it rolls out in place of the stream (plain log-likelihood, and not on sharded parameters).
         on_exhausted: what to do at the end of the demonstrations: "cycle", "stop" or "error".
         max_length: longest demonstration in tokens; not cut where None.
         reward: name of the reward function that says whether a completion solves its prompt; the weighted sum of all
@@ -36,6 +44,7 @@ class TwoGradients:
     """
 
     batch_size: int = 8
+    demonstrations: str = ""
     on_exhausted: Literal["cycle", "stop", "error"] = "cycle"
     max_length: int | None = None
     reward: str = ""
@@ -54,6 +63,8 @@ class TwoGradients:
         self._step = 0
         self._max_steps = 1
         self._max_grad_norm = 0.0
+        self._source: Demonstrations | None = None
+        self._rolled_out: list[Demonstration] = []
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
@@ -72,14 +83,21 @@ class TwoGradients:
     @hookimpl
     def check(self, run: RunDescription) -> None:
         self._max_grad_norm = float(run.args.max_grad_norm or 0.0)
+        if self.demonstrations:
+            refuse_unsupported(run, self.demonstrations, f"{self.method}: demonstrations={self.demonstrations!r}")
+            refuse_split_generations(run)
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:
+        if self.demonstrations:
+            self._source = Demonstrations(context, self.demonstrations, self.max_length)
         self._step = 0
         self._max_steps = max(context.max_steps, 1)
 
     @hookimpl
     def streams(self) -> list[StreamRequest]:
+        if self.demonstrations:
+            return []
         return [
             StreamRequest(ROLE, batch_size=self.batch_size, on_exhausted=self.on_exhausted, max_length=self.max_length)
         ]
@@ -89,11 +107,13 @@ class TwoGradients:
         if rollouts.training:
             rates = pass_rates(rewards, rollouts.num_generations, self.reward, self.solved_at)
             self.note(pass_rate=rates.mean(), solved_prompts=(rates > 0).float().mean())
+            if self._source is not None:
+                self._rolled_out = list(self._source.of_prompts(rollouts, rewards).values())
         return advantages
 
     @hookimpl
     def gradients_ready(self, gradients: GradientView, streams: Mapping[str, StreamGradient]) -> None:
-        sft = streams[ROLE]
+        sft = streams[ROLE] if self._source is None else self._source.gradient(self._rolled_out, self.batch_size)
         both = Comparison.of(products(gradients.parameters, gradients.tensors, sft.gradients.tensors))
         self.note(
             sft_nll=sft.nll,

@@ -1,0 +1,321 @@
+"""CHORD, PCGrad, HPT and ReLIFT against their formulas, with gradients taken here on full logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from branches import largest_difference
+from mixing_runs import Recorder, Vector, checksum_reward, demonstrations, grpo
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from trl_ext_mixing import HPT, Chord, ParallelAveraging, PCGrad, ReLIFT
+from trl_ext_mixing.pcgrad import pcgrad_weights
+
+from trl_ext import hookimpl
+from trl_ext.errors import ConfigurationError
+from trl_ext.records import Rewards, Rollouts
+from trl_ext.testing import tiny_llama, tiny_tokenizer
+
+# Gradients of two ways to write one loss in fp64, through a head that TRL evaluates in tiles.
+EXACT = 1e-10
+
+
+@dataclass(eq=False)
+class Rolled:
+    """Keeps the generation batches; before a method it sees TRL's advantages, after it the method's."""
+
+    batches: list[tuple[Rollouts, Rewards, Tensor]] = field(default_factory=list)
+
+    requires_api = "1"
+    citation = "test"
+
+    @hookimpl
+    def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
+        self.batches.append((rollouts, rewards, advantages.clone()))
+        return advantages
+
+
+@dataclass(eq=False)
+class Late(Recorder):
+    """A recorder for the last place."""
+
+
+def model_at(weights: Vector) -> Any:
+    model = tiny_llama(hidden=16).double()
+    for p, w in zip(model.parameters(), weights, strict=True):
+        p.data.copy_(w)
+    return model
+
+
+def token_log_probs(model: Any, head: str, tail: list[int]) -> Tensor:
+    ids = tiny_tokenizer()(head)["input_ids"]
+    logits = model(torch.tensor([ids + tail])).logits[0, len(ids) - 1 : -1]
+    return -cross_entropy(logits, torch.tensor(tail), reduction="none")
+
+
+def demonstration_nll(model: Any, rows: Sequence[Any]) -> Tensor:
+    """Mean over label tokens, one row at a time."""
+    tokenizer = tiny_tokenizer()
+    parts = [
+        token_log_probs(model, r["prompt"], tokenizer(r["completion"])["input_ids"] + [tokenizer.eos_token_id])
+        for r in rows
+    ]
+    return -torch.cat(parts).mean()
+
+
+def gradient(model: Any, loss: Tensor) -> Vector:
+    return [g.clone() for g in torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def combine(a: Vector, b: Vector, x: float, y: float) -> Vector:
+    return [x * s + y * t for s, t in zip(a, b, strict=True)]
+
+
+# -- CHORD -----------------------------------------------------------------------------------------------------------
+
+
+def test_chord_is_the_weighted_sum_with_mu_on_its_schedule(tmp_path: Path) -> None:
+    before, after = Recorder(), Late()
+    trainer = grpo(tmp_path, [Chord(mu=0.8, mu_end=0.2, decay=0.5), after], recorder=before)
+    trainer.train()
+    mus = [0.8, 0.5, 0.2, 0.2]
+    for step, mu in enumerate(mus):
+        expected = combine(before.rl[step], before.sft[step], 1 - mu, mu)
+        assert largest_difference(after.rl[step], expected) < EXACT
+    assert [v for e in trainer.state.log_history for k, v in e.items() if k.endswith("/mu")] == pytest.approx(mus)
+
+
+def test_phi_weighs_tokens_by_p_times_one_minus_p(tmp_path: Path) -> None:
+    data, seen = demonstrations(5), Recorder()
+    grpo(tmp_path, [Chord(phi=True, batch_size=5)], recorder=seen, stream=data, max_steps=1).train()
+    model, tokenizer = model_at(seen.weights[0]), tiny_tokenizer()
+    logps = torch.cat(
+        [
+            token_log_probs(model, r["prompt"], tokenizer(r["completion"])["input_ids"] + [tokenizer.eos_token_id])
+            for r in data
+        ]
+    )
+    p = logps.detach().exp()
+    # TRL's head gives log-probabilities in fp32, and so the weights.
+    assert largest_difference(seen.sft[0], gradient(model, -(p * (1 - p) * logps).mean())) < 1e-8
+
+
+# -- PCGrad ----------------------------------------------------------------------------------------------------------
+
+
+def test_pcgrad_is_the_sum_of_the_projected_gradients() -> None:
+    generator = torch.Generator().manual_seed(0)
+    signs = set()
+    for _ in range(20):
+        a, b = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+        dot = a @ b
+        x, y = pcgrad_weights(a @ a, b @ b, dot)
+        d = torch.clamp(dot, max=0.0)
+        expected = (a - d / (b @ b) * b) + (b - d / (a @ a) * a)  # the projections, written out
+        torch.testing.assert_close(x * a + y * b, expected)
+        signs.add(bool(dot < 0))
+    assert signs == {True, False}
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_the_surgery_leaves_no_conflict_in_a_run(tmp_path: Path, normalise: bool) -> None:
+    before, after = Recorder(), Late()
+    grpo(tmp_path, [PCGrad(normalise=normalise), after], recorder=before, max_steps=8).train()
+    conflicts = 0
+    for g_rl, g_sft, mixed in zip(before.rl, before.sft, after.rl, strict=True):
+        a, b, got = (torch.cat([t.flatten() for t in v]) for v in (g_rl, g_sft, mixed))
+        if normalise:
+            mean = (a.norm() + b.norm()) / 2
+            a, b = a / a.norm() * mean, b / b.norm() * mean
+        conflicts += int(a @ b < 0)
+        d = torch.clamp(a @ b, max=0.0)
+        expected = (a - d / (b @ b) * b) + (b - d / (a @ a) * a)
+        # Weights are made of fp32 scalars.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert conflicts > 0, "no step of this run had a conflict; choose another seed"
+
+
+# -- demonstrations of the same prompts ------------------------------------------------------------------------------
+
+
+def mixed_reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """The even prompts are solved now and then, the odd ones never."""
+    return [
+        float(ord(c[0]) % 2) if c and len(p) and hash_of(p) % 2 == 0 else 0.0
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+
+
+def hash_of(prompt: str) -> int:
+    return sum(map(ord, prompt))
+
+
+def test_same_prompt_demonstrations_replace_the_stream(tmp_path: Path) -> None:
+    data = demonstrations(12)
+    rolled, seen = Rolled(), Recorder()
+    trainer = grpo(
+        tmp_path,
+        [rolled, ParallelAveraging(demonstrations="completion", batch_size=1, coefficient=1.0)],
+        recorder=seen,
+        stream=False,
+        data=data,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_grad_norm=0.0,
+        optim="sgd",
+        max_steps=2,
+    )
+    trainer.train()
+    for step, (rollouts, _, _) in enumerate(rolled.batches):
+        rows = {row["prompt"]: row for row in rollouts.inputs}
+        assert len(rows) == 2
+        model = model_at(seen.weights[step])
+        expected = gradient(model, demonstration_nll(model, list(rows.values())))
+        moved = [(a - b) / 1e-2 for a, b in zip(seen.weights[step], seen.weights[step + 1], strict=True)]
+        assert largest_difference(moved, expected) < EXACT
+
+
+def rl_gradient(model: Any, batch: tuple[Rollouts, Rewards, Tensor], keep: list[bool]) -> Vector:
+    """Of GRPO's loss on policy over the kept completions alone, per token: a ratio of one and no clipping."""
+    rollouts, _, advantages = batch
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for i, prompt in enumerate(rollouts.prompts):
+        if keep[i]:
+            tail = rollouts.completion_ids[i][rollouts.mask[i].bool()].tolist()
+            total = total - float(advantages[i]) * token_log_probs(model, prompt, tail).sum()
+            tokens += len(tail)
+    return gradient(model, total / max(tokens, 1)) if any(keep) else [torch.zeros_like(p) for p in model.parameters()]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_hpt_gives_each_prompt_one_of_two_losses_each_a_mean_over_its_own_tokens(
+    tmp_path: Path, accumulation: int
+) -> None:
+    rolled, seen = Rolled(), Recorder()
+    trainer = grpo(
+        tmp_path,
+        [rolled, HPT(sft_coefficient=0.7)],
+        recorder=seen,
+        stream=False,
+        data=demonstrations(16),
+        reward=mixed_reward,
+        per_device_train_batch_size=16 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        max_steps=2,
+    )
+    trainer.train()
+    mixed = 0
+    for step, batch in enumerate(rolled.batches):
+        rollouts, rewards, _ = batch
+        rates = rewards.total.view(-1, 4).gt(0).float().mean(1)
+        keep = [bool(rates[i // 4] > 0) for i in range(len(rollouts.prompts))]
+        rows = [rollouts.inputs[i] for i in range(0, len(keep), 4) if not keep[i]]
+        mixed += 0 < len(rows) < 4
+        model = model_at(seen.weights[step])
+        expected = rl_gradient(model, batch, keep)
+        if rows:
+            expected = combine(expected, gradient(model, demonstration_nll(model, rows)), 1.0, 0.7)
+        # TRL's advantages are fp32.
+        assert largest_difference(seen.rl[step], expected) < 1e-6, step
+    assert mixed, "no batch had both kinds of prompt"
+
+
+def test_hpt_with_every_prompt_solved_is_plain_grpo(tmp_path: Path) -> None:
+    runs = []
+    for i, plugins in enumerate(([HPT(solved_at=0.0)], [])):
+        seen = Recorder()
+        grpo(tmp_path / str(i), plugins, recorder=seen, stream=False, data=demonstrations(16)).train()
+        runs.append(seen)
+    assert largest_difference(runs[0].weights[-1], runs[1].weights[-1]) == 0
+    assert largest_difference(runs[0].weights[0], runs[0].weights[-1]) > 1e-3
+
+
+def never(completions: Sequence[str], **columns: Any) -> list[float]:
+    """Differs within groups, and never reaches 1."""
+    return [0.9 * r for r in checksum_reward(completions)]
+
+
+def test_relift_steps_on_the_unsolved_prompts_when_the_buffer_is_full(tmp_path: Path) -> None:
+    rolled, seen = Rolled(), Late()
+    trainer = grpo(
+        tmp_path,
+        [rolled, ReLIFT(buffer_size=3, batch_size=1, lr_ratio=0.5), seen],
+        stream=False,
+        data=demonstrations(16),
+        reward=mixed_reward,
+        optim="sgd",
+        max_grad_norm=0.0,
+        per_device_train_batch_size=8,
+        max_steps=6,
+    )
+    trainer.train()
+    buffered: list[Any] = []
+    steps = solved = 0
+    for step, (rollouts, rewards, _) in enumerate(rolled.batches):
+        for i in range(0, len(rollouts.inputs), 4):
+            unsolved = not bool(rewards.total[i : i + 4].any())
+            buffered += [rollouts.inputs[i]] * unsolved
+            solved += not unsolved
+        expected = combine(seen.weights[step], seen.rl[step], 1.0, -1e-2)
+        if len(buffered) >= 3:
+            model = model_at(expected)
+            expected = combine(expected, gradient(model, demonstration_nll(model, buffered[:3])), 1.0, -5e-3)
+            buffered, steps = buffered[3:], steps + 1
+        # Llama's norms work in fp32, where the last bit of the weights in between shows; the SFT step moves by 1e-3.
+        assert largest_difference(seen.weights[step + 1], expected) < 1e-9, step
+    assert solved > 0
+    assert steps > 1
+    assert trainer.state.log_history[-2]["relift/sft_steps"] == steps
+
+
+def test_relift_keeps_its_buffer_over_a_resume(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "reward": never}
+
+    def run(**more: Any) -> tuple[Any, Late]:
+        seen = Late()
+        plugins = ["relift:buffer_size=5", seen]
+        return grpo(tmp_path, plugins, stream=False, data=demonstrations(16), **settings), seen
+
+    whole, seen_whole = run()
+    whole.train()
+    resumed, seen = run()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert largest_difference(seen_whole.weights[-1], seen.weights[-1]) == 0
+    assert resumed.state.log_history[-2]["relift/sft_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("plugin", "options", "message"),
+    [
+        (Chord, {"mu": 1.2}, "mu=1.2"),
+        (Chord, {"decay": 0.0}, "decay=0.0"),
+        (HPT, {"gamma": 1.0}, "gamma=1.0"),
+        (HPT, {"sft_coefficient": 0.0}, "sft_coefficient=0.0"),
+        (ReLIFT, {"buffer_size": 0}, "buffer_size=0"),
+        (ReLIFT, {"lr_ratio": -1.0}, "lr_ratio=-1.0"),
+    ],
+)
+def test_values_out_of_range_are_named(plugin: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plugin(**options)
+
+
+def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no column 'solution'"):
+        grpo(tmp_path, ["hpt:demonstrations=solution"], stream=False, data=demonstrations())
+    with pytest.raises(ConfigurationError, match="num_iterations=2"):
+        grpo(tmp_path, ["hpt"], stream=False, data=demonstrations(), num_iterations=2)
+    with pytest.raises(ConfigurationError, match="steps_per_generation=2"):
+        grpo(
+            tmp_path,
+            ["parallel-averaging:demonstrations=completion"],
+            stream=False,
+            data=demonstrations(),
+            steps_per_generation=2,
+        )
