@@ -126,7 +126,13 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         ((_, call),) = self.ext_plugins.calls("policy_loss")
 
         loss = self.ext_guard.run("policy_loss", owner, same_shape(call), -log_probs, tokens=tokens)
-        return rest + (weights * torch.where(mask, loss, torch.zeros_like(loss))).sum()
+        term = (weights * torch.where(mask, loss, torch.zeros_like(loss))).sum()
+        if metrics.get("policy_loss"):
+            # TRL logs it where an entropy bonus is on; so far without this term, and before accumulation's share.
+            by_token = self.loss_type in ("cispo", "dapo", "vespo") or not self.model.training
+            logged = term.detach() * (1 if by_token else self.current_gradient_accumulation_steps)
+            metrics["policy_loss"][-1] += self.accelerator.gather(logged).nanmean().item()
+        return rest + term
 
     @staticmethod
     def _ext_loss_mask(inputs: dict[str, Any]) -> Tensor:
