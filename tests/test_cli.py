@@ -206,7 +206,7 @@ def add_command(
 @pytest.mark.parametrize(("group", "prefix"), [("trl_ext.commands", []), ("trl_ext.probes", ["probe"])])
 def test_a_distribution_may_bring_commands(site, group, prefix):
     add_command(site, group=group)
-    assert "From trl-ext-tool_pkg 1.2." in trl_ext(*prefix, "--help", site=site, check=True).stdout
+    assert "Greet someone (trl-ext-tool_pkg 1.2)" in trl_ext(*prefix, "--help", site=site, check=True).stdout
     assert trl_ext(*prefix, "greet", "you", "--loud", site=site, check=True).stdout == "YOU\n"
     assert "Whom to greet." in trl_ext(*prefix, "greet", "--help", site=site, check=True).stdout
 
@@ -214,8 +214,11 @@ def test_a_distribution_may_bring_commands(site, group, prefix):
 def test_a_broken_command_breaks_only_itself(site):
     add_command(site)
     add_command(site, EXPLODES, name="bad", module="bad_pkg")
-    for arguments in (["--help"], ["plugins", "list"], ["greet", "you"]):
+    for arguments in (["plugins", "list"], ["greet", "you"]):
         assert trl_ext(*arguments, site=site).returncode == 0
+    help_text = trl_ext("--help", site=site, check=True).stdout
+    assert "Greet someone (trl-ext-tool_pkg 1.2)" in help_text
+    assert "BROKEN: importing 'bad_pkg' fails at line 1" in help_text
     done = trl_ext("bad", site=site)
     assert done.returncode != 0
     assert "command 'bad' of trl-ext-bad_pkg 1.2 cannot be loaded: RuntimeError: imported" in done.stderr

@@ -21,7 +21,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from trl_ext.errors import ConfigurationError
 from trl_ext.hookspecs import API_VERSION
 from trl_ext.specs import NAME
-from trl_ext.static_check import ClassFacts, SourceInspector, StaticError
+from trl_ext.static_check import Facts, SourceInspector, StaticError
 
 ENTRY_POINT_GROUP = "trl_ext"
 
@@ -146,7 +146,7 @@ class _Installation:
 
     def inspect(self, entry_point: metadata.EntryPoint) -> PluginInfo:
         """What metadata and sources say of a plugin."""
-        facts, error = ClassFacts(), self.problem(entry_point)
+        facts, error = Facts(), self.problem(entry_point)
         if error is None:
             try:
                 facts = self._sources.inspect(entry_point.module, entry_point.attr)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class ClassFacts:
-    """Literals read from a plugin class's source; None where the source does not say."""
+class Facts:
+    """Literals read from the source of a class or function; None where the source does not say."""
 
     summary: str | None = None
+    """First line of the docstring."""
     requires_api: str | None = None
     requires_trl: str | None = None
 
@@ -24,7 +25,7 @@ class StaticError(Exception):
 
 
 class SourceInspector:
-    """Follows entry points to their classes through the sources; each source is read once per inspector."""
+    """Follows entry points to what they name through the sources; each source is read once per inspector."""
 
     def __init__(self) -> None:
         self._specs: dict[str, ModuleSpec | None] = {}
@@ -32,8 +33,8 @@ class SourceInspector:
         self._bindings: dict[str, dict[str, ast.stmt]] = {}
         self._importable: frozenset[str] = frozenset()
 
-    def inspect(self, module: str, attribute: str) -> ClassFacts:
-        """Check that `from module import attribute` can work, and read the class's literals.
+    def inspect(self, module: str, attribute: str) -> Facts:
+        """Check that `from module import attribute` can work, and read the literals of what it gives.
 
         Raises:
             StaticError: A module is missing or has a syntax error, a top-level import or `raise` would fail, or the
@@ -116,17 +117,17 @@ class SourceInspector:
         base = parts[: len(parts) - statement.level + is_package]
         return ".".join([*base, *([statement.module] if statement.module else [])])
 
-    def _find_definition(self, module: str, name: str, seen: set[tuple[str, str]]) -> ClassFacts:
-        """Find what a module binds to a name, through imports within its package; no facts unless it is a class."""
+    def _find_definition(self, module: str, name: str, seen: set[tuple[str, str]]) -> Facts:
+        """Find what a module binds to a name, through imports within its package; no facts about a plain value."""
         tree = self._parse(module)
         if tree is None or (module, name) in seen:
-            return ClassFacts()
+            return Facts()
         seen.add((module, name))
         if module not in self._bindings:
             self._bindings[module] = _bindings(tree)
         bindings = self._bindings[module]
         statement = bindings.get(name)
-        if isinstance(statement, ast.ClassDef):
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef):
             return _facts(statement)
         if isinstance(statement, ast.ImportFrom):
             source = self._absolute(statement, module)
@@ -135,7 +136,7 @@ class SourceInspector:
                 return self._find_definition(source, original, seen)
         elif statement is None and not {"*", "__getattr__"} & bindings.keys():
             raise StaticError(f"module {module!r} does not define {name!r}")
-        return ClassFacts()
+        return Facts()
 
 
 def _bindings(tree: ast.Module) -> dict[str, ast.stmt]:
@@ -166,12 +167,12 @@ def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _top_level(handler.body)
 
 
-def _facts(definition: ast.ClassDef) -> ClassFacts:
+def _facts(definition: ast.ClassDef | ast.FunctionDef) -> Facts:
     literals: dict[str, str] = {}
-    for statement in definition.body:
+    for statement in definition.body if isinstance(definition, ast.ClassDef) else ():
         targets = [statement.target] if isinstance(statement, ast.AnnAssign) else getattr(statement, "targets", [])
         value = getattr(statement, "value", None)
         if isinstance(value, ast.Constant) and isinstance(value.value, str):
             literals |= {target.id: value.value for target in targets if isinstance(target, ast.Name)}
     summary = (ast.get_docstring(definition) or "").strip().partition("\n")[0]
-    return ClassFacts(summary or None, literals.get("requires_api"), literals.get("requires_trl"))
+    return Facts(summary or None, literals.get("requires_api"), literals.get("requires_trl"))

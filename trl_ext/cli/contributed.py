@@ -6,9 +6,11 @@ from importlib import metadata
 from typing import Any
 
 import typer
+from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from trl_ext.errors import ConfigurationError
+from trl_ext.static_check import SourceInspector, StaticError
 
 
 def contributed_group(entry_point_group: str) -> type[TyperGroup]:
@@ -31,7 +33,7 @@ class _LazyCommand(TyperCommand):
     """Stands for a contributed command in listings, and becomes it when it is invoked."""
 
     def __init__(self, name: str, claimed: tuple[metadata.EntryPoint, ...]) -> None:
-        super().__init__(name, callback=None, help=f"From {' and '.join(map(_origin, claimed))}.")
+        super().__init__(name, callback=None, help=_summary(claimed))
         self.claimed = claimed
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
@@ -51,6 +53,16 @@ class _LazyCommand(TyperCommand):
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         single.command(name=self.name)(function)
         return typer.main.get_command(single)
+
+
+def _summary(claimed: tuple[metadata.EntryPoint, ...]) -> str:
+    """What the sources say of a command, and who brings it."""
+    module, _, attribute = claimed[0].value.partition(":")
+    try:
+        summary = SourceInspector().inspect(module, attribute).summary or "From"
+    except StaticError as error:
+        summary = f"BROKEN: {error}"
+    return escape(f"{summary.removesuffix('.')} ({' and '.join(map(_origin, claimed))})")
 
 
 def _origin(entry_point: metadata.EntryPoint) -> str:
