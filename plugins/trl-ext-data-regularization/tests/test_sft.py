@@ -1,0 +1,310 @@
+"""The plugin in SFT: updates against per-sample gradients by plain autograd, and against plain TRL."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+from training import GENERAL, TARGET, DataRegularization, differences, model, parameters, train
+from trl.trainer.utils import add_fused_lm_head
+
+from trl_ext.testing import tiny_qwen2
+from trl_ext_data_regularization.layers import find_layers
+
+SGD = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 1}
+# Gradients of a tiny fp32 model, summed in another order.
+CLOSE = {"rtol": 1e-4, "atol": 2e-6}
+
+
+def sharpened(net):
+    """At initialisation samples hardly differ; sharper weights tell them apart."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
+    return net
+
+
+def gradients_of(net, rows):
+    """Per sample, the gradient of its summed loss by autograd on that sample alone, and its label tokens."""
+    net = copy.deepcopy(net)
+    add_fused_lm_head(net)
+    names = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    gradients, tokens = [], []
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        loss = -net(input_ids=ids, labels=labels, fused_lm_head=True).log_probs.sum()
+        gradients.append(dict(zip(names, torch.autograd.grad(loss, list(names.values())), strict=True)))
+        tokens.append(int((labels[:, 1:] != -100).sum()))
+    return gradients, tokens
+
+
+def layers_of(net):
+    names = [name for name, p in net.named_parameters() if p.requires_grad]
+    return [[names[i] for i in layer.parameters] for layer in find_layers(net, names)[0]]
+
+
+class Reference:
+    """One step on all of a small general set, with a target set of one sample, from the definitions."""
+
+    def __init__(self, net, general, target):
+        g, self.tokens = gradients_of(net, general)
+        t, target_tokens = gradients_of(net, target)
+        self.total = sum(self.tokens)
+        self.g = [{name: x / self.total for name, x in sample.items()} for sample in g]
+        self.t = {name: sum(sample[name] for sample in t) / sum(target_tokens) for name in t[0]}
+        self.n = len(g)
+
+    def scores(self, names):
+        return [float(sum((sample[name] * self.t[name]).sum() for name in names)) for sample in self.g]
+
+    def subset(self, kept, name):
+        scale = self.total / sum(self.tokens[i] for i in kept)
+        return scale * sum(self.g[i][name] for i in kept)
+
+    def topk(self, groups, k):
+        """Name to update, when each group of parameters keeps its own k best samples."""
+        update = {}
+        for names in groups:
+            scores = self.scores(names)
+            kept = sorted(range(self.n), key=lambda i: -scores[i])[:k]
+            update |= {name: self.subset(kept, name) for name in names}
+        return update
+
+
+def assert_update(before, trainer, expected):
+    after = parameters(trainer)
+    assert after.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(before[name] - after[name], value, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """The general and target samples as the trainer tokenizes them."""
+    few = {"data": GENERAL.select(range(8)), "streams": {"target": TARGET.select([0])}}
+    trainer = train(DataRegularization(rule="full"), **few, max_steps=1)
+    return list(trainer.train_dataset), list(trainer.ext_streams["target"].dataset)
+
+
+def one_step(plugin, net, accumulation=1, **options):
+    few = {"data": GENERAL.select(range(8)), "streams": {"target": TARGET.select([0])}}
+    size = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    return train(plugin, net, **few, **SGD, **size, **options)
+
+
+# -- layer-wise ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "options"),
+    [
+        (1, {"passes": "one"}),
+        (1, {"passes": "two"}),
+        (2, {}),
+        (2, {"engine": "direct"}),
+        (1, {"engine": "sketch", "sketch_size": 512}),  # as wide as every layer: exact
+        (2, {"engine": "sketch", "sketch_size": 512}),
+    ],
+)
+def test_every_layer_trains_on_its_own_best_samples(prepared, accumulation, options):
+    net = sharpened(model(layers=1))
+    reference = Reference(net, *prepared)
+    trainer = one_step(DataRegularization(frac=0.5, **options), net, accumulation)
+    assert_update(dict(net.named_parameters()), trainer, reference.topk(layers_of(net), 4))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_tied_embedding_is_one_layer_scored_once(prepared, accumulation):
+    net = sharpened(tiny_qwen2(hidden=16, layers=1))
+    groups = layers_of(net)
+    assert ["model.embed_tokens.weight"] in groups
+    trainer = one_step(DataRegularization(frac=0.5), net, accumulation)
+    assert_update(dict(net.named_parameters()), trainer, Reference(net, *prepared).topk(groups, 4))
+
+
+def test_gradient_checkpointing_changes_nothing(prepared):
+    net = sharpened(model(layers=1))
+    expected = Reference(net, *prepared).topk(layers_of(net), 4)
+    for passes in ("one", "two"):
+        trainer = one_step(DataRegularization(frac=0.5, passes=passes), net, activation_checkpointing=True)
+        assert_update(dict(net.named_parameters()), trainer, expected)
+
+
+def test_the_targets_gradient_can_be_added(prepared):
+    net = sharpened(model(layers=1))
+    reference = Reference(net, *prepared)
+    expected = {name: u + reference.t[name] for name, u in reference.topk(layers_of(net), 4).items()}
+    trainer = one_step(DataRegularization(frac=0.5, with_target=True), net)
+    assert_update(dict(net.named_parameters()), trainer, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"scope": "global"}, {"unit": "micro"}])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_target_only_is_the_targets_gradient(prepared, accumulation, options):
+    net = sharpened(model(layers=1))
+    trainer = one_step(DataRegularization(rule="target", **options), net, accumulation)
+    assert_update(dict(net.named_parameters()), trainer, Reference(net, *prepared).t)
+
+
+@pytest.mark.parametrize("options", [{}, {"scope": "global"}])
+def test_a_wide_ball_reaches_the_target_and_a_point_is_full_training(prepared, options):
+    net = sharpened(model(layers=1))
+    reference = Reference(net, *prepared)
+    mean = {name: sum(g[name] for g in reference.g) for name in reference.t}
+    for radius, expected in ((1e4, reference.t), (0.0, mean)):
+        trainer = one_step(DataRegularization(rule="ball", radius=radius, **options), net)
+        assert_update(dict(net.named_parameters()), trainer, expected)
+
+
+@pytest.mark.parametrize("rule", ["cone", "hull", "capped", "span", "second-order"])
+def test_one_pass_equals_two_passes(rule):
+    runs = [
+        train(DataRegularization(rule=rule, passes=passes), sharpened(model(layers=1)), optim="sgd", max_steps=2)
+        for passes in ("one", "two")
+    ]
+    scale = max(float(p.abs().max()) for p in parameters(runs[1]).values())
+    assert differences(*runs) <= 1e-5 * scale  # fp32, in two orders of summation
+
+
+@pytest.mark.parametrize("rule", ["topk", "cone"])
+def test_micro_batches_choose_alike_in_one_pass_and_in_two(rule):
+    """A micro-batch's choice is one of shares of its own token mean, whatever the window divides by."""
+    runs = [
+        train(
+            DataRegularization(rule=rule, unit="micro", passes=passes),
+            sharpened(model(layers=1)),
+            **{**SGD, "learning_rate": 0.1},
+            gradient_accumulation_steps=3,
+        )
+        for passes in ("one", "two")
+    ]
+    assert differences(*runs) <= 1e-5
+
+
+# -- global ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["ghost", "direct", "derivative"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_global_scope_keeps_one_subset_for_all_layers(prepared, engine, accumulation):
+    net = sharpened(model(layers=1))
+    names = [name for name, _ in net.named_parameters()]
+    trainer = one_step(DataRegularization(scope="global", engine=engine, frac=0.5), net, accumulation)
+    assert_update(dict(net.named_parameters()), trainer, Reference(net, *prepared).topk([names], 4))
+
+
+@pytest.mark.parametrize("rule", ["topk", "filter", "second-order", "cone", "hull"])
+def test_with_a_single_layer_layerwise_is_global(rule):
+    def single():
+        net = sharpened(model(layers=1))
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_("down_proj" in name)
+        return net
+
+    options = {"optim": "sgd", "gradient_accumulation_steps": 2, "max_steps": 3}
+    runs = [train(DataRegularization(rule=rule, scope=scope), single(), **options) for scope in ("layer", "global")]
+    assert differences(*runs) <= 1e-6
+
+
+# -- plain TRL -------------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "one pass": {},
+    "two passes": {"passes": "two"},
+    "global": {"scope": "global"},
+    "derivative": {"scope": "global", "engine": "derivative"},
+    "sketch": {"rule": "second-order", "engine": "sketch"},
+    "micro": {"unit": "micro"},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_keeping_all_samples_is_plain_trl_to_the_bit(setting):
+    for options in ({}, {"gradient_accumulation_steps": 2}):
+        plugin = DataRegularization(frac=1.0, **SETTINGS[setting])
+        assert differences(train(**options), train(plugin, **options)) == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_checkpointing": True},
+        {"bf16": True},
+        {"padding_free": True, "packing": True, "max_length": 32},
+        {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"])},
+    ],
+    ids=["checkpointing", "bf16", "packing", "lora"],
+)
+@pytest.mark.parametrize("passes", ["one", "two"])
+def test_keeping_all_samples_is_plain_trl_to_the_bit_also_with(options, passes):
+    assert differences(train(**options), train(DataRegularization(frac=1.0, passes=passes), **options)) == 0
+
+
+def test_tied_weights_too():
+    net = tiny_qwen2(hidden=16, layers=1)
+    assert differences(train(net=net), train(DataRegularization(frac=1.0), net)) == 0
+
+
+def test_a_second_training_taps_once():
+    trainer = train(DataRegularization(frac=0.5), max_steps=2)
+    trainer.train()
+    plain = [m for m in trainer.model.modules() if "forward" in vars(m)]
+    trainer.ext_plugins.plugins[0].instance._remove()
+    left = [m for m in trainer.model.modules() if "forward" in vars(m)]
+    assert len(plain) > len(left)
+    assert all("tapped" not in repr(m.forward) and "Taps" not in repr(m.forward) for m in left)
+
+
+# -- the trainer's own data as the target ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_target", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_general_data_can_be_the_stream(prepared, accumulation, with_target):
+    net = sharpened(model(layers=1))
+    trainer = train(
+        DataRegularization(general="stream", frac=0.5, with_target=with_target),
+        net,
+        data=GENERAL.select(range(8)),
+        streams={"general": TARGET},
+        **{**SGD, "per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation},
+    )
+    reference = Reference(net, list(trainer.ext_streams["general"].dataset), prepared[0])
+    # 8 of the 6 samples of the stream: its second pass begins, so some are drawn twice.
+    seen = trainer.ext_streams["general"]
+    seen.position = 0
+    rows = seen.next_indices()
+    reference = Reference(net, [seen.dataset[i] for i in rows], prepared[0])
+    expected = reference.topk(layers_of(net), 4)
+    if with_target:
+        expected = {name: u + reference.t[name] for name, u in expected.items()}
+    assert_update(dict(net.named_parameters()), trainer, expected)
+
+
+def test_general_stream_with_all_kept_is_plain_trl_on_the_general_data():
+    trainer = train(
+        DataRegularization(general="stream", rule="full"), data=TARGET, streams={"general": GENERAL.select(range(8))}, **SGD
+    )
+    plain = train(data=GENERAL.select(range(8)), **{**SGD, "per_device_train_batch_size": 8})
+    assert differences(trainer, plain) <= 1e-6  # the stream's order of samples is another
+
+
+# -- options ---------------------------------------------------------------------------------------------------------
+
+
+def test_preconditioned_scores_follow_adams_second_moments():
+    plugin = DataRegularization(precondition=True, scope="global", frac=0.5)
+    trainer = train(plugin, max_steps=2)
+    optimizer, parameter = plugin._optimizer, trainer.model.lm_head.weight
+    from trl_ext_data_regularization.preconditioner import preconditioned
+
+    gradient = torch.randn_like(parameter)
+    (found,) = preconditioned(optimizer, [parameter], [gradient])
+    state = optimizer.state[parameter]
+    expected = gradient / ((state["exp_avg_sq"] / (1 - 0.999 ** int(state["step"]))).sqrt() + 1e-8)
+    torch.testing.assert_close(found, expected)
+
+
+def test_precondition_refuses_an_optimizer_without_second_moments():
+    with pytest.raises(Exception, match="second moments"):
+        train(DataRegularization(precondition=True), optim="sgd", optim_args="momentum=0.9", max_steps=2)
