@@ -70,7 +70,7 @@ class PluginSet:
                 ) from error
         # The training loop asks for these at every micro-step, so they are looked up once.
         self._calls: dict[str, list[HookCall]] = {hook: self._bind(hook) for hook in HOOKS}
-        for hook in EXCLUSIVE:
+        for hook in sorted(EXCLUSIVE):
             self._refuse_two_owners(hook)
 
     def __bool__(self) -> bool:

@@ -9,19 +9,20 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from trl_ext.activation import activate
 from trl_ext.data import FILE_FORMATS
 from trl_ext.errors import ConfigurationError
 from trl_ext.patching import patch_trl
 from trl_ext.specs import PLUGINS_VARIABLE, parse_specs
 
 
-def train(kind: str, arguments: Sequence[str]) -> None:
+def train(kind: Literal["sft", "grpo"], arguments: Sequence[str]) -> None:
     """Run TRL's training script with its own parser.
 
     Args:
-        kind: "sft" or "grpo".
+        kind: Which one.
         arguments: The command line after `trl-ext sft`.
 
     Raises:
@@ -32,7 +33,7 @@ def train(kind: str, arguments: Sequence[str]) -> None:
     parser = script.make_parser(prog=f"trl-ext {kind}")
     # TRL's scripts ignore YAML keys that they do not know, a misspelt `plugins` too; the parser's default refuses them.
     script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(arguments)
-    _check_plugins(kind, training_args.plugins)
+    activate(training_args.plugins, trainer=kind)  # as the trainer will, but before the data loads
     _take_local_file(script_args, dataset_args)
     script.main(script_args, training_args, model_args, dataset_args)
 
@@ -56,13 +57,6 @@ def run_script(script: Path, arguments: Sequence[str], plugins: Sequence[str] | 
     sys.argv = [str(script), *arguments]
     sys.path[0] = str(script.resolve().parent)
     runpy.run_path(str(script), run_name="__main__")
-
-
-def _check_plugins(kind: str, plugins: Any) -> None:
-    """Refuse what the trainer would refuse, without waiting for the data."""
-    from trl_ext.activation import activate
-
-    activate(plugins, trainer="sft" if kind == "sft" else "grpo")
 
 
 def _take_local_file(script_args: Any, dataset_args: Any) -> None:
