@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trl_ext import GRPOConfig, GRPOTrainer, hookimpl
 from trl_ext.gradients import GradientView
-from trl_ext.records import SetupContext, StreamGradient, WeightsView
+from trl_ext.records import Rewards, Rollouts, SetupContext, StreamGradient, WeightsView
 from trl_ext.testing import Addition, tiny_llama, tiny_tokenizer
 
 TASK = Addition(digits=2)
@@ -53,6 +53,33 @@ class Recorder:
     @hookimpl
     def weights_updated(self, weights: WeightsView, step: int, skipped: bool) -> None:
         self.weights.append([t.clone() for t in weights.local()])
+
+
+@dataclass(eq=False)
+class Rolled:
+    """Keeps the generation batches; before a method it sees TRL's advantages, after it the method's."""
+
+    batches: list[tuple[Rollouts, Rewards, Tensor]] = field(default_factory=list)
+
+    requires_api = "1"
+    citation = "test"
+
+    @hookimpl
+    def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
+        self.batches.append((rollouts, rewards, advantages.clone()))
+        return advantages
+
+
+def mixed_reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
+    """The even prompts are solved now and then, the odd ones never."""
+    return [
+        float(ord(c[0]) % 2) if c and len(p) and hash_of(p) % 2 == 0 else 0.0
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+
+
+def hash_of(prompt: str) -> int:
+    return sum(map(ord, prompt))
 
 
 def vector(view: GradientView) -> Vector:

@@ -3,77 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from branches import largest_difference
-from mixing_runs import Recorder, Vector, checksum_reward, demonstrations, grpo
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from mixing_runs import Recorder, Rolled, checksum_reward, demonstrations, grpo, mixed_reward
+from oracles import combine, completions, demonstration_nll, gradient, model_at, rl_gradient, token_log_probs
 from trl_ext_mixing import HPT, Chord, ParallelAveraging, PCGrad, ReLIFT
 from trl_ext_mixing.pcgrad import pcgrad_weights
 
-from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
-from trl_ext.records import Rewards, Rollouts
-from trl_ext.testing import tiny_llama, tiny_tokenizer
+from trl_ext.testing import tiny_tokenizer
 
 # Gradients of two ways to write one loss in fp64, through a head that TRL evaluates in tiles.
 EXACT = 1e-10
 
 
 @dataclass(eq=False)
-class Rolled:
-    """Keeps the generation batches; before a method it sees TRL's advantages, after it the method's."""
-
-    batches: list[tuple[Rollouts, Rewards, Tensor]] = field(default_factory=list)
-
-    requires_api = "1"
-    citation = "test"
-
-    @hookimpl
-    def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
-        self.batches.append((rollouts, rewards, advantages.clone()))
-        return advantages
-
-
-@dataclass(eq=False)
 class Late(Recorder):
     """A recorder for the last place."""
-
-
-def model_at(weights: Vector) -> Any:
-    model = tiny_llama(hidden=16).double()
-    for p, w in zip(model.parameters(), weights, strict=True):
-        p.data.copy_(w)
-    return model
-
-
-def token_log_probs(model: Any, head: str, tail: list[int]) -> Tensor:
-    ids = tiny_tokenizer()(head)["input_ids"]
-    logits = model(torch.tensor([ids + tail])).logits[0, len(ids) - 1 : -1]
-    return -cross_entropy(logits, torch.tensor(tail), reduction="none")
-
-
-def demonstration_nll(model: Any, rows: Sequence[Any]) -> Tensor:
-    """Mean over label tokens, one row at a time."""
-    tokenizer = tiny_tokenizer()
-    parts = [
-        token_log_probs(model, r["prompt"], tokenizer(r["completion"])["input_ids"] + [tokenizer.eos_token_id])
-        for r in rows
-    ]
-    return -torch.cat(parts).mean()
-
-
-def gradient(model: Any, loss: Tensor) -> Vector:
-    return [g.clone() for g in torch.autograd.grad(loss, list(model.parameters()))]
-
-
-def combine(a: Vector, b: Vector, x: float, y: float) -> Vector:
-    return [x * s + y * t for s, t in zip(a, b, strict=True)]
 
 
 # -- CHORD -----------------------------------------------------------------------------------------------------------
@@ -143,18 +94,6 @@ def test_the_surgery_leaves_no_conflict_in_a_run(tmp_path: Path, normalise: bool
 # -- demonstrations of the same prompts ------------------------------------------------------------------------------
 
 
-def mixed_reward(prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float]:
-    """The even prompts are solved now and then, the odd ones never."""
-    return [
-        float(ord(c[0]) % 2) if c and len(p) and hash_of(p) % 2 == 0 else 0.0
-        for p, c in zip(prompts, completions, strict=True)
-    ]
-
-
-def hash_of(prompt: str) -> int:
-    return sum(map(ord, prompt))
-
-
 def test_same_prompt_demonstrations_replace_the_stream(tmp_path: Path) -> None:
     data = demonstrations(12)
     rolled, seen = Rolled(), Recorder()
@@ -181,18 +120,6 @@ def test_same_prompt_demonstrations_replace_the_stream(tmp_path: Path) -> None:
         assert largest_difference(moved, expected) < EXACT
 
 
-def rl_gradient(model: Any, batch: tuple[Rollouts, Rewards, Tensor], keep: list[bool]) -> Vector:
-    """Of GRPO's loss on policy over the kept completions alone, per token: a ratio of one and no clipping."""
-    rollouts, _, advantages = batch
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for i, prompt in enumerate(rollouts.prompts):
-        if keep[i]:
-            tail = rollouts.completion_ids[i][rollouts.mask[i].bool()].tolist()
-            total = total - float(advantages[i]) * token_log_probs(model, prompt, tail).sum()
-            tokens += len(tail)
-    return gradient(model, total / max(tokens, 1)) if any(keep) else [torch.zeros_like(p) for p in model.parameters()]
-
-
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_hpt_gives_each_prompt_one_of_two_losses_each_a_mean_over_its_own_tokens(
     tmp_path: Path, accumulation: int
@@ -211,14 +138,14 @@ def test_hpt_gives_each_prompt_one_of_two_losses_each_a_mean_over_its_own_tokens
     )
     trainer.train()
     mixed = 0
-    for step, batch in enumerate(rolled.batches):
-        rollouts, rewards, _ = batch
+    for step, (rollouts, rewards, advantages) in enumerate(rolled.batches):
         rates = rewards.total.view(-1, 4).gt(0).float().mean(1)
         keep = [bool(rates[i // 4] > 0) for i in range(len(rollouts.prompts))]
         rows = [rollouts.inputs[i] for i in range(0, len(keep), 4) if not keep[i]]
         mixed += 0 < len(rows) < 4
         model = model_at(seen.weights[step])
-        expected = rl_gradient(model, batch, keep)
+        kept = [c for c, keeps in zip(completions(rollouts, advantages), keep, strict=True) if keeps]
+        expected = rl_gradient(model, kept)
         if rows:
             expected = combine(expected, gradient(model, demonstration_nll(model, rows)), 1.0, 0.7)
         # TRL's advantages are fp32.

@@ -1,4 +1,4 @@
-"""Parallel averaging on two ranks over gloo: DDP against the plain branches, FSDP2 against DDP."""
+"""Two ranks over gloo: DDP against the plain branches, FSDP2 against DDP, and HPT and ReLIFT against their formulas."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import pytest
 import torch
 from branches import largest_difference, two_branches
 from mixing_runs import Recorder
+from oracles import combine, demonstration_nll, gradient, model_at, rl_gradient
 
 pytestmark = pytest.mark.slow
 
 
-def launch(folder: Path, sharding: str) -> list[dict[str, Any]]:
+def launch(folder: Path, kind: str) -> list[dict[str, Any]]:
     """What each rank saw."""
-    folder.mkdir()
+    folder.mkdir(parents=True, exist_ok=True)
     script = Path(__file__).with_name("two_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
-        [*command, str(script), str(folder), sharding],
+        [*command, str(script), str(folder), kind],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -57,3 +58,44 @@ def test_fsdp2_equals_ddp(ddp: list[dict[str, Any]], tmp_path: Path) -> None:
         for name in names:
             key = f"parallel-averaging/{name}"
             assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), name
+
+
+def joined(ranks: list[dict[str, Any]], name: str, step: int) -> list[Any]:
+    """Rows of both ranks, in the order of the groups."""
+    return [row for rank in ranks for row in rank[name][step]]
+
+
+def test_hpt_is_one_mean_over_both_ranks_also_for_a_group_on_both(tmp_path: Path) -> None:
+    ranks = launch(tmp_path, "hpt")
+    kinds = set()
+    for step, rewards in enumerate(ranks[0]["rewards"]):
+        solved = [bool(rewards[i : i + 4].any()) for i in range(0, 12, 4)]
+        inputs, rolled = joined(ranks, "inputs", step), joined(ranks, "completions", step)
+        rows = [inputs[4 * g] for g in range(3) if not solved[g]]
+        model = model_at(ranks[0]["weights"][step])
+        expected = rl_gradient(model, [c for i, c in enumerate(rolled) if solved[i // 4]])
+        if rows:
+            expected = combine(expected, gradient(model, demonstration_nll(model, rows)), 1.0, 1.0)
+        # TRL's advantages are fp32.
+        for rank in ranks:
+            assert largest_difference(rank["rl"][step], expected) < 1e-6, step
+        kinds.add(tuple(solved))
+    assert any(True in k and False in k for k in kinds), "no batch had both kinds of prompt"
+
+
+def test_relift_ranks_share_one_buffer_also_for_a_group_on_both(tmp_path: Path) -> None:
+    ranks = launch(tmp_path, "relift")
+    buffered: list[Any] = []
+    steps = 0
+    for step, rewards in enumerate(ranks[0]["rewards"]):
+        inputs = joined(ranks, "inputs", step)
+        buffered += [inputs[i] for i in range(0, 12, 4) if not rewards[i : i + 4].any()]
+        expected = combine(ranks[0]["weights"][step], ranks[0]["rl"][step], 1.0, -1e-2)
+        while len(buffered) >= 2:
+            model = model_at(expected)
+            expected = combine(expected, gradient(model, demonstration_nll(model, buffered[:2])), 1.0, -1e-2)
+            buffered, steps = buffered[2:], steps + 1
+        # Llama's norms work in fp32, where the last bit of the weights in between shows; the SFT step moves by 1e-3.
+        assert largest_difference(ranks[0]["weights"][step + 1], expected) < 1e-9, step
+        assert largest_difference(ranks[0]["weights"][step + 1], ranks[1]["weights"][step + 1]) == 0
+    assert steps > 1

@@ -99,7 +99,8 @@ class HPT:
         if source is not None and mine:
             # The core divides by micro-steps and averages over ranks; what is left is one mean over all label tokens.
             scale = self._micro_steps * source.context.world_size / self._tokens
-            value = value + source.nll_sum(mine) * (self.sft_coefficient * scale)
+            # In the dtype of the zero, since the log reduces the term over ranks.
+            value = value + (source.nll_sum(mine) * (self.sft_coefficient * scale)).to(value.dtype)
         self._micro_step += 1
         return {"sft": AuxiliaryLoss(value, per="batch")}
 
