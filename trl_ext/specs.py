@@ -91,11 +91,6 @@ def _specs(value: Any) -> list[dict[str, Any]]:
         return [_from_mapping(value)]
     if isinstance(value, list | tuple):
         return [spec for item in value for spec in _specs(item)]
-    if isinstance(value, type) or hasattr(value, "__dataclass_fields__"):
-        raise ConfigurationError(
-            f"plugins: {value!r} is a Python object, and a config holds names. Pass instances to the trainer: "
-            "SFTTrainer(..., plugins=[...])"
-        )
     raise ConfigurationError(
         f"plugins: {value!r} is a {type(value).__name__}; expected a name such as 'power:alpha=10' or a mapping such "
         "as {'name': 'power', 'alpha': 10}. Pass instances to the trainer: SFTTrainer(..., plugins=[...])"
