@@ -1,0 +1,72 @@
+"""The exact-answer reward, and the GSM8K example as one YAML through the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from trl_ext_mixing.answers import answer_format, exact_answer, final_number
+
+from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "gsm8k_mixing.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("48/2 = <<48/2=24>>24 clips\n#### 72", "72"),
+        ("#### 1,234", "1234"),
+        ("#### -3.50", "-3.5"),
+        ("#### $18", "18"),
+        ("first #### 3, no: #### 4 apples of 5", "4"),
+        ("it is 10, then 12.", "12"),
+        ("#### none", None),
+        ("no number", None),
+        (".5", "0.5"),
+    ],
+)
+def test_final_number(text: str, number: str | None) -> None:
+    assert final_number(text) == (None if number is None else Decimal(number))
+
+
+def test_rewards_of_text_and_messages() -> None:
+    completions = ["so #### 72.0", [{"role": "assistant", "content": "#### 71"}], "nothing"]
+    assert exact_answer(completions, answer=["#### 72"] * 3, prompts=[""] * 3) == [1.0, 0.0, 0.0]
+    assert answer_format(completions) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.slow
+def test_the_example_trains_from_one_yaml(tmp_path: Path) -> None:
+    """With rows in GSM8K's form where the data itself is not at hand."""
+    data = tmp_path / "shared" / "data" / "gsm8k"
+    data.mkdir(parents=True)
+    rows = [
+        {"question": f"Tom has {i} apples and buys {i + 1}. How many?", "answer": f"{i}+{i + 1}\n#### {2 * i + 1}"}
+        for i in range(24)
+    ]
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = save_model(tiny_llama(hidden=16), tiny_tokenizer(), tmp_path / "model")
+    work = tmp_path / "checkout"
+    work.mkdir()
+    command = [str(Path(sys.executable).with_name("trl-ext")), "grpo", "--config", str(EXAMPLE)]
+    small = "--max_steps 2 --max_completion_length 4 --gradient_accumulation_steps 1 --use_cpu --bf16 false"
+    result = subprocess.run(
+        [*command, "--model_name_or_path", model, *small.split(), "--gradient_checkpointing", "false"],
+        cwd=work,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "parallel-averaging/update_cosine" in result.stdout
+    run = json.loads((work / "runs/gsm8k-mixing/trl_ext_run.json").read_text())
+    assert [plugin["name"] for plugin in run["plugins"]] == ["parallel-averaging", "ema"]
+    assert run["streams"]["sft"]["samples"] == 24
+    assert (work / "runs/gsm8k-mixing/model.safetensors").is_file()
