@@ -115,6 +115,8 @@ def make_grpo(
     ours = {} if plain else {"plugins": list(plugins), "streams": streams}
     model = tiny_model() if model is None else model
     save_model(model, tokenizer(), saved or Path(folder).parent / "model")
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the first rank saves
     config = {**COMMON, "max_steps": 4, "num_generations": 2, "max_completion_length": 5, **config}
     config |= {"plugins": names} if names else {}
     return library.GRPOTrainer(

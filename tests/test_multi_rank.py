@@ -1,0 +1,234 @@
+"""Two real ranks (torchrun, gloo, CPU): they train as one, and fail as one.
+
+Each launch runs every scenario of a worker, since importing takes longer than training.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_close, assert_equal_bits, moved, parameters, tiny_model
+from rank_scenarios import SCENARIOS, outcome
+
+from trl_ext.divergence import bit_sum
+
+WORKERS = Path(__file__).parent / "workers"
+RANKS = 2
+LIMIT = 420  # seconds; a hang ends in gloo's own timeout of 60 s long before
+
+# SGD on fp32: sums in another order; `lr` times a few steps times the rounding of gradients of size 1.
+ROUNDING = {"rtol": 0, "atol": 5e-6}
+
+
+def launch(worker: str, folder: Path) -> list[dict[str, Any]]:
+    """What each rank saved."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(WORKERS / worker), str(folder)], env=environment, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+# -- two ranks are one rank with the whole batch ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory) -> list[dict[str, Any]]:
+    return launch("values.py", tmp_path_factory.mktemp("values"))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """The same scenarios on one rank."""
+    found = {}
+    for name, build in SCENARIOS.items():
+        trainer = build(tmp_path_factory.mktemp("alone") / "run", 1)
+        start = parameters(trainer)
+        trainer.train()
+        assert moved(trainer, start) > 500 * ROUNDING["atol"]
+        found[name] = outcome(trainer)
+    return found
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_hold_the_same(values, name):
+    assert_equal_bits(values[1][name]["parameters"], values[0][name]["parameters"])
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_train_as_one_with_the_whole_batch(values, alone, name):
+    assert_close(values[0][name]["parameters"], alone[name]["parameters"], **ROUNDING)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_log_as_one_with_the_whole_batch(values, alone, name):
+    """Losses, NLL, streams, auxiliary terms, norms, accuracy; in GRPO the rewards and KL too."""
+    for both, one in zip(values[0][name]["logs"], alone[name]["logs"], strict=True):
+        assert set(both) == set(one)
+        for key in one:
+            if isinstance(one[key], float) and key not in ("epoch",):
+                assert both[key] == pytest.approx(one[key], rel=2e-4, abs=2e-5), key
+
+
+@pytest.mark.parametrize("name", ["everything", "grpo"])
+def test_views_and_streams_are_those_of_one_rank(values, alone, name):
+    """The gradient of a stream on two ranks is the one on the union of their batches."""
+    for rank in range(RANKS):
+        for key in ("scalars", "streams_seen", "norms"):
+            mine, theirs = values[rank][name].get(key), alone[name].get(key)
+            assert mine is None or torch.tensor(mine).allclose(torch.tensor(theirs), rtol=2e-4, atol=1e-6), key
+        assert values[rank][name]["scalars"] == values[0][name]["scalars"]
+
+
+@pytest.mark.parametrize("role", ["general", "target"])
+@pytest.mark.parametrize("name", ["everything", "grpo"])
+def test_streams_shards_are_disjoint_and_make_up_the_whole(values, alone, name, role):
+    shards = [values[rank][name][f"order of {role}"] for rank in range(RANKS)]
+    for step, whole in enumerate(alone[name][f"order of {role}"]):
+        assert shards[0][step] + shards[1][step] == whole
+    size = {"general": 11, "target": 10}[role]
+    first_pass = [i for step in range(2) for shard in shards for i in shard[step]]
+    assert len(set(first_pass)) == len(first_pass) <= size
+
+
+def test_rewards_are_of_all_ranks_and_the_slice_of_this_one(values, alone):
+    for step, whole in enumerate(alone["grpo"]["totals"]):
+        for rank in range(RANKS):
+            assert torch.equal(values[rank]["grpo"]["totals"][step], whole)
+            assert values[rank]["grpo"]["local"][step] == slice(4 * rank, 4 * (rank + 1))
+
+
+# -- FSDP2 -----------------------------------------------------------------------------------------------------------
+
+
+def test_under_fsdp2_views_give_what_they_give_unsharded(values):
+    for rank in range(RANKS):
+        sharded, replicated = values[rank]["fsdp2"], values[rank]["unsharded"]
+        assert sharded["sharded"]
+        assert len(sharded["algebra"]) == len(replicated["algebra"]) == 3
+        for mine, theirs in zip(sharded["algebra"], replicated["algebra"], strict=True):
+            for key in theirs:
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+        assert sharded["algebra"] == values[0]["fsdp2"]["algebra"]
+
+
+def test_under_fsdp2_training_is_that_of_ddp(values):
+    """With an objective, weights, auxiliary losses and streams mixed into the gradient."""
+    sharded, replicated = values[0]["fsdp2"], values[0]["unsharded"]
+    assert_close(sharded["parameters"], replicated["parameters"], **ROUNDING)
+    for mine, theirs in zip(sharded["logs"], replicated["logs"], strict=True):
+        for key in ("loss", "nll", "grad_norm", "general_stream/nll", "Everything/by sequence"):
+            assert key not in theirs or mine[key] == pytest.approx(theirs[key], rel=1e-4), key
+
+
+def test_two_ranks_resume_to_the_same_bytes(values):
+    for rank in range(RANKS):
+        assert_equal_bits(values[rank]["resumed"]["second"], values[rank]["resumed"]["first"])
+
+
+# -- two ranks fail as one -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory) -> list[dict[str, Any]]:
+    return launch("failures.py", tmp_path_factory.mktemp("failures"))
+
+
+RAISING = {
+    "setup": ("setup", 1),
+    "wrap_optimizer": ("wrap_optimizer", 1),
+    "sample_weights": ("sample_weights", 2),
+    "sample_weights, after a gradient": ("sample_weights", 2),
+    "per_token_loss": ("per_token_loss", 2),
+    "wrong shape": ("per_token_loss", 2),
+    "auxiliary_losses": ("auxiliary_losses", 2),
+    "gradients_ready": ("gradients_ready", 2),
+    "weights_updated": ("weights_updated", 2),
+    "advantages": ("advantages", 2),
+    "policy_loss": ("policy_loss", 2),
+    "auxiliary_losses, GRPO": ("auxiliary_losses", 2),
+    "gradients_ready, GRPO": ("gradients_ready", 2),
+}
+
+
+@pytest.mark.parametrize("name", RAISING)
+def test_a_hook_that_raises_on_one_rank_stops_both_at_the_same_step(failures, name):
+    hook, step = RAISING[name]
+    for rank in range(RANKS):
+        error = failures[rank][name]["error"]
+        assert error["type"] == "PluginError"
+        assert f"failed in hook '{hook}' at step {step}: " in error["message"]
+        assert error["message"].endswith("[on rank 1 of 2]")
+        assert ("only here" in error["message"]) or name == "wrong shape"
+        assert failures[rank][name]["step"] == step - 1
+    assert failures[0][name]["error"]["message"] == failures[1][name]["error"]["message"]
+    assert_equal_bits(failures[1][name]["parameters"], failures[0][name]["parameters"])
+
+
+def test_a_diagnostic_that_raises_on_one_rank_stops_none(failures):
+    for rank in range(RANKS):
+        assert failures[rank]["metrics"]["error"] is None
+        assert failures[rank]["metrics"]["step"] == 4
+
+
+def test_failures_on_both_ranks_are_one_message(failures):
+    messages = {failures[rank]["deployed_weights"]["error"]["message"] for rank in range(RANKS)}
+    assert len(messages) == 1
+    assert "hook 'deployed_weights'" in messages.pop()
+
+
+def test_a_state_that_one_rank_cannot_load_stops_both(failures):
+    messages = {failures[rank]["load_state_dict"]["error"]["message"] for rank in range(RANKS)}
+    assert len(messages) == 1
+    assert "'load_state_dict'" in messages.pop()
+
+
+@pytest.mark.parametrize("name", ["nan loss", "infinite gradient"])
+def test_a_bad_number_on_one_rank_stops_both(failures, name):
+    for rank in range(RANKS):
+        assert failures[rank][name]["error"]["type"] == "NonFiniteError"
+        assert "at step 2" in failures[rank][name]["error"]["message"]
+        assert failures[rank][name]["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["nan loss, skip", "infinite gradient, skip"])
+def test_a_bad_number_on_one_rank_is_skipped_by_both(failures, name):
+    for rank in range(RANKS):
+        assert failures[rank][name]["error"] is None
+        assert failures[rank][name]["skipped"] == [False, True, False, False]
+        assert all(p.isfinite().all() for p in failures[rank][name]["parameters"].values())
+    assert_equal_bits(failures[1][name]["parameters"], failures[0][name]["parameters"])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "step"),
+    [
+        ("parameter differs", "'model.norm.weight'", 2),
+        ("parameter differs, checked every third step", "'model.norm.weight'", 3),
+        ("state differs", "'DivergesInState: average'", 2),
+    ],
+)
+def test_ranks_that_diverge_are_found_and_the_tensor_named(failures, name, tensor, step):
+    for rank in range(RANKS):
+        error = failures[rank][name]["error"]
+        assert error["type"] == "PluginError"
+        assert f"ranks 0 and 1 hold different values of {tensor} after step {step}" in error["message"]
+        assert failures[rank][name]["step"] == step
+
+
+def test_ranks_that_agree_pass_the_check():
+    """The words of a tensor's bits, added: equal for equal bits, and told apart by one bit."""
+    tensor = dict(tiny_model().named_parameters())["model.norm.weight"].detach()
+    other = tensor.clone()
+    assert bit_sum(tensor) == bit_sum(other)
+    other[3] = torch.nextafter(other[3], torch.tensor(9.0))
+    assert bit_sum(tensor) != bit_sum(other)
+    assert bit_sum(tensor.to(torch.bfloat16)) == bit_sum(tensor.to(torch.bfloat16).clone())
