@@ -19,5 +19,9 @@ class NonFiniteError(TrlExtError, ArithmeticError):
     """A gradient or loss was NaN or infinite before the optimiser's step."""
 
 
+class StreamExhaustedError(TrlExtError, RuntimeError):
+    """An auxiliary data set that may not end has no full batch left; raised on every rank alike."""
+
+
 class CheckpointError(TrlExtError, RuntimeError):
     """A checkpoint is incomplete, corrupt, or belongs to other plugins."""

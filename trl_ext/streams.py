@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 
-from trl_ext.errors import ConfigurationError
+from trl_ext.errors import ConfigurationError, StreamExhaustedError
 from trl_ext.isolated import fused_forward, gradient_of
 from trl_ext.losses import token_record
 from trl_ext.records import StreamGradient, StreamRequest
@@ -76,11 +76,12 @@ class Stream:
         """Rows of this rank's next batch; moves the position.
 
         Raises:
-            StopIteration: the stream does not cycle and has no full batch left.
+            StreamExhaustedError: the stream does not cycle and has no full batch left.
         """
         if self.exhausted:
-            raise StopIteration(
-                f"stream '{self.request.role}' is exhausted after {self.position} of {len(self.dataset)} samples"
+            raise StreamExhaustedError(
+                f"stream '{self.request.role}' is exhausted after {self.position} of {len(self.dataset)} samples; "
+                "give it more data, or ask for on_exhausted='cycle' or 'stop'"
             )
         start = self.position + self.rank * self.request.batch_size
         self.position += self.global_batch_size
@@ -140,6 +141,8 @@ def prepare_stream(trainer: TrainerMixin, request: StreamRequest, dataset: Any) 
             f"stream '{request.role}' is a {type(dataset).__name__}; streams need a `datasets.Dataset` with random "
             "access, since they shuffle and resume by position"
         )
+    if len(dataset) == 0:
+        raise ConfigurationError(f"stream '{request.role}' is empty")
     args = trainer.args
     max_length = request.max_length if request.max_length is not None else getattr(args, "max_length", None)
     # A namespace, not an SFTConfig: building one inside a live trainer resets accelerate's state.

@@ -94,7 +94,12 @@ class SetupMixin(Opened):
                 call(run=run)
             except Exception as error:
                 raise ConfigurationError(f"plugin '{plugin}' refuses this run: {error}") from error
-        requests = {plugin: list(call()) for plugin, call in self.ext_plugins.calls("streams")}
+        requests = {}
+        for plugin, call in self.ext_plugins.calls("streams"):
+            try:
+                requests[plugin] = list(call())
+            except Exception as error:
+                raise ConfigurationError(f"plugin '{plugin}' failed in hook 'streams': {error}") from error
         return match_streams(requests, datasets)
 
     def _ext_add_fused_outputs(self) -> None:

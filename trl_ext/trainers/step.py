@@ -58,7 +58,7 @@ class StepMixin(Opened):
         if self.ext_plugins.implements("gradients_ready"):
             view = GradientView(self.ext_weights.names, self.ext_weights.parameters)
             self.ext_guard.run_all("gradients_ready", gradients=view, streams=streams)
-        if any(stream.exhausted for stream in self.ext_streams.values()):
+        if any(stream.exhausted and stream.request.on_exhausted == "stop" for stream in self.ext_streams.values()):
             self.control.should_training_stop = True
 
     def _ext_stream_gradients(self, model: nn.Module, when: str) -> dict[str, StreamGradient]:
