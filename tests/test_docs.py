@@ -1,0 +1,186 @@
+"""The documents are true: every hook has its entry, snippets run, commands and settings that are named exist."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import re
+import shlex
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from trl_ext.hookspecs import HOOKS, HookSpecs
+from trl_ext.testing import Addition, Copy, save_model, tiny_qwen2, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(document: Path, *languages: str) -> Iterator[tuple[int, str]]:
+    """The line number and text of each fenced block in one of the languages."""
+    text = document.read_text()
+    for match in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        if match[1] in languages:
+            yield text[: match.start(2)].count("\n") + 1, match[2]
+
+
+def having(*languages: str) -> pytest.MarkDecorator:
+    documents = [d for d in DOCUMENTS if any(blocks(d, *languages))]
+    return pytest.mark.parametrize("document", documents, ids=lambda d: str(d.relative_to(ROOT)))
+
+
+# -- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def signature(hook: str) -> str:
+    """The signature as it is written in `hookspecs.py`, without `self`."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(HookSpecs, hook)))).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    assert tree.returns is not None
+    tree.args.args = tree.args.args[1:]
+    return f"{hook}({ast.unparse(tree.args)}) -> {ast.unparse(tree.returns)}"
+
+
+def sections() -> dict[str, str]:
+    """The sections of docs/hooks.md that are about a hook, by name."""
+    parts = re.split(r"^## `(\w+)`$", (ROOT / "docs" / "hooks.md").read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hook_is_documented_with_its_signature_kind_and_an_example(hook: str) -> None:
+    entry = sections()[hook].strip()
+    first, kind, rest = (part.strip() for part in re.split(r"\n\n|(?<=\*)\. ", entry, maxsplit=2))
+    assert first == f"`{signature(hook)}`"
+    doc = inspect.getdoc(getattr(HookSpecs, hook))
+    assert doc is not None
+    assert kind == f"*{doc[1 : doc.index(']')]}*"
+    assert f"def {hook}(self" in rest.partition("```python")[2], "no example that implements the hook"
+
+
+def test_no_entry_is_about_a_hook_that_does_not_exist() -> None:
+    assert set(sections()) == set(HOOKS)
+
+
+# -- snippets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the names that the documents use mean something: a model under a hub id, and data files."""
+    monkeypatch.chdir(tmp_path)
+    save_model(tiny_qwen2(), tiny_tokenizer(), tmp_path / "Qwen" / "Qwen3-0.6B")
+    for name, task in (("train.jsonl", Addition()), ("general.jsonl", Copy())):
+        rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in task.dataset(64)]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@having("python")
+def test_python_snippets_run(document: Path, workplace: Path) -> None:
+    """In order, in one namespace a document, with the document's line numbers in tracebacks."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for line, text in blocks(document, "python"):
+        exec(compile("\n" * (line - 1) + text, str(document), "exec"), namespace)
+
+
+# -- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands(document: Path) -> Iterator[tuple[int, list[str]]]:
+    """Each command line of the shell blocks as words, continuation lines joined, comments left out."""
+    for line, text in blocks(document, "sh", "bash"):
+        joined = text.replace("\\\n", " ")
+        for command in joined.splitlines():
+            words = shlex.split(command, comments=True)
+            if words:
+                yield line, words
+
+
+def arguments_of_trl_ext(words: list[str]) -> list[str] | None:
+    for start in (["trl-ext"], ["-m", "trl_ext"]):
+        for i in range(len(words)):
+            if words[i : i + len(start)] == start:
+                return words[i + len(start) :]
+    return None
+
+
+def known_settings(trainer: str) -> set[str]:
+    """Every flag of `trl-ext sft` or `trl-ext grpo`, and so every key of its YAML, without dashes."""
+    from importlib import import_module
+
+    from trl_ext.patching import PLACES
+
+    with pytest.MonkeyPatch.context() as patch:
+        import trl_ext
+
+        for name, places in PLACES.items():
+            ours = getattr(trl_ext, name)
+            for place in places:
+                patch.setattr(import_module(place), name, ours)
+        parser = import_module(f"trl.scripts.{trainer}").make_parser()
+    flags = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    return flags | {"config"}
+
+
+@having("sh", "bash")
+def test_commands_and_flags_exist(document: Path) -> None:
+    from trl_ext.cli.app import app
+
+    for line, words in commands(document):
+        where = f"{document.name}, block at line {line}: {' '.join(words)}"
+        rest = arguments_of_trl_ext(words)
+        if words[0] == "make":
+            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+            assert {word for word in words[1:] if "=" not in word} <= set(targets), where
+        if rest is None:
+            continue
+        command: Any = typer.main.get_command(app)
+        path = []
+        while rest and hasattr(command, "get_command"):
+            path.append(rest.pop(0))
+            command = command.get_command(typer.Context(command), path[-1])
+            assert command is not None, f"{where}: there is no command {' '.join(path)!r}"
+        flags = {word.partition("=")[0] for word in _own_arguments(path, rest) if word.startswith("--")}
+        if path[:1] in (["sft"], ["grpo"]):
+            known = {f"--{name}" for name in known_settings(path[0])}
+        else:
+            known = {option for parameter in command.params for option in parameter.opts}
+        assert flags <= known, f"{where}: no such flag {sorted(flags - known)}"
+
+
+def _own_arguments(path: list[str], arguments: list[str]) -> list[str]:
+    """Without those of the script that `trl-ext run` hands on."""
+    if path[:1] != ["run"]:
+        return arguments
+    script = next(i for i, word in enumerate(arguments) if word.endswith(".py"))
+    return arguments[:script]
+
+
+@having("yaml")
+def test_yaml_keys_are_settings_of_a_trainer(document: Path) -> None:
+    known = known_settings("sft") | known_settings("grpo")
+    for line, text in blocks(document, "yaml"):
+        unknown = set(yaml.safe_load(text)) - known
+        assert not unknown, f"{document.name}, block at line {line}: no such setting {sorted(unknown)}"
+
+
+def test_readme_names_every_plugin_and_command_of_the_repository() -> None:
+    text = (ROOT / "README.md").read_text()
+    rows = {match[1]: match[0] for match in re.finditer(r"^\| \[([\w-]+)\]\(plugins/\1\) \|.*$", text, re.MULTILINE)}
+    metadata = {path.parent.name: tomllib.loads(path.read_text()) for path in ROOT.glob("plugins/*/pyproject.toml")}
+    assert set(rows) == set(metadata)
+    for distribution, project in metadata.items():
+        groups = project["project"]["entry-points"]
+        wanted = {f"`{name}`" for name in groups.get("trl_ext", {})}
+        wanted |= {f"`trl-ext {name}`" for name in groups.get("trl_ext.commands", {})}
+        wanted |= {f"`trl-ext probe {name}`" for name in groups.get("trl_ext.probes", {})}
+        assert set(re.findall(r"`[^`]+`", rows[distribution])) == wanted
