@@ -1,0 +1,77 @@
+"""Run by torchrun on two ranks: whole runs under DDP and FSDP2, against the EMA of the recorded raw weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from tiny_runs import Recorder, trainer
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
+
+DECAY = 0.8
+
+
+def gathered(run) -> dict[str, torch.Tensor]:
+    """The raw weights of the model, whole, from the shards of the moment."""
+    weights = run.ext_weights
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().double()
+        for name, p in zip(weights.names, weights.parameters, strict=True)
+    }
+
+
+def main(sharding: str, root: Path) -> None:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    if rank == 0:
+        save_model(tiny_llama(hidden=16), tiny_tokenizer(), root / "start")
+    dist.barrier()
+    config = {"distributed_config": DistributedConfig(fsdp_size=2)} if sharding == "fsdp2" else {}
+    model = AutoModelForCausalLM.from_pretrained(root / "start", **config)
+    output, recorder = root / "run", Recorder()
+    run = trainer(
+        output, [f"ema:decay={DECAY},compare=true"], recorder=recorder, model=model, eval_strategy="steps", eval_steps=2
+    )
+    run.train()
+    run.evaluate()
+    run.save_model()
+    raw = gathered(run)
+    assert run.ext_weights.sharded == (sharding == "fsdp2")
+    assert {"eval_loss", "eval_raw_loss"} <= run.state.log_history[-1].keys() | run.state.log_history[-2].keys()
+
+    # What the shards of this rank went through gives the shards of the average.
+    expected = {}
+    for name, parameter in zip(run.ext_weights.names, run.ext_weights.parameters, strict=True):
+        trajectory = recorder.path(name)
+        average = trajectory[0]
+        for theta in trajectory[1:]:
+            average = DECAY * average + (1 - DECAY) * theta
+        if isinstance(parameter, DTensor):
+            shard = DTensor.from_local(
+                average, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+            )
+            average = shard.full_tensor()
+        expected[name] = average
+    dist.barrier()
+    final = load_file(output / "model.safetensors")
+    for name, average in expected.items():
+        torch.testing.assert_close(final[name].double(), average, rtol=1e-5, atol=1e-6)  # fp32 against fp64
+        assert not torch.allclose(raw[name], average, atol=1e-4) or "norm" in name
+    # Every rank has the same raw weights afterwards.
+    for name in raw:
+        other = [torch.empty_like(raw[name]) for _ in range(2)]
+        dist.all_gather(other, raw[name].contiguous())
+        assert torch.equal(*other), name
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
