@@ -41,6 +41,11 @@ class Direct(Engine):
             K.append(sum((G @ G.t() for G, _ in flat), flat[0][0].new_zeros(self.samples, self.samples)))
         return Scores(torch.stack(s), torch.stack(K))
 
+    def vectors(self, layer: int) -> Tensor:
+        """(n, P) float: the samples' gradients in one layer."""
+        parts = [store[layer].flatten(1) for store in (self._weight, self._bias) if layer in store]
+        return torch.cat(parts, 1)
+
     def _accumulate(self, store: dict[int, Tensor], layer: int, values: Tensor, batch: Batch) -> None:
         if layer not in store:
             store[layer] = values.new_zeros(self.samples, *values.shape[1:])

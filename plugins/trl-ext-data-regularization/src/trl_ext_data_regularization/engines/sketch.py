@@ -87,12 +87,16 @@ class Sketch(Engine):
 
     def sketches(self, layer: int) -> tuple[Tensor, Tensor]:
         """(n, d) the samples' sketches and (d,) the target's, in one layer."""
-        found, samples = self.layers[layer], [self._z[layer]]
-        target = [self._target(self.target[found.weight], samples[0])]
+        found = self.layers[layer]
+        target = [self._target(self.target[found.weight], self._z[layer])]
         if layer in self._bias and found.bias is not None:
-            samples.append(self._bias[layer])
-            target.append(self._target(self.target[found.bias], samples[1]))
-        return torch.cat(samples, 1), torch.cat(target)
+            target.append(self._target(self.target[found.bias], self._bias[layer]))
+        return self.vectors(layer), torch.cat(target)
+
+    def vectors(self, layer: int) -> Tensor:
+        """(n, d) float: the samples' sketches in one layer."""
+        parts = [store[layer] for store in (self._z, self._bias) if layer in store]
+        return torch.cat(parts, 1)
 
     def _target(self, gradient: Tensor | None, like: Tensor) -> Tensor:
         """(d,) float: the target's gradient (O, I) or (O,) in the coordinates of `like` (n, d)."""

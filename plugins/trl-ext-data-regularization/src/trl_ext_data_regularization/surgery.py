@@ -1,0 +1,122 @@
+"""`gradient-surgery`: combine the target's gradient with the mean general gradient so that they do not work against
+each other. Costs the second stream's forward and backward, and a few inner products."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from trl_ext import hookimpl
+from trl_ext.gradients import GradientView
+from trl_ext.records import StreamGradient, StreamRequest
+from trl_ext_data_regularization.preconditioner import preconditioned
+from trl_ext_data_regularization.weightings import CLOSED_FORMS, TORCHJD, weighting
+
+
+@dataclass(eq=False)
+class GradientSurgery:
+    """u = a t + b g from the Gram matrix of the target's gradient t and the mean general gradient g.
+
+    Args:
+        method: "half-space": t, without what points against g (A-GEM); "pcgrad": both, each without what points against
+            the other; the rest are torchjd's weightings.
+        scope: "global": one Gram matrix; "layer": one for every parameter tensor.
+        general: which data are general: the "stream" of that name, with the trainer's own data as target; or "train",
+            with a stream "target".
+        stream_batch_size: samples of the stream per rank and step.
+        stream_max_length: longest sample of the stream in tokens; the trainer's `max_length` where None.
+        precondition: Gram matrix of what Adam would make of the gradients.
+    """
+
+    method: Literal["half-space", "pcgrad", "upgrad", "mgda", "dualproj", "imtl-g", "aligned-mtl", "mean", "sum"] = "half-space"
+    scope: Literal["global", "layer"] = "global"
+    general: Literal["stream", "train"] = "stream"
+    stream_batch_size: int = 8
+    stream_max_length: int | None = None
+    precondition: bool = False
+
+    requires_api: ClassVar[str] = "1"
+    trainers: ClassVar[tuple[str, ...]] = ("sft", "grpo")
+    citation: ClassVar[str] = (
+        "Chaudhry et al., Efficient lifelong learning with A-GEM, arXiv:1812.00420; as data regularisation: arXiv:2605.07063"
+    )
+
+    def __post_init__(self) -> None:
+        methods = (*CLOSED_FORMS, *TORCHJD)
+        if self.method not in methods:
+            raise ValueError(f"method={self.method!r} is not one of {', '.join(methods)}")
+        if self.stream_batch_size < 1:
+            raise ValueError(f"stream_batch_size={self.stream_batch_size}: at least 1")
+        self._weighting = weighting(self.method)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._cosines: list[Tensor] = []
+
+    @hookimpl
+    def streams(self) -> list[StreamRequest]:
+        role = "general" if self.general == "stream" else "target"
+        return [StreamRequest(role, self.stream_batch_size, "after", max_length=self.stream_max_length)]
+
+    @hookimpl
+    def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        self._optimizer = optimizer  # only read: its second moments
+        return optimizer
+
+    @hookimpl
+    def gradients_ready(self, gradients: GradientView, streams: Mapping[str, StreamGradient]) -> None:
+        own, other = (0, 1) if self.general == "stream" else (1, 0)
+        stream = streams["general" if self.general == "stream" else "target"].gradients
+        gram = self._gram((gradients, stream) if own == 0 else (stream, gradients))
+        self._cosines.append(gram[..., 0, 1].sum() / _norms(gram))
+        weights = self._weighting(gram)
+        if self.scope == "global":
+            if not (self.method == "half-space" and own == 0):  # t itself keeps its length
+                gradients.mul_(weights[own])
+            gradients.axpy_(weights[other], stream)
+        else:
+            by_tensor = weights.tolist()  # once a step, for all tensors
+            _scale(gradients, [pair[own] for pair in by_tensor])
+            gradients.axpy_(1.0, _scaled(stream, [pair[other] for pair in by_tensor]))
+
+    def _gram(self, views: tuple[GradientView, GradientView]) -> Tensor:
+        """(2, 2) over all parameters, or (P, 2, 2) per parameter; fp32."""
+        if self.precondition:
+            assert self._optimizer is not None
+            t, g = (
+                GradientView(v.names, v.parameters, preconditioned(self._optimizer, v.parameters, v.tensors)) for v in views
+            )
+        else:
+            t, g = views
+        if self.scope == "global":
+            tg, tt, gg = t.dot(g), t.squared_norm(), g.squared_norm()
+        else:
+            tg, tt, gg = t.dots(g), t.dots(t), g.dots(g)
+        return torch.stack([torch.stack([tt, tg], -1), torch.stack([tg, gg], -1)], -2)
+
+    @hookimpl
+    def metrics(self, mode: str) -> dict[str, float]:
+        if mode != "train" or not self._cosines:
+            return {}
+        cosines = torch.stack(self._cosines)
+        self._cosines = []
+        return {"cosine": float(cosines.mean()), "conflicts": float((cosines < 0).float().mean())}
+
+
+def _norms(gram: Tensor) -> Tensor:
+    """() |t| |g| over all parameters."""
+    product = gram[..., 0, 0].sum() * gram[..., 1, 1].sum()
+    return product.sqrt().clamp(min=torch.finfo(product.dtype).tiny)
+
+
+def _scale(view: GradientView, factors: list[float]) -> None:
+    present = [(g, f) for g, f in zip(view.tensors, factors, strict=True) if g is not None]
+    if present:
+        torch._foreach_mul_([g for g, _ in present], [f for _, f in present])
+
+
+def _scaled(view: GradientView, factors: list[float]) -> GradientView:
+    tensors = [None if g is None else g * f for g, f in zip(view.tensors, factors, strict=True)]
+    return GradientView(view.names, view.parameters, tensors)
