@@ -176,3 +176,39 @@ def test_stream_gradient_is_that_of_the_mean_log_likelihood(tmp_path: Path) -> N
     for mine, p in zip(seen.sft[0], model.parameters(), strict=True):
         # transformers takes the cross-entropy in fp32.
         torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_in_company_of_an_average_and_an_objective(tmp_path: Path) -> None:
+    pytest.importorskip("trl_ext_averaging")
+    pytest.importorskip("trl_ext_objectives")
+    seen = Recorder()
+    trainer = grpo(tmp_path, ["dft", "parallel-averaging", "ema:decay=0.5"], recorder=seen, max_steps=3)
+    trainer.train()
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert 0 < last["parallel-averaging/sft_loss"] < 0.1 * last["parallel-averaging/sft_nll"], "dft weighs by p"
+    trainer.save_model(str(tmp_path / "final"))
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "final" / "model.safetensors")
+    average = seen.weights[0]
+    for weights in seen.weights[1:]:
+        average = [(a.float() + w.float()) / 2 for a, w in zip(average, weights, strict=True)]
+    for (name, _), mean in zip(trainer.model.named_parameters(), average, strict=True):
+        torch.testing.assert_close(saved[name].float(), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_alone_are_averaged(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from branches import SCHEDULE, largest_difference, two_branches
+
+    from trl_ext.testing import tiny_llama
+
+    model = peft.get_peft_model(tiny_llama(hidden=16), peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
+    frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+    seen = Recorder()
+    settings: dict[str, Any] = {"optim": "adamw_torch", "max_grad_norm": 0.2, **SCHEDULE}
+    grpo(tmp_path, [ParallelAveraging(batch_size=3)], recorder=seen, model=model.double(), **settings).train()
+    expected = two_branches("adamw_torch", seen, 4, (1e-2, 1e-2), (0.2, 0.2))
+    assert largest_difference(seen.weights[-1], expected[-1]) == 0
+    assert largest_difference(seen.weights[-1], seen.weights[0]) > 1e-3
+    assert same([p.detach().float() for p in model.parameters() if not p.requires_grad], frozen)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,8 @@ class BranchAverage(torch.optim.Optimizer):
         rl = [t.clone() for t in theta]
         torch._foreach_copy_(theta, start)
         self._run(SFT, chunk, gradients[SFT], self.lr_ratio)
-        self.updates.add(chunk, torch._foreach_sub(rl, start), torch._foreach_sub(theta, start))
+        updates = ((t - s for t, s in zip(branch, start, strict=True)) for branch in (rl, theta))
+        self.updates.add(chunk, *updates)
         # Both products are exact at 1/2, so the result is the mean of the branches to the last bit; so are 0 and 1.
         torch._foreach_mul_(theta, self.coefficient)
         torch._foreach_add_(theta, rl, alpha=1 - self.coefficient)
@@ -177,7 +178,7 @@ class UpdateTally:
         self._total: Tensor | None = None
         self._steps = 0
 
-    def add(self, parameters: Sequence[Tensor], rl: Sequence[Tensor], sft: Sequence[Tensor]) -> None:
+    def add(self, parameters: Sequence[Tensor], rl: Iterable[Tensor], sft: Iterable[Tensor]) -> None:
         """Add the updates of some parameters, as local tensors."""
         self._step.append(products(parameters, rl, sft))
 
