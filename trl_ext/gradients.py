@@ -6,7 +6,7 @@ ranks that hold different shards, in one all-reduce a mesh dimension. Updates ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,12 +24,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def sum_over_shards(partial: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+def sum_over_shards(partial: Tensor, parameters: Sequence[Tensor], agree: Callable[[], None] | None = None) -> Tensor:
     """Sum per-parameter partial scalars over the ranks that hold other shards of the same parameter.
 
     Args:
         partial: (P,) float, one scalar per parameter from this rank's shard.
         parameters: the P parameters; plain tensors are replicated and keep their scalar.
+        agree: called before the collectives, if there are any.
 
     Returns:
         (P,) float, equal on all ranks of a mesh.
@@ -42,6 +43,8 @@ def sum_over_shards(partial: Tensor, parameters: Sequence[Tensor]) -> Tensor:
                 by_layout.setdefault((parameter.device_mesh, shard_dims), []).append(i)
     if not by_layout:
         return partial
+    if agree is not None:
+        agree()
     partial = partial.clone()
     for (mesh, shard_dims), indices in by_layout.items():
         part = partial[indices]
@@ -61,6 +64,7 @@ class GradientView:
         names: names of the P parameters.
         parameters: the parameters themselves.
         tensors: P gradients or None each; omit for a live view.
+        agree: called before a collective, so that a rank whose hook has failed is not waited for.
     """
 
     def __init__(
@@ -68,10 +72,12 @@ class GradientView:
         names: Sequence[str],
         parameters: Sequence[nn.Parameter],
         tensors: Sequence[Tensor | None] | None = None,
+        agree: Callable[[], None] | None = None,
     ) -> None:
         self.names = tuple(names)
         self.parameters = tuple(parameters)
         self._tensors = None if tensors is None else list(tensors)
+        self._agree = agree
 
     def __repr__(self) -> str:
         kind = "live" if self._tensors is None else "snapshot"
@@ -148,7 +154,8 @@ class GradientView:
 
     def clone(self) -> GradientView:
         """A snapshot with its own memory."""
-        return GradientView(self.names, self.parameters, [None if g is None else g.clone() for g in self.tensors])
+        copies = [None if g is None else g.clone() for g in self.tensors]
+        return GradientView(self.names, self.parameters, copies, self._agree)
 
     # -- internals -----------------------------------------------------------------------------------------------
 
@@ -166,7 +173,9 @@ class GradientView:
         present = [None if s is None else s.to(device) for s in scalars]
         dtype = max((s.dtype for s in present if s is not None), default=torch.float32, key=lambda d: d.itemsize)
         zero = torch.zeros((), dtype=dtype, device=device)
-        return sum_over_shards(torch.stack([zero if s is None else s.to(dtype) for s in present]), self.parameters)
+        return sum_over_shards(
+            torch.stack([zero if s is None else s.to(dtype) for s in present]), self.parameters, self._agree
+        )
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ _TOUCH_THE_UPDATE = frozenset(
 )
 
 
+class AgreedError(PluginError):
+    """A failure that every rank knows of and raises now; it passes through the hook that met it."""
+
+
 class Guard:
     """Runs hooks on behalf of a trainer and turns what goes wrong into one error on every rank.
 
@@ -57,6 +61,8 @@ class Guard:
             self.last_touched = f"{plugin}.{hook}"
         try:
             return call(**arguments)
+        except AgreedError:
+            raise
         except Exception as error:
             failure = self.failure(hook, plugin, f"{type(error).__name__}: {error}")
             if self.world_size == 1:
@@ -110,7 +116,11 @@ class Guard:
         return PluginError(f"plugin {self._origin[plugin]} failed in hook '{hook}' at step {self.step() + 1}: {reason}")
 
     def agree(self) -> None:
-        """Raise on every rank if a hook failed on any. Collective."""
+        """Raise on every rank if a hook failed on any. Collective.
+
+        It comes before every collective that is offered to hooks, and after each hook that may use one: so the first
+        collective that a failed rank is missed in is an agreement, where it arrives.
+        """
         self._agree(torch.zeros((), dtype=torch.bool, device=self.device))
 
     def agree_finite(self, grad_norm: Tensor | float, loss_is_finite: Tensor) -> bool:
@@ -148,4 +158,4 @@ class Guard:
         messages: list[str | None] = [None] * self.world_size
         dist.all_gather_object(messages, None if self._failure is None else str(self._failure))
         rank, message = next((r, m) for r, m in enumerate(messages) if m is not None)
-        raise PluginError(f"{message} [on rank {rank} of {self.world_size}]") from self._failure
+        raise AgreedError(f"{message} [on rank {rank} of {self.world_size}]") from self._failure

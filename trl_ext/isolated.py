@@ -103,4 +103,4 @@ def gradient_of(trainer: TrainerMixin, model: nn.Module, loss: Any, seed: int | 
                 value: Tensor = loss()
             trainer.accelerator.backward(value)
         tensors = [None if p.grad is None else local_tensor(p.grad) for p in weights.parameters]
-        return GradientView(weights.names, weights.parameters, tensors)
+        return GradientView(weights.names, weights.parameters, tensors, trainer.ext_guard.agree)

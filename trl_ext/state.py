@@ -200,6 +200,14 @@ def _read(folder: Path, stem: str) -> State:
     return state
 
 
+# What a checkpoint of plain TRL has; DeepSpeed keeps all of it in a folder of its own.
+_PARTS = {
+    "model": ("*.safetensors", "*.bin", "pytorch_model_fsdp*", "global_step*"),
+    "optimizer state": ("optimizer*", "global_step*"),
+    "scheduler state": ("scheduler*", "global_step*"),
+    "random state": ("rng_state*",),
+}
+
 # -- completeness ----------------------------------------------------------------------------------------------------
 
 
@@ -217,7 +225,10 @@ def incompleteness(checkpoint: Path, model_only: bool = False) -> str | None:
         return f"trainer_state.json, which is written last, is missing or cut off ({type(error).__name__})"
     folder = checkpoint / FOLDER
     if folder.is_dir():
-        manifest = read_manifest(checkpoint)
+        try:
+            manifest = read_manifest(checkpoint)
+        except CheckpointError as error:
+            return str(error)
         if manifest is None:
             return f"{FOLDER}/manifest.json is missing"
         for relative, size in manifest["sizes"].items():
@@ -227,13 +238,10 @@ def incompleteness(checkpoint: Path, model_only: bool = False) -> str | None:
             if path.stat().st_size != size:
                 return f"{relative} has {path.stat().st_size} bytes instead of {size}"
         return None
-    if model_only:
-        return None
-    optimizer = list(checkpoint.glob("optimizer*")) + list(checkpoint.glob("global_step*"))
-    if not optimizer:
-        return "the optimiser's state is missing"
-    if not list(checkpoint.glob("scheduler*")) and not list(checkpoint.glob("global_step*")):
-        return "the scheduler's state is missing"
+    for part, patterns in _PARTS.items():
+        needed = part == "model" or not model_only
+        if needed and not any(next(checkpoint.glob(pattern), None) for pattern in patterns):
+            return f"there is no {part} in it"
     return None
 
 

@@ -130,6 +130,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
                     losses = losses * weights[index[i]]
                 return losses.sum() / tokens.denominator
 
+            self.ext_guard.agree()
             return gradient_of(self, model, loss)
 
         window = Window(
@@ -156,6 +157,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             return chosen
 
         chosen = self.ext_guard.run("sample_weights", owner, checked, None, window=window)
+        self.ext_guard.agree()
         # Whether weights are used must not depend on the rank, or the ranks would divide by different counts.
         used = torch.tensor(float(chosen is not None), device=self.accelerator.device)
         if self.accelerator.reduce(used, reduction="sum").item() > 0:

@@ -56,8 +56,10 @@ class StepMixin(Opened):
         streams = {**self._ext_before, **self._ext_stream_gradients(model, "after")}
         self._ext_before = {}
         if self.ext_plugins.implements("gradients_ready"):
-            view = GradientView(self.ext_weights.names, self.ext_weights.parameters)
+            view = GradientView(self.ext_weights.names, self.ext_weights.parameters, agree=self.ext_guard.agree)
             self.ext_guard.run_all("gradients_ready", gradients=view, streams=streams)
+            if self.ext_weights.sharded:
+                self.ext_guard.agree()
         if any(stream.exhausted and stream.request.on_exhausted == "stop" for stream in self.ext_streams.values()):
             self.control.should_training_stop = True
 
