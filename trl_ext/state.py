@@ -202,7 +202,7 @@ def _read(folder: Path, stem: str) -> State:
 
 # What a checkpoint of plain TRL has; DeepSpeed keeps all of it in a folder of its own.
 _PARTS = {
-    "model": ("*.safetensors", "*.bin", "pytorch_model_fsdp*", "global_step*"),
+    "model": ("*.safetensors", "pytorch_model*", "adapter_model*", "global_step*"),
     "optimizer state": ("optimizer*", "global_step*"),
     "scheduler state": ("scheduler*", "global_step*"),
     "random state": ("rng_state*",),
