@@ -1,0 +1,42 @@
+"""Pictures of a measurement, without pyplot's global state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from trl_ext_reachability.routing import ROUTES, Budget
+
+_LABELS = {"rollouts": "success rate", "demonstrations": "demonstration", "worst_tokens": "its worst token"}
+
+
+def draw_reachability(summary: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The quantile curves, the bounds of each prompt with the cuts between routes, and the routes."""
+    settings = summary["settings"]
+    budget = Budget(settings["num_generations"], settings["epochs"])
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    curves, bounds, routes = figure.subplots(1, 3)
+    for name, curve in summary["log_quantiles"].items():
+        values = np.array([np.nan if value is None else value for value in curve]) / np.log(10)
+        curves.plot(summary["curve_shares"], values, drawstyle="steps-post", label=_LABELS[name])
+    curves.set(xlabel="share eps of the prompts", ylabel="log10 Q(eps)", title="Likelihood quantiles")
+    curves.legend()
+    ordered = sorted(prompts, key=lambda record: (record["successes"] / record["rollouts"], record["low"]))
+    place = np.arange(len(ordered))
+    bounds.fill_between(
+        place, [r["low"] for r in ordered], [r["high"] for r in ordered], alpha=0.4, label="bounds", linewidth=0
+    )
+    bounds.plot(place, [r["successes"] / r["rollouts"] for r in ordered], label="rate")
+    for cut in budget.cuts:
+        bounds.axhline(min(cut, 1.0), color="0.5", linestyle=":", linewidth=1)
+    bounds.set(xlabel="prompt, by rate", ylabel="success rate", title="Success rates; dotted: cuts between routes")
+    bounds.legend()
+    routes.barh(list(ROUTES), [summary["routes"][route] for route in ROUTES])
+    routes.invert_yaxis()
+    routes.set(xlabel="prompts", title=f"Routes at {budget.draws} draws a prompt")
+    # Without its date and version, the same measurement gives the same bytes.
+    figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -1,0 +1,282 @@
+"""`trl-ext probe reachability`: on models of known likelihoods, interrupted and resumed, and against TRL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trl
+from runs import SETTINGS, TASK, checksum_reward, prompts
+from trl_ext_reachability.measuring import Measurement, Settings, load_rows, measure, prompt_key
+from trl_ext_reachability.policy import Policy, Sampler
+from trl_ext_reachability.results import summarize
+from trl_ext_reachability.rewards import exact, final_number
+
+from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
+
+FILES = ("prompts.jsonl", "reachability.md", "reachability.png", "reachability.json")
+VOCABULARY = 259
+SUCCESSES = (1, 26, 130)
+"""First tokens that succeed, of prompts number 0, 1 and 2 of three: 0.1, 3.2 and 16 of 32 draws."""
+
+
+def first_token_reward(completion_ids: list[list[int]], answer: list[str], **columns: Any) -> list[float]:
+    """A success where the first token is one of the first `answer` of the vocabulary: with known probability under a
+    uniform model."""
+    return [float(ids[0] < int(a)) for ids, a in zip(completion_ids, answer, strict=True)]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def uniform(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """A model that finds every token equally likely, and 12 prompts with a two-byte demonstration and EOS."""
+    folder = tmp_path_factory.mktemp("uniform")
+    model = tiny_llama(hidden=16, layers=1)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    rows = [{"question": f"{i:02d}", "solution": "!!", "answer": str(SUCCESSES[i % 3])} for i in range(12)]
+    return Settings(
+        model=save_model(model, tiny_tokenizer(), folder / "model"),
+        dataset=write_rows(folder / "data.jsonl", rows),
+        reward="test_probe:first_token_reward",
+        columns="question=prompt,solution=completion",
+        num_generations=8,
+        epochs=4.0,
+        rollouts=8,
+        max_rollouts=64,
+        max_completion_length=2,
+        batch_size=20,
+        seed=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(uniform: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("measured")
+    list(measure(uniform, folder))
+    return folder
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+
+
+def test_likelihoods_of_a_uniform_policy(measured: Path) -> None:
+    """k^-N for a whole answer of N tokens, 1/k for its worst token; the curves are constant."""
+    summary = json.loads((measured / "reachability.json").read_text())
+    for record in records(measured):
+        assert record["log_likelihood"] == pytest.approx(-3 * np.log(VOCABULARY), rel=1e-5)  # fp32 softmax
+        assert record["worst_steps"] == pytest.approx([1 / VOCABULARY] * 3, rel=1e-5)
+        assert record["demonstration_correct"] is True
+    curves = summary["log_quantiles"]
+    assert curves["demonstrations"][:-1] == pytest.approx([-3 * np.log(VOCABULARY)] * 100, rel=1e-5)
+    assert curves["worst_tokens"][:-1] == pytest.approx([-np.log(VOCABULARY)] * 100, rel=1e-5)
+    assert curves["demonstrations"][-1] == 0  # all prompts may be below
+
+
+def test_rollouts_go_where_the_route_is_open(uniform: Settings, measured: Path) -> None:
+    found = records(measured)
+    for record in found:
+        p = SUCCESSES[record["row"] % 3] / VOCABULARY
+        assert record["low"] <= p <= record["high"]  # at 95 %, with a fixed seed
+        assert 8 <= record["rollouts"] <= 64
+        assert 0 <= record["successes"] <= record["rollouts"]
+    assert all(record["rollouts"] < 64 for record in found[2::3])
+    assert all(record["rollouts"] == 64 for record in found[1::3])
+    lines = (measured / "journal.jsonl").read_text().splitlines()[1:]
+    drawn = [row for line in map(json.loads, lines) if line["part"] != "demonstrations" for row in line["rows"]]
+    assert [drawn.count(i) for i in range(12)] == [record["rollouts"] for record in found]
+    for part in {line["part"] for line in map(json.loads, lines)}:
+        sizes = [len(line["rows"]) for line in map(json.loads, lines) if line["part"] == part]
+        assert all(size == uniform.batch_size for size in sizes[:-1])
+
+
+def test_decided_prompts_get_no_more_rollouts(uniform: Settings) -> None:
+    """A rate of a half is in reach whatever it is exactly; 1 of 32 may be one in ten, or one in a thousand."""
+    measurement = Measurement(uniform, load_rows(uniform))
+    measurement.trials[:] = 32
+    measurement.successes[0], measurement.successes[1] = 16, 1
+    assert measurement.open.tolist()[:2] == [False, True]
+
+
+def test_likely_demonstrations_bound_the_rate_if_they_are_correct(uniform: Settings) -> None:
+    measurement = Measurement(uniform, load_rows(uniform))
+    measurement.trials[:] = 8
+    measurement.log_likelihoods[:2] = np.log(0.3)
+    measurement.worst[:] = 0.3
+    measurement.correct[0] = True
+    assert measurement.bounds()[0].tolist()[:2] == [pytest.approx(0.3), 0.0]
+    found = measurement.prompts()
+    assert (found[0]["route"], found[1]["route"]) == ("in_reach", "marginal")
+    nucleus = Measurement(replace(uniform, top_p=0.9), load_rows(uniform))
+    nucleus.trials[:], nucleus.correct[:], nucleus.log_likelihoods[:] = 8, True, np.log(0.3)
+    assert nucleus.bounds()[0][0] == 0.0  # cut-off sampling may never draw it
+
+
+def test_summary_counts_what_the_prompts_say(uniform: Settings, measured: Path) -> None:
+    summary = json.loads((measured / "reachability.json").read_text())
+    found = records(measured)
+    assert summary["rollouts"] == sum(record["rollouts"] for record in found)
+    assert summary["routes"] == {
+        route: sum(record["route"] == route for record in found) for route in summary["routes"]
+    }
+    rates = [record["successes"] / record["rollouts"] for record in found]
+    assert summary["success_rate"] == pytest.approx(np.mean(rates))
+    assert np.exp(summary["log_quantiles"]["rollouts"][50]) == pytest.approx(sorted(rates)[6])
+    assert 0 < summary["predicted_solved_share"] < 1
+    assert found[3]["key"] == prompt_key("03")
+    text = (measured / "reachability.md").read_text()
+    assert "12 prompts" in text
+    assert "8 generations x 4 epochs = 32 draws" in text
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3, 8])
+def test_interrupted_measurement_resumes_to_the_same_bytes(
+    uniform: Settings, measured: Path, tmp_path: Path, batches: int
+) -> None:
+    interrupted = measure(uniform, tmp_path)
+    for _ in range(batches):
+        next(interrupted)
+    interrupted.close()
+    assert not (tmp_path / "reachability.json").exists()
+    if batches:
+        with (tmp_path / "journal.jsonl").open("ab") as file:
+            file.write(b'{"part": "half a li')
+    list(measure(uniform, tmp_path))
+    for name in (*FILES, "journal.jsonl"):
+        assert (tmp_path / name).read_bytes() == (measured / name).read_bytes(), name
+
+
+def test_journal_of_another_measurement_is_refused(uniform: Settings, tmp_path: Path) -> None:
+    interrupted = measure(uniform, tmp_path)
+    next(interrupted)
+    interrupted.close()
+    with pytest.raises(ValueError, match="holds a measurement with other settings"):
+        next(measure(replace(uniform, temperature=0.5), tmp_path))
+
+
+def test_log_probs_equal_those_of_plain_trl(tmp_path: Path) -> None:
+    """TRL's GRPO at temperature 0.7, one completion at a time without padding, against ours in one batch."""
+    torch.manual_seed(0)
+    model = tiny_llama(hidden=16)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(30)  # a model with opinions
+    path = save_model(model, tiny_tokenizer(), tmp_path / "model")
+    policy = Policy(path, Sampler(temperature=0.7))
+    rows = [row for row in TASK.dataset(6)] + [{"prompt": "x", "completion": "a longer answer"}]
+    starts = [policy.prompt_ids(row["prompt"]) for row in rows]
+    answers = [policy.demonstration_ids(row["prompt"], row["completion"]) for row in rows]
+    ours = policy.log_probs(starts, answers)
+    trainer = trl.GRPOTrainer(
+        model=path,
+        reward_funcs=checksum_reward,
+        args=trl.GRPOConfig(str(tmp_path), temperature=0.7, **SETTINGS),
+        train_dataset=prompts(),
+    )
+    trainer.model.eval()
+    for start, answer, mine in zip(starts, answers, ours, strict=True):
+        ids = torch.tensor([[*start, *answer]])
+        with torch.no_grad():
+            theirs = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), len(answer))
+        torch.testing.assert_close(mine, theirs[0][0].double(), rtol=1e-4, atol=1e-5)  # fp32, other batch shapes
+
+
+def test_completions_are_drawn_as_the_model_has_them(tmp_path: Path) -> None:
+    """First tokens of 3000 completions against the softmax at the temperature, padding on the left included."""
+    torch.manual_seed(0)
+    model = tiny_llama(hidden=16, layers=1)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(60)
+    model.generation_config.repetition_penalty = 1.7  # GRPO does not take it from the model
+    model.generation_config.do_sample = True
+    path = save_model(model, tiny_tokenizer(), tmp_path / "model")
+    policy = Policy(path, Sampler(max_completion_length=1, temperature=0.8))
+    # Half of the vocabulary is in the prompt, where a repetition penalty would bite.
+    short, long = list(range(0, 250, 2)), list(range(256))
+    drawn = [ids for seed in range(6) for ids in policy.sample([short, long] * 500, seed)]
+    counts = torch.bincount(torch.tensor([ids[0] for ids in drawn[::2]]), minlength=VOCABULARY) / 3000
+    with torch.no_grad():
+        expected = (model(torch.tensor([short])).logits[0, -1] / 0.8).softmax(-1)
+    assert expected.max() > 0.05
+    assert (counts - expected).abs().max() < 0.04  # four standard errors of a share of 1/2
+
+
+def test_messages_are_rendered_as_grpo_does(tmp_path: Path) -> None:
+    path = save_model(tiny_llama(hidden=16, layers=1), tiny_tokenizer(), tmp_path / "model")
+    policy = Policy(path, Sampler())
+    row = TASK.dataset(1, conversational=True)[0]
+    decode = policy.tokenizer.decode
+    start = policy.prompt_ids(row["prompt"])
+    assert decode(start).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    answer = policy.demonstration_ids(row["prompt"], row["completion"])
+    assert decode(answer) == row["completion"][0]["content"] + "<|im_end|>"  # without the template's line end
+
+
+def test_demonstrations_that_the_reward_refuses_are_counted(uniform: Settings, tmp_path: Path) -> None:
+    rows = load_rows(uniform)
+    rows[0]["completion"] = "AA"  # its answer takes only the first token
+    measurement = Measurement(replace(uniform, rollouts=1, max_rollouts=1), rows)
+    journal: Any = type("Journal", (), {"lines": [], "append": lambda self, line: self.lines.append(line)})()
+    list(measurement.run(journal))
+    assert measurement.correct.tolist() == [False] + [True] * 11
+    assert summarize(measurement, measurement.prompts())["demonstrations_refused"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_rollouts": 4}, "rollouts=8, max_rollouts=4"),
+        ({"confidence": 1.0}, r"confidence=1\.0"),
+        ({"temperature": 0.0}, "greedy completions have no success rate"),
+        ({"num_generations": 1}, "num_generations=1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(uniform: Settings, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(uniform, **change)
+
+
+def test_data_without_prompts_is_refused(uniform: Settings, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no column 'prompt' but question, solution, answer; name it by --columns"):
+        next(measure(replace(uniform, columns=None), tmp_path))
+
+
+def test_final_number_reads_gsm8k_answers() -> None:
+    answers = ["<<2+3=5>>so 5.\n#### 1,018", "#### 7", "#### 7"]
+    assert final_number(["it is 1018", "8, no: 7.0", "none"], answers) == [1, 1, 0]
+    assert exact([" 7 ", [{"role": "assistant", "content": "8"}]], ["7", "7"]) == [1, 0]
+
+
+@pytest.mark.slow
+def test_killed_command_resumes_to_the_same_bytes(uniform: Settings, measured: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-c", "from trl_ext.cli import main; main()", "probe", "reachability"),
+        *("--model", uniform.model, "--dataset", uniform.dataset, "--reward", uniform.reward),
+        *("--columns", str(uniform.columns), "--epochs", "4", "--max-completion-length", "2"),
+        *("--batch-size", "20", "--seed", "1", "--output", str(tmp_path)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = tmp_path / "journal.jsonl"
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 2):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "finished before it could be killed"
+    assert not (tmp_path / "reachability.json").exists()
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "Predicted share" in done.stdout
+    for name in FILES:
+        assert (tmp_path / name).read_bytes() == (measured / name).read_bytes(), name
