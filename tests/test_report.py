@@ -1,0 +1,127 @@
+"""What a run says about itself: on the screen, in a file of its folder, and in the model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from helpers import MAKE, Nll, Plugin, additions, make_sft
+
+import trl_ext
+from trl_ext import hookimpl
+from trl_ext.records import StreamRequest
+
+
+@dataclass(eq=False)
+class Cited(Plugin):
+    """A plugin with options, a citation and a stream."""
+
+    citation: ClassVar[str] = "A Paper, arXiv 2501.00001"
+    rate: float = 0.25
+    names: tuple[str, ...] = ("a", "b")
+
+    @hookimpl
+    def streams(self):
+        return [StreamRequest("general", batch_size=2, when="before", on_exhausted="stop", seed=11)]
+
+    @hookimpl
+    def gradients_ready(self, gradients):
+        pass
+
+
+def run(folder: Any, kind: str = "sft", **config: Any) -> Any:
+    names = ["ema:decay=0.5", "power:alpha=2"] if kind == "sft" else ["ema:decay=0.5"]
+    trainer = MAKE[kind](
+        folder, names=names, plugins=[Cited(rate=0.5)], streams={"general": additions(9)}, max_steps=2, **config
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_the_run_file_says_who_does_what(tmp_path, kind):
+    run(tmp_path / "run", kind)
+    facts = json.loads((tmp_path / "run" / "trl_ext_run.json").read_text())
+    assert facts["trainer"] == kind
+    for name in ("trl", "transformers", "accelerate", "torch"):
+        assert facts["versions"][name] == version(name)
+    assert facts["versions"]["trl_ext"] == trl_ext.__version__
+    assert facts["versions"]["trl_ext API"] == trl_ext.API_VERSION
+    expected = ["ema", "power", "Cited"] if kind == "sft" else ["ema", "Cited"]
+    assert [plugin["name"] for plugin in facts["plugins"]] == expected
+    ema, cited = facts["plugins"][0], facts["plugins"][-1]
+    assert ema["origin"] == f"trl-ext-averaging {version('trl-ext-averaging')}"
+    assert ema["options"]["decay"] == 0.5
+    assert cited["origin"] == f"class Cited of {Cited.__module__}"
+    assert cited["options"] == {"rate": 0.5, "names": ["a", "b"]}
+    assert cited["hooks"] == ["streams", "gradients_ready"]
+    assert cited["citation"] == "A Paper, arXiv 2501.00001"
+    owners = {"deployed_weights": "ema"} | ({"per_token_loss": "power"} if kind == "sft" else {})
+    assert facts["exclusive"] == owners
+    stream = {"samples": 9, "seed": 11, "batch_size": 2, "when": "before", "on_exhausted": "stop", "shuffle": True}
+    assert facts["streams"]["general"].items() >= stream.items()
+
+
+def test_the_header_is_printed_before_the_first_step(tmp_path, capsys):
+    run(tmp_path / "run")
+    shown = capsys.readouterr().out
+    header, _, rest = shown.partition("{'loss'")
+    assert rest
+    assert f"trl_ext sft run (trl {version('trl')}" in header
+    lines = header[header.index("trl_ext sft run") :].splitlines()
+    assert lines[1].startswith(f"  1. ema (trl-ext-averaging {version('trl-ext-averaging')}): ")
+    assert "decay=0.5" in lines[1]
+    assert lines[3].startswith("  2. power (trl-ext-objectives ")
+    assert "alpha=2" in lines[3]
+    assert "  per_token_loss belongs to power" in lines
+    assert "  deployed_weights belongs to ema" in lines
+    assert any(line.startswith("  stream general: samples=9, seed=11, batch_size=2") for line in lines)
+
+
+def test_the_model_card_names_plugins_options_and_sources_once(tmp_path):
+    trainer = run(tmp_path / "run", save_strategy="steps", save_steps=1)
+    trainer.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert card.count("## Plugins") == 1
+    section = card[card.index("## Plugins") :]
+    assert section.index("**ema**") < section.index("**power**") < section.index("**Cited**")
+    assert "`alpha=2" in section
+    assert "`rate=0.5`" in section
+    assert "Source: A Paper, arXiv 2501.00001" in section
+    assert "arXiv 2510.00526" in section
+    assert "trl-ext-objectives" in section
+    # TRL's own card is still there, above.
+    assert "base_model" in card or "library_name" in card
+    assert card.index("TRL") < card.index("## Plugins")
+
+
+def test_without_plugins_nothing_is_said(tmp_path, capsys):
+    trainer = make_sft(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert "trl_ext" not in capsys.readouterr().out
+    assert not (tmp_path / "run" / "trl_ext_run.json").exists()
+    assert "## Plugins" not in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_metrics_are_prefixed_by_their_plugin(tmp_path):
+    @dataclass(eq=False)
+    class Counts(Plugin):
+        label: str = ""
+
+        @hookimpl
+        def metrics(self, mode):
+            return {"mode": float(mode == "eval"), "tensor": torch.tensor(1.5)}
+
+    held_out = {"eval_dataset": additions(4)}
+    trainer = make_sft(
+        tmp_path, plugins=[Counts("one"), Counts("two"), Nll()], trainer=held_out, eval_strategy="steps", eval_steps=4
+    )
+    trainer.train()
+    shown = [entry for entry in trainer.state.log_history if "one/mode" in entry or "eval_one/mode" in entry]
+    assert [entry.get("one/mode") for entry in shown] == [0, 0, 0, 0, None]
+    assert shown[-1]["eval_two/mode"] == 1
+    assert shown[0]["two/tensor"] == 1.5
