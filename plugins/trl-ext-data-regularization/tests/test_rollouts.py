@@ -8,12 +8,18 @@ import pytest
 import torch
 import trl
 from training import TOKENIZER, arguments, model
+from trl_ext_data_regularization.policy import (
+    PolicyBatch,
+    group_advantages,
+    reward_loss,
+    token_policy_gradient,
+    train_loss,
+)
+from trl_ext_data_regularization.rollouts import RolloutFilter
 
 import trl_ext
 from trl_ext import hookimpl
 from trl_ext.testing import Addition
-from trl_ext_data_regularization.policy import PolicyBatch, group_advantages, reward_loss, token_policy_gradient, train_loss
-from trl_ext_data_regularization.rollouts import RolloutFilter
 
 TASK = Addition(digits=1)
 PROMPTS = TASK.dataset(16, kind="prompt_only", seed=3)
@@ -86,7 +92,10 @@ def autograd_scores(net, rollouts, coefficients, target_coefficients):
 @pytest.mark.parametrize("target_loss", ["train-loss", "token-pg", "reward"])
 def test_filter_drops_what_opposes_the_rollout_itself_and_rescales(loss_type, target_loss):
     before, after, net = Before(), Witness(), model(layers=1)
-    for name, parameter in net.named_parameters():  # in few dimensions, gradients of few completions can oppose their sum
+    for (
+        name,
+        parameter,
+    ) in net.named_parameters():  # in few dimensions, gradients of few completions can oppose their sum
         parameter.requires_grad_("norm" in name)
     plugin = RolloutFilter(target_loss=target_loss, engine="direct")
     run([before, plugin, after], net, max_steps=1, loss_type=loss_type, temperature=0.9, per_device_train_batch_size=8)
@@ -183,9 +192,7 @@ def test_evaluation_is_left_alone():
 
 def test_reward_loss_standardises_and_falls_back_where_rewards_hardly_spread():
     mask = torch.tensor([[1, 1], [1, 0]])
-    torch.testing.assert_close(
-        reward_loss(torch.tensor([1.0, 0.0]), mask), torch.tensor([[0.5, 0.5], [-0.5, 0.0]])
-    )
+    torch.testing.assert_close(reward_loss(torch.tensor([1.0, 0.0]), mask), torch.tensor([[0.5, 0.5], [-0.5, 0.0]]))
     torch.testing.assert_close(reward_loss(torch.tensor([1.0, 1.0]), mask), torch.tensor([[0.25, 0.25], [0.25, 0.0]]))
 
 

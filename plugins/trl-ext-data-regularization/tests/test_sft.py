@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig
 from training import GENERAL, TARGET, DataRegularization, differences, model, parameters, train
 from trl.trainer.utils import add_fused_lm_head
+from trl_ext_data_regularization.layers import find_layers
 
 from trl_ext.testing import tiny_qwen2
-from trl_ext_data_regularization.layers import find_layers
 
 SGD = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 1}
 # Gradients of a tiny fp32 model, summed in another order.
@@ -283,7 +283,10 @@ def test_general_data_can_be_the_stream(prepared, accumulation, with_target):
 
 def test_general_stream_with_all_kept_is_plain_trl_on_the_general_data():
     trainer = train(
-        DataRegularization(general="stream", rule="full"), data=TARGET, streams={"general": GENERAL.select(range(8))}, **SGD
+        DataRegularization(general="stream", rule="full"),
+        data=TARGET,
+        streams={"general": GENERAL.select(range(8))},
+        **SGD,
     )
     plain = train(data=GENERAL.select(range(8)), **{**SGD, "per_device_train_batch_size": 8})
     assert differences(trainer, plain) <= 1e-6  # the stream's order of samples is another

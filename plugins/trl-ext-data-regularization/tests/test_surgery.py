@@ -3,7 +3,6 @@
 import pytest
 import torch
 from training import GENERAL, TARGET, train
-
 from trl_ext_data_regularization.surgery import GradientSurgery
 from trl_ext_data_regularization.weightings import CLOSED_FORMS, TORCHJD, half_space, pcgrad, weighting
 
@@ -67,7 +66,13 @@ def test_weightings_of_torchjd_are_offered(name):
             assert (one @ weights >= -2e-3 * one.diagonal()).all()
 
 
-STEP = {"optim": "sgd", "learning_rate": 1.0, "lr_scheduler_type": "constant", "max_steps": 1, "per_device_train_batch_size": 8}
+STEP = {
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "max_steps": 1,
+    "per_device_train_batch_size": 8,
+}
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
@@ -81,10 +86,15 @@ def test_the_plugin_combines_the_two_gradients(scope, general):
         "0": train(data=targets, **{**STEP, "learning_rate": 0.0}),
     }
     t, g = (
-        [a.detach() - b.detach() for a, b in zip(plain["0"].model.parameters(), plain[k].model.parameters(), strict=True)]
+        [
+            a.detach() - b.detach()
+            for a, b in zip(plain["0"].model.parameters(), plain[k].model.parameters(), strict=True)
+        ]
         for k in "tg"
     )
-    own, stream, size = (targets, {"general": generals}, 8) if general == "stream" else (generals, {"target": targets}, 4)
+    own, stream, size = (
+        (targets, {"general": generals}, 8) if general == "stream" else (generals, {"target": targets}, 4)
+    )
     plugin = GradientSurgery(method="pcgrad", scope=scope, general=general, stream_batch_size=size)
     trained = train(plugin, data=own, streams=stream, **STEP)
     pairs = zip(plain["0"].model.parameters(), trained.model.parameters(), strict=True)

@@ -13,7 +13,9 @@ from trl_ext.testing import Addition, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 GENERAL = Addition(digits=2).dataset(48, seed=1)
-TARGET = Addition(digits=2).dataset(6, seed=2)  # shares tokens with the general data, or embedding scores would tie at 0
+TARGET = Addition(digits=2).dataset(
+    6, seed=2
+)  # shares tokens with the general data, or embedding scores would tie at 0
 
 
 def model(**options: Any):

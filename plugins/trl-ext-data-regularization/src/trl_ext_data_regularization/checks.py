@@ -40,8 +40,8 @@ def validate(plugin: DataRegularization, rule: Rule, engine: str) -> None:
         raise ValueError("passes=one needs scope=layer: a global choice is known only after the backward pass")
     if plugin.general == "stream" and plugin.scope == "global":
         raise ValueError(
-            "scope=global weighs the trainer's own samples; with general=stream use scope=layer, or make the general data "
-            "the trainer's own"
+            "scope=global weighs the trainer's own samples; with general=stream use scope=layer, or make the general "
+            "data the trainer's own"
         )
     if plugin.general == "stream" and (plugin.passes == "two" or plugin.unit == "micro"):
         raise ValueError("general=stream chooses per layer in the stream's one pass; leave passes and unit as they are")
@@ -57,9 +57,7 @@ def refuse(plugin: DataRegularization, rule: Rule, engine: str, run: RunDescript
     """
     args = run.args
     if run.sharding not in ("none", "ddp"):
-        raise ValueError(
-            f"under {run.sharding} no rank sees whole layers, and the target's gradient would have to be gathered; use DDP"
-        )
+        raise ValueError(f"under {run.sharding} no rank sees whole layers, and t would have to be gathered; use DDP")
     if run.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError("samples are weighed over all ranks; set average_tokens_across_devices=True")
     across = run.world_size > 1 and plugin.unit == "step" and plugin.general == "train"

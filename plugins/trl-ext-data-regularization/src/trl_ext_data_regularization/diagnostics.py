@@ -24,6 +24,8 @@ class Seen:
     times: int = 0
     kept: float = 0.0
     """Sum over the appearances of the share of layers that kept it."""
+    weight: float = 0.0
+    """Sum over the appearances of its mean weight over layers; 1 is what plain training gives."""
 
 
 @dataclass
@@ -91,21 +93,29 @@ class Recorder:
             ids: n lists of token ids.
             weights: (L, n).
         """
-        for tokens, kept in zip(ids, (weights != 0).float().mean(0).tolist(), strict=True):
-            name = hashlib.blake2b(repr(tokens).encode(), digest_size=6).hexdigest()
+        kept, mean = (weights != 0).float().mean(0).tolist(), weights.mean(0).tolist()
+        for tokens, share, weight in zip(ids, kept, mean, strict=True):
+            name = sample_id(tokens)
             if name not in self.seen:
                 if len(self.seen) >= self.limit:
                     continue
                 self.seen[name] = Seen(tokens[:40])
             self.seen[name].times += 1
-            self.seen[name].kept += kept
+            self.seen[name].kept += share
+            self.seen[name].weight += weight
 
     def table(self, rows: int = 10) -> list[dict[str, Any]]:
-        """The samples most often kept and most often dropped, `rows` each: id, times seen, share kept, beginning."""
+        """The samples most often kept and most often dropped, `rows` each: id, times seen, share kept, mean weight, beginning."""
         ranked = sorted(self.seen.items(), key=lambda item: -item[1].kept / item[1].times)
         chosen = ranked if len(ranked) <= 2 * rows else ranked[:rows] + ranked[-rows:]
         return [
-            {"id": name, "seen": one.times, "kept": one.kept / one.times, "text": self._text(one.tokens)}
+            {
+                "id": name,
+                "seen": one.times,
+                "kept": one.kept / one.times,
+                "weight": one.weight / one.times,
+                "text": self._text(one.tokens),
+            }
             for name, one in chosen
         ]
 
@@ -117,7 +127,7 @@ class Recorder:
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         with (path / "data_regularization.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["id", "seen", "kept", "text"])
+            writer = csv.DictWriter(file, ["id", "seen", "kept", "weight", "text"])
             writer.writeheader()
             writer.writerows(self.table(rows=max(len(self.seen), 1)))
         try:
@@ -156,6 +166,11 @@ def _squared_norm(problem: Problem, solution: Solution, squared_target_norm: Ten
     w, a = solution.weights, solution.target
     quadratic = torch.einsum("...i,...ij,...j->...", w, problem.K, w)
     return quadratic + 2 * a * (w * problem.s).sum(-1) + a * a * squared_target_norm
+
+
+def sample_id(tokens: Sequence[int]) -> str:
+    """The name of a sample in the table: a hash of its token ids."""
+    return hashlib.blake2b(repr(list(tokens)).encode(), digest_size=6).hexdigest()
 
 
 def token_lists(micro_batches: Sequence[Mapping[str, Tensor]], indices: Sequence[Tensor]) -> list[list[int]]:

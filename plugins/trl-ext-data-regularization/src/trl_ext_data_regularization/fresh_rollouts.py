@@ -27,7 +27,7 @@ def load_function(path: str) -> RewardFunction:
             found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"reward={path!r} cannot be loaded: {error}; write it as package.module:function") from error
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def load_prompts(path: str) -> Dataset:
@@ -72,7 +72,9 @@ def roll_out(
     device = next(model.parameters()).device
     # Special tokens are in the template's text already; a plain prompt gets them as TRL's own tokenization does.
     special = isinstance(prompts[0], str)
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special).to(device)
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special).to(
+        device
+    )
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"), generating(model):
         torch.manual_seed(seed)
@@ -83,11 +85,11 @@ def roll_out(
     return batch["input_ids"], batch["attention_mask"], completion, mask
 
 
-def rewards_of(
-    function: RewardFunction, rows: Dataset, tokenizer: Any, completion_ids: Tensor, mask: Tensor
-) -> Tensor:
+def rewards_of(function: RewardFunction, rows: Dataset, tokenizer: Any, completion_ids: Tensor, mask: Tensor) -> Tensor:
     """(N,) float: the rewards, by a function in TRL's form, of completions to N rows with a column `prompt`."""
-    texts = [tokenizer.decode(ids[m.bool()], skip_special_tokens=True) for ids, m in zip(completion_ids, mask, strict=True)]
+    texts = [
+        tokenizer.decode(ids[m.bool()], skip_special_tokens=True) for ids, m in zip(completion_ids, mask, strict=True)
+    ]
     columns = {name: list(rows[name]) for name in rows.column_names}
     prompts = columns.pop("prompt")
     completions = texts if isinstance(prompts[0], str) else [[{"role": "assistant", "content": text}] for text in texts]

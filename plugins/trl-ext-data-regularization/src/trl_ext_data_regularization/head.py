@@ -39,12 +39,14 @@ class HeadTap:
         self.taps = taps
         self.use = use
         self.temperature = temperature
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        wrapped: Any = model
+        self.base: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
         self._pass: _Pass | None = None
         self._checked = False
+        backbone: nn.Module = self.base.base_model
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            self.base.base_model.register_forward_hook(self._hidden),
+            backbone.register_forward_hook(self._hidden),
             model.register_forward_hook(self._after),
         ]
 
@@ -56,7 +58,8 @@ class HeadTap:
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if not self.taps.listening:
             return
-        assert self.taps.visitor is not None and self.taps.batch is not None
+        assert self.taps.visitor is not None
+        assert self.taps.batch is not None
         if not kwargs.get("fused_lm_head"):
             raise RuntimeError("data-regularization needs TRL's fused LM head; the model was called without it")
         self._pass = _Pass(self, self.taps.visitor, self.taps.batch, kwargs["labels"][:, 1:])
@@ -111,8 +114,8 @@ class _Pass:
         # bf16 logits differ by about 2^-8 of their size between two orders of summation.
         if not torch.allclose(mine, theirs, rtol=0.05, atol=0.05):
             raise RuntimeError(
-                f"the head '{self.tap.use.name}' scales or caps its logits, which layer-wise scores do not follow; freeze "
-                "it, or use scope=global,engine=derivative"
+                f"the head '{self.tap.use.name}' scales or caps its logits, which layer-wise scores do not follow; "
+                "freeze it, or use scope=global,engine=derivative"
             )
         self.tap._checked = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ class Use:
     """One module that uses a layer's weight. A tied embedding is one layer with two uses: embedding and head."""
 
     name: str
-    module: nn.Module
+    module: Any
     kind: Kind
     layer: int
     """Position of the layer in the list."""
@@ -105,8 +105,8 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[list[Layer], li
     if missing := [name for i, name in enumerate(names) if i not in covered]:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ConfigurationError(
-            f"data-regularization: {len(missing)} trainable parameter(s) belong to no Linear, Embedding or norm and would "
-            f"keep the full batch's gradient: {shown}. Freeze them, or choose samples for all layers at once with "
+            f"data-regularization: {len(missing)} trainable parameter(s) belong to no Linear, Embedding or norm and "
+            f"would keep the full batch's gradient: {shown}. Freeze them, or choose for all layers at once with "
             "scope=global,engine=derivative, which works with any layer"
         )
     return layers, uses
@@ -114,10 +114,10 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[list[Layer], li
 
 def _head(model: nn.Module) -> nn.Module | None:
     """The module whose weight TRL's fused head reads without calling it."""
-    output = getattr(model, "get_output_embeddings", None)
-    if output is None and hasattr(model, "get_base_model"):
-        output = model.get_base_model().get_output_embeddings
-    return output() if output is not None else None
+    base: Any = model
+    if hasattr(model, "get_base_model"):
+        base = base.get_base_model()
+    return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
 
 
 def _kind(module: nn.Module) -> Kind | None:

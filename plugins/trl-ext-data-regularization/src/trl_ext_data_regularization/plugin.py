@@ -28,8 +28,8 @@ from trl_ext_data_regularization.visitors import WeightedPass
 class DataRegularization:
     """Train on those parts of the general data that agree with a small, trusted target set.
 
-    Each step, u = sum_i w_i g_i (+ a t) replaces the mean general gradient; the rule chooses w from <g_i, t> and, where it
-    needs them, <g_i, g_j>. Inner products are raw unless `precondition`.
+    Each step, u = sum_i w_i g_i (+ a t) replaces the mean general gradient; the rule chooses w from <g_i, t> and, where
+    it needs them, <g_i, g_j>. Inner products are raw unless `precondition`.
 
     Args:
         scope: "layer": every Linear, Embedding and norm chooses for itself; "global": one choice for all of them.
@@ -142,8 +142,8 @@ class DataRegularization:
             )
         if shared and (self.passes == "one" or self.general == "stream"):
             raise ValueError(
-                f"{shared[0]} is used by two modules (a tied embedding), whose scores are complete only after both: too "
-                "late for one pass. Freeze it, or set passes=two and general=train"
+                f"{shared[0]} is used by two modules (a tied embedding), whose scores are complete only after both: "
+                "too late for one pass. Freeze it, or set passes=two and general=train"
             )
         return exact and not shared and self.passes != "two"
 
@@ -246,8 +246,8 @@ class DataRegularization:
     def _keep_own_gradients(self) -> None:
         """Hold on to the gradients of the trainer's own passes.
 
-        The core sets `p.grad` aside while it runs the general stream, which is when these are the target. References are
-        enough: DDP reduces into the same tensors.
+        The core sets `p.grad` aside while it runs the general stream, which is when these are the target. References
+        are enough: DDP reduces into the same tensors.
         """
 
         def keep(i: int) -> Any:

@@ -32,7 +32,7 @@ def preconditioned(
             continue
         if "exp_avg_sq" not in state:
             raise ValueError(
-                f"precondition=True needs an optimiser with second moments (Adam, AdamW); {type(optimizer).__name__} has none"
+                f"precondition=True needs second moments (Adam, AdamW), and {type(optimizer).__name__} has none"
             )
         group = groups[id(parameter)]
         correction = 1 - group["betas"][1] ** float(state["step"])

@@ -30,13 +30,14 @@ from trl_ext_data_regularization.visitors import ScorePass
 
 @dataclass(eq=False)
 class RolloutFilter:
-    """Scores each completion once per generation batch, s_i = <g_i, t>, and sets the advantages of dropped ones to zero.
+    """Scores each completion once per generation batch, s_i = <g_i, t>, and gives dropped ones an advantage of zero.
 
-    A zero advantage leaves TRL's denominators as they were, so the advantages of the kept completions are scaled up: the
-    update is the policy gradient of the kept ones alone. Then everything is TRL's plain update.
+    That leaves TRL's denominators as they were, so the advantages of the kept completions are scaled up: the update is
+    the policy gradient of the kept ones alone. Everything else is TRL's plain update.
 
     Args:
-        target: "rollout": the generation batch itself (IIF), t = sum_i g_i; "prompts": fresh rollouts on held-out prompts.
+        target: "rollout": the generation batch itself (IIF), t = sum_i g_i; "prompts": fresh rollouts on held-out
+            prompts.
         target_loss: what t is the gradient of. "train-loss": the policy gradient as TRL weighs tokens; "token-pg": as a
             mean over tokens; "reward": log-probabilities weighted by standardised rewards.
         frac: share of the completions with a negative score to drop, the most negative first.
@@ -92,7 +93,9 @@ class RolloutFilter:
             self._reward = load_function(self.reward or "")
             self._held_out = load_prompts(self.prompts or "")
             if "prompt" not in self._held_out.column_names:
-                raise ValueError(f"prompts={self.prompts} has no column 'prompt' ({', '.join(self._held_out.column_names)})")
+                raise ValueError(
+                    f"prompts={self.prompts} has no column 'prompt' ({', '.join(self._held_out.column_names)})"
+                )
             if len(self._held_out) < self.prompts_per_step * run.world_size:
                 raise ValueError(
                     f"prompts={self.prompts} has {len(self._held_out)} rows, fewer than prompts_per_step="
@@ -164,7 +167,7 @@ class RolloutFilter:
         return PolicyBatch(prompt_ids, prompt_mask, ids, mask, coefficients, mask)
 
     def _scores(self, batches: list[PolicyBatch]) -> Tensor:
-        """(N,) <g_i, t> of the first batch's rows; t is the sum over the last batch's rows, on all ranks. Collective."""
+        """(N,) <g_i, t> of the first batch's rows, t the sum over the last batch's on all ranks. Collective."""
         total = sum(map(len, batches))
         none: list[Tensor | None] = [None] * len(self._context.names)
         engine = (
@@ -185,17 +188,17 @@ class RolloutFilter:
         return torch.stack([v[:n] @ t for v, t in zip(vectors, parts, strict=True)]).sum(0)
 
     def _pass(self, engine: Direct | Sketch, batch: PolicyBatch, rows: slice, offset: int) -> None:
-        """Forward and backward of some rows, on the unwrapped model: no counter, metric, gradient or random state moves."""
+        """Forward and backward of some rows, unwrapped: no counter, metric, gradient or random state moves."""
         assert self._taps is not None
         context, inputs = self._context, batch.inputs(rows)
         index = torch.arange(rows.stop - rows.start, device=context.device).unsqueeze(1).expand_as(inputs["input_ids"])
         devices = [context.device] if context.device.type != "cpu" else []
         kind = context.device.type if devices else "cuda"
-        with torch.random.fork_rng(devices=devices, device_type=kind), torch.enable_grad():
-            with self._taps.active(ScorePass(engine), Batch(index, len(index), offset, True)):
-                output = context.model(**inputs, use_cache=False, fused_lm_head=True)
-                log_probs = output.log_probs[:, -batch.mask.shape[1] :]
-                (-(log_probs * batch.coefficients[rows])).sum().backward()
+        scoring = self._taps.active(ScorePass(engine), Batch(index, len(index), offset, True))
+        with torch.random.fork_rng(devices=devices, device_type=kind), torch.enable_grad(), scoring:
+            output = context.model(**inputs, use_cache=False, fused_lm_head=True)
+            log_probs = output.log_probs[:, -batch.mask.shape[1] :]
+            (-(log_probs * batch.coefficients[rows])).sum().backward()
 
     @hookimpl
     def metrics(self, mode: str) -> dict[str, float]:

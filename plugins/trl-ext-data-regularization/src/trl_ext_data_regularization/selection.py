@@ -66,7 +66,7 @@ def samples_of_inputs(inputs: Mapping[str, Tensor], offset: int = 0) -> tuple[Ba
 
 
 def normalised(scores: Scores, total: Tensor | float) -> Scores:
-    """Scores of summed losses as scores of shares of the token mean, g_i = (1 / T_tot) sum_t grad loss_t, in float64."""
+    """Scores of summed losses as those of shares of the token mean, g_i = (1 / T_tot) sum_t grad loss_t; float64."""
     K = None if scores.K is None else scores.K.double() / total**2
     return Scores(scores.s.double() / total, K)
 

@@ -32,7 +32,9 @@ class GradientSurgery:
         precondition: Gram matrix of what Adam would make of the gradients.
     """
 
-    method: Literal["half-space", "pcgrad", "upgrad", "mgda", "dualproj", "imtl-g", "aligned-mtl", "mean", "sum"] = "half-space"
+    method: Literal["half-space", "pcgrad", "upgrad", "mgda", "dualproj", "imtl-g", "aligned-mtl", "mean", "sum"] = (
+        "half-space"
+    )
     scope: Literal["global", "layer"] = "global"
     general: Literal["stream", "train"] = "stream"
     stream_batch_size: int = 8
@@ -41,9 +43,7 @@ class GradientSurgery:
 
     requires_api: ClassVar[str] = "1"
     trainers: ClassVar[tuple[str, ...]] = ("sft", "grpo")
-    citation: ClassVar[str] = (
-        "Chaudhry et al., Efficient lifelong learning with A-GEM, arXiv:1812.00420; as data regularisation: arXiv:2605.07063"
-    )
+    citation: ClassVar[str] = "Chaudhry et al., Efficient lifelong learning with A-GEM, arXiv:1812.00420"
 
     def __post_init__(self) -> None:
         methods = (*CLOSED_FORMS, *TORCHJD)
@@ -86,7 +86,8 @@ class GradientSurgery:
         if self.precondition:
             assert self._optimizer is not None
             t, g = (
-                GradientView(v.names, v.parameters, preconditioned(self._optimizer, v.parameters, v.tensors)) for v in views
+                GradientView(v.names, v.parameters, preconditioned(self._optimizer, v.parameters, v.tensors))
+                for v in views
             )
         else:
             t, g = views

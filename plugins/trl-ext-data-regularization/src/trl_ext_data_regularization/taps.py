@@ -92,7 +92,8 @@ class Taps:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if not self.listening:
                 return original(x, *args, **kwargs)
-            assert self.visitor is not None and self.batch is not None
+            assert self.visitor is not None
+            assert self.batch is not None
             return tapped(_Visit(use, self.visitor, self.batch), original, x)
 
         def undo() -> None:
@@ -143,8 +144,8 @@ class _Visit:
         if shape[: index.dim()] == index.shape:  # (B, T, heads, O)
             return index.reshape(*index.shape, *[1] * (len(shape) - index.dim())).expand(shape).reshape(-1)
         raise RuntimeError(
-            f"layer {self.use.name} sees tokens of shape {tuple(shape)} where the batch has {tuple(index.shape)}, so its "
-            "samples cannot be told apart; use scope=global,engine=derivative"
+            f"layer {self.use.name} sees tokens of shape {tuple(shape)} where the batch has {tuple(index.shape)}, so "
+            "its samples cannot be told apart; use scope=global,engine=derivative"
         )
 
 
@@ -234,8 +235,8 @@ def _scale(visit: _Visit, original: Callable[..., Tensor], x: Tensor) -> Tensor:
             return out if module.bias is None else out + module.bias
         return out + _Expand.apply(module.bias, x.shape, replace(visit, use=visit.use.bias))
     weight = module.weight
-    module._parameters["weight"] = _Expand.apply(weight, x.shape, visit)  # type: ignore[assignment]
+    module._parameters["weight"] = _Expand.apply(weight, x.shape, visit)
     try:
         return original(x)
     finally:
-        module._parameters["weight"] = weight  # type: ignore[assignment]
+        module._parameters["weight"] = weight

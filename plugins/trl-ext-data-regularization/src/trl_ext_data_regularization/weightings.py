@@ -1,4 +1,4 @@
-"""Combinations u = a t + b g of the target's gradient t and the mean general gradient g, from their Gram matrix alone."""
+"""Combinations u = a t + b g of the target's gradient t and the mean general gradient g, from their Gram matrix."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TORCHJD = {
 
 
 def half_space(gram: Tensor) -> Tensor:
-    """The projection of t onto {u : <u, g> >= 0}: u = t - min(0, <t, g> / |g|^2) g (A-GEM, arXiv:1812.00420, eq. 11)."""
+    """The projection of t onto {u : <u, g> >= 0}: u = t - min(0, <t, g> / |g|^2) g (arXiv:1812.00420, eq. 11)."""
     b = -(gram[..., 0, 1] / _positive(gram[..., 1, 1])).clamp(max=0)
     return torch.stack([torch.ones_like(b), b], -1)
 

@@ -47,7 +47,7 @@ def derivative_scores(
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack(torch._foreach_norm(tensors)).norm()) if tensors else 0.0
+    return float(torch.stack(torch._foreach_norm(list(tensors))).norm()) if tensors else 0.0
 
 
 @contextmanager

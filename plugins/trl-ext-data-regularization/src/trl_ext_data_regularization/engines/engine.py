@@ -75,7 +75,7 @@ class Engine(ABC):
 
 def sums_of_products(left: Tensor, right: Tensor, index: Tensor, batch: Batch) -> Tensor:
     """(samples, p, q): for each sample the sum over its tokens of the outer product of left (N, p) and right (N, q)."""
-    rows, width = batch.index.shape
+    rows = len(batch.index)
     if batch.by_row and len(index) % batch.index.numel() == 0:
         return left.view(rows, -1, left.shape[1]).transpose(1, 2) @ right.view(rows, -1, right.shape[1])
     # Without a loop over samples, whose lengths only the device knows.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
-
-import daqp
+import daqp  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import numpy as np
 import torch
 from torch import Tensor
@@ -36,13 +34,15 @@ def minimise(problem: Problem, upper: Tensor | None, simplex: bool) -> Solution:
     labelled = np.flatnonzero(tokens > 0)
     scale = tokens.sum() / tokens[labelled] if len(labelled) else np.empty(0)
     bound = None if upper is None else upper.double().cpu().numpy()[labelled]
-    s, K = problem.s.double().cpu().numpy(), problem.K.double().cpu().numpy()
+    n = problem.n
+    s, K = problem.s.double().cpu().numpy().reshape(-1, n), problem.K.double().cpu().numpy().reshape(-1, n, n)
     weights = np.zeros_like(s)
-    for layer in product(*map(range, s.shape[:-1])):
-        if len(labelled):
-            means = K[layer][np.ix_(labelled, labelled)] * np.outer(scale, scale)
-            weights[(*layer, labelled)] = scale * _solve(means, s[layer][labelled] * scale, bound, simplex)
-    return Solution(torch.from_numpy(weights).to(problem.s), problem.s.new_zeros(problem.s.shape[:-1]))
+    for layer in range(len(s) if len(labelled) else 0):
+        means = K[layer][np.ix_(labelled, labelled)] * np.outer(scale, scale)
+        weights[layer, labelled] = scale * _solve(means, s[layer, labelled] * scale, bound, simplex)
+    return Solution(
+        torch.from_numpy(weights).view(problem.s.shape).to(problem.s), problem.s.new_zeros(problem.s.shape[:-1])
+    )
 
 
 def _solve(K: np.ndarray, s: np.ndarray, upper: np.ndarray | None, simplex: bool) -> np.ndarray:
