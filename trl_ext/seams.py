@@ -1,0 +1,105 @@
+"""Every private or overridden seam of TRL and transformers that trl_ext relies on, and why.
+
+`tests/test_seams.py` fingerprints the signature and source of each, so that a release that moves one is seen before it
+trains anything wrong, and finds overrides, imports and private attributes that are missing here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+SFT = "trl.trainer.sft_trainer:SFTTrainer"
+GRPO = "trl.trainer.grpo_trainer:GRPOTrainer"
+HF = "transformers.trainer:Trainer"
+
+OVERRIDDEN: dict[str, str] = {
+    f"{SFT}.__init__": "takes args, model, compute_loss_func and data sets under these names; checks come before it",
+    f"{SFT}.compute_loss": "sums -log_probs over the window's tokens; calls what it is given as `model`, once, fused",
+    f"{SFT}.evaluate": "recurses over dict data sets, under one swap of the deployed weights",
+    f"{SFT}.training_step": "accepts what transformers passes; activation offloading is around it",
+    f"{SFT}.log": "adds TRL's metrics to the logs that ours are in",
+    f"{GRPO}.__init__": "as for SFT",
+    f"{GRPO}._calculate_rewards": "returns the rewards of all ranks, a column each function, NaN for None",
+    f"{GRPO}._generate_and_score_completions": "returns advantages (N,) with masks, before shuffling and splitting",
+    f"{GRPO}._get_per_token_logps_and_entropies": "the one forward of the loss; returns log-probs, entropies, MoE loss",
+    f"{GRPO}._compute_loss": "linear in advantages on policy; masks, reduction, KL, bonus and metrics are in it",
+    f"{GRPO}.training_step": "advances `_step` once a micro-step, after the backward",
+    f"{GRPO}.log": "adds TRL's metrics to the logs that ours are in",
+    f"{HF}.get_batch_samples": "hands over a whole accumulation window before its first micro-step",
+    f"{HF}.create_optimizer": "returns the optimiser and keeps it in `optimizer`; called again by a second `train()`",
+    f"{HF}._prepare_for_training": "wraps the model and creates the optimiser, before the loop; state is loaded in it",
+    f"{HF}._get_grad_norm": "called after clipping and right before the optimiser's step, also without clipping",
+    f"{HF}.evaluate": "recurses over dict data sets, under one swap of the deployed weights",
+    f"{HF}.predict": "forwards without calling `evaluate`",
+    f"{HF}.save_model": "`_internal_call=True` is a checkpoint, False a save that a user asked for",
+    f"{HF}.push_to_hub": "saves again, as an internal call",
+    f"{HF}.train": "takes a checkpoint's path, True for the newest, or nothing",
+    f"{HF}._save_rng_state": "the last file before trainer_state.json, on every rank",
+    f"{HF}._load_best_model": "loads weights from `state.best_model_checkpoint`, after the last step",
+    "trl.trainer.base_trainer:_BaseTrainer.create_model_card": "writes README.md into the output folder",
+}
+
+READ: dict[str, str] = {
+    f"{HF}._run_epoch": "order of a step: micro-steps, clipping, norm, optimiser, on_optimizer_step, counters",
+    f"{HF}._maybe_log_save_evaluate": "a loss summed over an interval's steps; the log is before evaluation and save",
+    f"{HF}._get_num_items_in_batch": "counts the window's shifted labels, over all ranks where they are averaged",
+    f"{HF}.training_step": "divides the loss by the accumulation steps only where no token count was handed on",
+    f"{HF}._save_checkpoint": "model, optimiser, random state, trainer state, then rotation",
+    f"{HF}._load_rng_state": "runs after the first window of a resumed epoch was drawn",
+    f"{HF}._prepare_input": "moves nested tensors to the device",
+    f"{HF}._prepare_inputs": "SFT: only moves tensors; a window's batches go through it once more",
+    f"{SFT}._prepare_dataset": "runs on an object with `_tokenizer`, `chat_template` and `completion_only_loss` alone",
+    f"{GRPO}._prepare_inputs": "buffers a generation batch by `_step`; a buffer restored on resume is used as it is",
+    "trl.trainer.sft_trainer:DataCollatorForLanguageModeling.torch_call": "position_ids restart at 0 with each sample",
+    "trl.trainer.utils:add_fused_lm_head": "replaces `forward` on the instance; outputs are chosen by name",
+    "trl.trainer.utils:FusedCausalLMOutput": "log_probs, entropy, label_mask, is_top1 and the rest, shifted, (B, T)",
+    "trl.scripts.sft:make_parser": "parses TRL's flags and YAML into script, training, model and data arguments",
+    "trl.scripts.sft:main": "takes the four, and builds the trainer that it finds under TRL's names",
+    "trl.scripts.grpo:make_parser": "as for SFT",
+    "trl.scripts.grpo:main": "as for SFT",
+    "trl.scripts.utils:DatasetConfig": "describes a local file for the data mixture of a script",
+    "transformers.masking_utils:find_packed_sequence_indices": "blocks of position_ids, without flash attention",
+    "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "names of checkpoint folders",
+    "accelerate.utils:is_peft_model": "whether PEFT wraps the model that carries the fused head",
+}
+
+ATTRIBUTES: dict[str, dict[str, str]] = {
+    "sft": {
+        "_metrics": "metrics of the interval, by mode",
+        "_tokenizer": "the tokenizer, also where a processor was given",
+        "_total_train_tokens": "counter behind `num_tokens`, which TRL does not save",
+        "aux_loss_enabled": "whether the MoE balancing loss is part of the loss",
+        "maybe_activation_offload_context": "what TRL runs its training step in",
+        "padding_free": "whether batches are flattened, set by packing too",
+    },
+    "grpo": {
+        "_metrics": "metrics of the interval, by mode",
+        "_tokenizer": "the tokenizer, also where a processor was given",
+        "_total_train_tokens": "counter behind `num_tokens`, which TRL does not save",
+        "_step": "micro-steps done; decides when to generate and which slice of the buffer is next",
+        "_buffered_inputs": "rollouts still to be trained on",
+        "_entropy_bonus_enabled": "switches the entropy bonus of `_compute_loss`",
+        "aux_loss_enabled": "whether the MoE balancing loss is part of the loss",
+        "beta": "switches the KL term of `_compute_loss`",
+        "num_generations_eval": "completions a prompt in evaluation",
+        "reward_func_names": "columns of the rewards",
+        "reward_weights": "weights of the columns",
+    },
+}
+
+
+def resolve(seam: str) -> Any:
+    """The object that a seam names.
+
+    Args:
+        seam: `module:name` or `module:class.name`.
+
+    Raises:
+        AttributeError: it is not there any more.
+    """
+    module, _, path = seam.partition(":")
+    found: Any = import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
