@@ -12,9 +12,11 @@ import torch
 from branches import largest_difference
 from mixing_runs import Recorder, Rolled, checksum_reward, demonstrations, grpo, mixed_reward
 from oracles import combine, completions, demonstration_nll, gradient, model_at, rl_gradient, token_log_probs
+from torch import Tensor
 from trl_ext_mixing import HPT, Chord, ParallelAveraging, PCGrad, ReLIFT
 from trl_ext_mixing.pcgrad import pcgrad_weights
 
+from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import tiny_tokenizer
 
@@ -120,6 +122,39 @@ def test_same_prompt_demonstrations_replace_the_stream(tmp_path: Path) -> None:
         assert largest_difference(moved, expected) < EXACT
 
 
+@pytest.mark.parametrize("objective", [False, True])
+def test_stream_rows_of_the_same_prompts_go_through_the_stream(tmp_path: Path, objective: bool) -> None:
+    """Also with an objective, which `demonstrations` does not have; the objective here doubles the loss."""
+
+    class Double:
+        requires_api = "1"
+        citation = "test"
+
+        @hookimpl
+        def per_token_loss(self, tokens: Any) -> Tensor:
+            return -2 * tokens.log_probs
+
+    data = demonstrations(12)
+    rolled, seen = Rolled(), Recorder()
+    grpo(
+        tmp_path,
+        [rolled, *([Double()] if objective else []), ParallelAveraging(stream_row="row")],
+        recorder=seen,
+        stream=data,
+        data=data.remove_columns("completion").add_column("row", list(range(12))),
+        per_device_train_batch_size=8,
+        max_steps=2,
+    ).train()
+    for step, (rollouts, _, _) in enumerate(rolled.batches):
+        prompts = [row["prompt"] for row in rollouts.inputs[::4]]
+        assert len(set(prompts)) == 2
+        rows = [row for prompt in prompts for row in data if row["prompt"] == prompt]
+        model = model_at(seen.weights[step])
+        nll = demonstration_nll(model, rows)
+        # TRL's head works in fp32.
+        assert largest_difference(seen.sft[step], gradient(model, (2 if objective else 1) * nll)) < 1e-6
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_hpt_gives_each_prompt_one_of_two_losses_each_a_mean_over_its_own_tokens(
     tmp_path: Path, accumulation: int
@@ -221,6 +256,8 @@ def test_relift_keeps_its_buffer_over_a_resume(tmp_path: Path) -> None:
     ("plugin", "options", "message"),
     [
         (Chord, {"mu": 1.2}, "mu=1.2"),
+        (Chord, {"stream_row": "i", "demonstrations": "completion"}, "exclude each other"),
+        (Chord, {"stream_row": "i", "max_length": 9}, "max_length=9 may drop rows"),
         (Chord, {"decay": 0.0}, "decay=0.0"),
         (HPT, {"gamma": 1.0}, "gamma=1.0"),
         (HPT, {"sft_coefficient": 0.0}, "sft_coefficient=0.0"),
@@ -236,6 +273,8 @@ def test_values_out_of_range_are_named(plugin: Any, options: dict[str, Any], mes
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no column 'solution'"):
         grpo(tmp_path, ["hpt:demonstrations=solution"], stream=False, data=demonstrations())
+    with pytest.raises(ConfigurationError, match="stream_row='i' is no column"):
+        grpo(tmp_path, ["chord:stream_row=i"])
     with pytest.raises(ConfigurationError, match="num_iterations=2"):
         grpo(tmp_path, ["hpt"], stream=False, data=demonstrations(), num_iterations=2)
     with pytest.raises(ConfigurationError, match="steps_per_generation=2"):

@@ -65,6 +65,13 @@ def refuse_split_generations(run: RunDescription) -> None:
         )
 
 
+def first_rows(rollouts: Rollouts, rewards: Rewards) -> list[tuple[int, Any]]:
+    """Number and row of each prompt whose group begins on this rank, so that each counts once over all ranks."""
+    numbered = enumerate(rollouts.inputs, rewards.local.start)
+    size = rollouts.num_generations
+    return [(i // size, row) for i, row in numbered if i % size == 0]
+
+
 class Demonstrations:
     """Finds, tokenizes and scores demonstrations.
 
@@ -86,11 +93,7 @@ class Demonstrations:
         Raises:
             ValueError: a row without a demonstration, or one that leaves no label.
         """
-        found = {}
-        for i, row in enumerate(rollouts.inputs, rewards.local.start):
-            if i % rollouts.num_generations == 0:
-                found[i // rollouts.num_generations] = self.encode(row)
-        return found
+        return {prompt: self.encode(row) for prompt, row in first_rows(rollouts, rewards)}
 
     def encode(self, row: Any) -> Demonstration:
         """Tokenize one row as TRL's SFT does: prompt, completion, end of sequence; labels on the completion."""

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
+from trl_ext.errors import ConfigurationError
 from trl_ext.gradients import GradientView
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, StreamGradient, StreamRequest, WeightsView
 from trl_ext_mixing.comparison import Comparison, products
 from trl_ext_mixing.demonstrations import (
     Demonstration,
     Demonstrations,
+    first_rows,
     refuse_split_generations,
     refuse_unsupported,
 )
@@ -36,6 +38,8 @@ class TwoGradients:
         batch_size: SFT samples per rank and optimiser step; with `demonstrations`, samples per forward.
         demonstrations: column of the GRPO data set; where given, each step takes the demonstrations of the very prompts
             that it rolls out in place of the stream (plain log-likelihood, and not on sharded parameters).
+        stream_row: column of the GRPO data set that holds the number (from 0) of the prompt's row in the stream; where
+            given, each step takes these rows of the stream, the demonstrations of the very prompts that it rolls out.
         on_exhausted: what to do at the end of the demonstrations: "cycle", "stop" or "error".
         max_length: longest demonstration in tokens; not cut where None.
         reward: name of the reward function that says whether a completion solves its prompt; the weighted sum of all
@@ -45,6 +49,7 @@ class TwoGradients:
 
     batch_size: int = 8
     demonstrations: str = ""
+    stream_row: str = ""
     on_exhausted: Literal["cycle", "stop", "error"] = "cycle"
     max_length: int | None = None
     reward: str = ""
@@ -60,11 +65,19 @@ class TwoGradients:
             raise ValueError(f"{self.method}: batch_size={self.batch_size} is not a number of samples (1 or more)")
         if self.max_length is not None and self.max_length < 2:
             raise ValueError(f"{self.method}: max_length={self.max_length} leaves no label; give 2 tokens or more")
+        if self.stream_row and self.demonstrations:
+            raise ValueError(f"{self.method}: stream_row={self.stream_row!r} and demonstrations exclude each other")
+        if self.stream_row and self.max_length is not None:
+            raise ValueError(
+                f"{self.method}: max_length={self.max_length} may drop rows of the stream, and stream_row="
+                f"{self.stream_row!r} would count past them; cut the demonstrations beforehand"
+            )
         self._step = 0
         self._max_steps = 1
         self._max_grad_norm = 0.0
         self._source: Demonstrations | None = None
         self._rolled_out: list[Demonstration] = []
+        self._rows: list[int] = []
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
 
@@ -85,6 +98,11 @@ class TwoGradients:
         self._max_grad_norm = float(run.args.max_grad_norm or 0.0)
         if self.demonstrations:
             refuse_unsupported(run, self.demonstrations, f"{self.method}: demonstrations={self.demonstrations!r}")
+        if self.stream_row and run.columns and self.stream_row not in run.columns:
+            raise ConfigurationError(
+                f"stream_row={self.stream_row!r} is no column of the training data; there are {', '.join(run.columns)}"
+            )
+        if self.demonstrations or self.stream_row:
             refuse_split_generations(run)
 
     @hookimpl
@@ -99,7 +117,13 @@ class TwoGradients:
         if self.demonstrations:
             return []
         return [
-            StreamRequest(ROLE, batch_size=self.batch_size, on_exhausted=self.on_exhausted, max_length=self.max_length)
+            StreamRequest(
+                ROLE,
+                batch_size=self.batch_size,
+                on_exhausted=self.on_exhausted,
+                max_length=self.max_length,
+                select=(lambda: self._rows) if self.stream_row else None,
+            )
         ]
 
     @hookimpl
@@ -109,6 +133,8 @@ class TwoGradients:
             self.note(pass_rate=rates.mean(), solved_prompts=(rates > 0).float().mean())
             if self._source is not None:
                 self._rolled_out = list(self._source.of_prompts(rollouts, rewards).values())
+            if self.stream_row:
+                self._rows = [int(row[self.stream_row]) for _, row in first_rows(rollouts, rewards)]
         return advantages
 
     @hookimpl
