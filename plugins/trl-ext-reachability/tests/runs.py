@@ -66,12 +66,13 @@ def grpo(
     reward: Any = checksum_reward,
     data: Dataset | None = None,
     eval_data: Dataset | None = None,
+    streams: dict[str, Dataset] | None = None,
     **settings: Any,
 ) -> Any:
     """A trainer of a few steps at a rate that moves the weights visibly; TRL's own where `plain`."""
     torch.manual_seed(0)
     config = {**SETTINGS, **settings}
-    ours: dict[str, Any] = {} if plain else {"plugins": list(instances)}
+    ours: dict[str, Any] = {} if plain else {"plugins": list(instances), "streams": streams}
     return (trl.GRPOTrainer if plain else GRPOTrainer)(
         model=tiny_llama(hidden=16),
         reward_funcs=reward,

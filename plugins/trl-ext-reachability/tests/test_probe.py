@@ -17,7 +17,8 @@ import pytest
 import torch
 import trl
 from runs import SETTINGS, TASK, checksum_reward, prompts
-from trl_ext_reachability.measuring import Measurement, Settings, load_rows, measure, prompt_key
+from trl_ext_reachability.keys import prompt_key
+from trl_ext_reachability.measuring import Measurement, Settings, load_rows, measure
 from trl_ext_reachability.policy import Policy, Sampler
 from trl_ext_reachability.results import summarize
 from trl_ext_reachability.rewards import exact, final_number
@@ -138,6 +139,8 @@ def test_summary_counts_what_the_prompts_say(uniform: Settings, measured: Path) 
     assert np.exp(summary["log_quantiles"]["rollouts"][50]) == pytest.approx(sorted(rates)[6])
     assert 0 < summary["predicted_solved_share"] < 1
     assert found[3]["key"] == prompt_key("03")
+    demonstrations = (measured / "demonstrations.jsonl").read_text().splitlines()
+    assert len(demonstrations) == summary["routes"]["demonstration"]
     text = (measured / "reachability.md").read_text()
     assert "12 prompts" in text
     assert "8 generations x 4 epochs = 32 draws" in text

@@ -1,4 +1,4 @@
-"""Run under torchrun: groups that reach over ranks, and a verifier that fails on one of them."""
+"""Run under torchrun: groups that reach over ranks, counts of all ranks, and a verifier that fails on one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch.distributed as dist
 from runs import distance, grpo, weights
+from test_training import write_probe
+from trl_ext_reachability.training import Reachability
 
 from trl_ext.errors import PluginError
 
@@ -22,13 +24,16 @@ def main(folder: Path) -> None:
     ours.train()
     assert dist.get_world_size() == 2
     moved, apart = distance(start, weights(plain)), distance(weights(plain), weights(ours))
+    plugin = Reachability(write_probe(folder / f"probe{dist.get_rank()}"), reroute_every=1)
+    grpo(folder / "counted", instances=[plugin], rank_check_steps=1, **settings).train()
+    counted = plugin.state_dict()["draws"].tolist()
     failing = grpo(folder / "failing", [{**process, "verifier": "runs:failing_verifier"}], **settings)
     try:
         failing.train()
         message = "no error"
     except PluginError as error:
         message = str(error)
-    Path(folder, f"rank{dist.get_rank()}").write_text(f"{moved}\n{apart}\n{message}\n")
+    Path(folder, f"rank{dist.get_rank()}").write_text(f"{moved}\n{apart}\n{counted}\n{message}\n")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import numpy as np
 
 from trl_ext_reachability.dotted import load_function
 from trl_ext_reachability.journal import Journal
+from trl_ext_reachability.keys import prompt_key
 from trl_ext_reachability.policy import Policy, Sampler
 from trl_ext_reachability.routing import Budget, choose_route, confidence_per_look, schedule, undecided
 from trl_ext_reachability.statistics import (
@@ -73,11 +73,6 @@ class Settings:
     def confidence_per_look(self) -> float:
         """Confidence of the bounds after each round."""
         return confidence_per_look(self.confidence, len(self.totals))
-
-
-def prompt_key(prompt: Any) -> str:
-    """What identifies a prompt in any data set: 16 hexadecimal digits of its content."""
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class Measurement:

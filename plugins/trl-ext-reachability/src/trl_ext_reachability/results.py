@@ -51,11 +51,17 @@ def summarize(measurement: Measurement, prompts: Sequence[Mapping[str, Any]]) ->
 def write_results(measurement: Measurement, output: Path) -> None:
     """Write `prompts.jsonl`, `reachability.md`, `reachability.png` and, last, `reachability.json`.
 
+    Where the data set has demonstrations, `demonstrations.jsonl` gets those of the prompts with that route, for SFT.
+
     The same measurement gives the same bytes.
     """
     prompts = measurement.prompts()
     summary = summarize(measurement, prompts)
     (output / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in prompts))
+    if measurement.demonstrated:
+        chosen = [measurement.rows[record["row"]] for record in prompts if record["route"] == "demonstration"]
+        lines = [json.dumps({name: row[name] for name in ("prompt", "completion")}) + "\n" for row in chosen]
+        (output / "demonstrations.jsonl").write_text("".join(lines))
     (output / "reachability.md").write_text(describe(summary))
     try:
         from trl_ext_reachability.drawing import draw_reachability
