@@ -147,10 +147,13 @@ RAISING = {
     "wrap_optimizer": ("wrap_optimizer", 1),
     "sample_weights": ("sample_weights", 2),
     "sample_weights, after a gradient": ("sample_weights", 2),
+    "sample_weights, before a gradient": ("sample_weights", 2),
+    "sample_weights, between gradients": ("sample_weights", 2),
     "per_token_loss": ("per_token_loss", 2),
     "wrong shape": ("per_token_loss", 2),
     "auxiliary_losses": ("auxiliary_losses", 2),
     "gradients_ready": ("gradients_ready", 2),
+    "gradients_ready, FSDP2": ("gradients_ready", 2),
     "weights_updated": ("weights_updated", 2),
     "advantages": ("advantages", 2),
     "policy_loss": ("policy_loss", 2),
@@ -164,7 +167,7 @@ def test_a_hook_that_raises_on_one_rank_stops_both_at_the_same_step(failures, na
     hook, step = RAISING[name]
     for rank in range(RANKS):
         error = failures[rank][name]["error"]
-        assert error["type"] == "PluginError"
+        assert "PluginError" in error["type"]
         assert f"failed in hook '{hook}' at step {step}: " in error["message"]
         assert error["message"].endswith("[on rank 1 of 2]")
         assert ("only here" in error["message"]) or name == "wrong shape"
@@ -194,7 +197,7 @@ def test_a_state_that_one_rank_cannot_load_stops_both(failures):
 @pytest.mark.parametrize("name", ["nan loss", "infinite gradient"])
 def test_a_bad_number_on_one_rank_stops_both(failures, name):
     for rank in range(RANKS):
-        assert failures[rank][name]["error"]["type"] == "NonFiniteError"
+        assert "NonFiniteError" in failures[rank][name]["error"]["type"]
         assert "at step 2" in failures[rank][name]["error"]["message"]
         assert failures[rank][name]["step"] == 1
 
@@ -219,7 +222,7 @@ def test_a_bad_number_on_one_rank_is_skipped_by_both(failures, name):
 def test_ranks_that_diverge_are_found_and_the_tensor_named(failures, name, tensor, step):
     for rank in range(RANKS):
         error = failures[rank][name]["error"]
-        assert error["type"] == "PluginError"
+        assert "PluginError" in error["type"]
         assert f"ranks 0 and 1 hold different values of {tensor} after step {step}" in error["message"]
         assert failures[rank][name]["step"] == step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
-from helpers import MAKE, Idle, Plugin, additions, parameters
+from helpers import MAKE, Idle, Plugin, additions, parameters, tiny_model, tokenizer
+from rank_scenarios import whole
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 from trl_ext import hookimpl
 from trl_ext.records import AuxiliaryLoss
+from trl_ext.testing import save_model
 
 
 @dataclass(eq=False)
@@ -66,6 +71,27 @@ class SampleWeightsAfterGradient(OnRankOne):
 
 
 @dataclass(eq=False)
+class SampleWeightsBeforeGradient(OnRankOne):
+    """The other rank is inside of the gradient's collective by then."""
+
+    @hookimpl
+    def sample_weights(self, window):
+        self.raise_there()
+        window.gradient(0, None)
+        return torch.ones(window.num_samples)
+
+
+@dataclass(eq=False)
+class SampleWeightsBetweenGradients(OnRankOne):
+    @hookimpl
+    def sample_weights(self, window):
+        window.gradient(0, None)
+        self.raise_there()
+        window.gradient(0, None)
+        return torch.ones(window.num_samples)
+
+
+@dataclass(eq=False)
 class PerTokenLoss(OnRankOne):
     @hookimpl
     def per_token_loss(self, tokens):
@@ -93,6 +119,17 @@ class GradientsReady(OnRankOne):
     @hookimpl
     def gradients_ready(self, gradients):
         self.raise_there()
+        gradients.norm()
+
+
+@dataclass(eq=False)
+class GradientsReadyBeforeNorm(OnRankOne):
+    """Under FSDP2 a norm is a collective, in which the other rank waits."""
+
+    @hookimpl
+    def gradients_ready(self, gradients):
+        self.raise_there()
+        gradients.norm()
         gradients.norm()
 
 
@@ -213,10 +250,13 @@ SCENARIOS: dict[str, Scenario] = {
     "wrap_optimizer": ("sft", WrapOptimizer, {}),
     "sample_weights": ("sft", SampleWeights, {}),
     "sample_weights, after a gradient": ("sft", SampleWeightsAfterGradient, {}),
+    "sample_weights, before a gradient": ("sft", SampleWeightsBeforeGradient, {}),
+    "sample_weights, between gradients": ("sft", SampleWeightsBetweenGradients, {}),
     "per_token_loss": ("sft", PerTokenLoss, {}),
     "wrong shape": ("sft", WrongShape, {}),
     "auxiliary_losses": ("sft", AuxiliaryLosses, {}),
     "gradients_ready": ("sft", GradientsReady, {}),
+    "gradients_ready, FSDP2": ("sft", GradientsReadyBeforeNorm, {"model": "sharded"}),
     "weights_updated": ("sft", WeightsUpdated, {}),
     "metrics": ("sft", Metrics, {}),
     "deployed_weights": ("sft", DeployedWeights, {"eval_strategy": "steps", "eval_steps": 2}),
@@ -234,9 +274,18 @@ SCENARIOS: dict[str, Scenario] = {
 }
 
 
+def sharded_model(folder: Path) -> Any:
+    save_model(tiny_model(), tokenizer(), folder / "model")
+    dist.barrier()  # the first rank saves
+    return AutoModelForCausalLM.from_pretrained(
+        str(folder / "model"), distributed_config=DistributedConfig(fsdp_size=dist.get_world_size())
+    )
+
+
 def run(folder: Path, scenario: Scenario, resume: bool = False) -> dict[str, Any]:
     kind, make, config = scenario
     plugin = make()
+    config = {**config, "model": sharded_model(folder)} if config.get("model") == "sharded" else config
     config = {"max_steps": 4, "ddp_timeout": 60, **config}
     held_out = {"eval_dataset": additions(4)} if "eval_steps" in config else {}
     trainer = MAKE[kind](folder / "run", plugins=[Idle(), plugin], trainer=held_out, **config)
@@ -244,11 +293,15 @@ def run(folder: Path, scenario: Scenario, resume: bool = False) -> dict[str, Any
     try:
         trainer.train(resume_from_checkpoint=resume)
     except Exception as caught:
-        error = {"type": type(caught).__name__, "message": str(caught), "cause": repr(caught.__cause__)}
+        error = {
+            "type": [base.__name__ for base in type(caught).__mro__],
+            "message": str(caught),
+            "cause": repr(caught.__cause__),
+        }
     found = {
         "error": error,
         "step": trainer.state.global_step,
-        "parameters": parameters(trainer),
+        "parameters": {name: whole(p) for name, p in parameters(trainer).items()},
         "skipped": getattr(plugin, "skipped", None),
         "logs": trainer.state.log_history,
     }
@@ -257,7 +310,7 @@ def run(folder: Path, scenario: Scenario, resume: bool = False) -> dict[str, Any
 
 
 def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     found = {name: run(folder / name, scenario) for name, scenario in SCENARIOS.items()}
     saving = ("sft", LoadState, {"save_strategy": "steps", "save_steps": 2})
     run(folder / "load", saving)
