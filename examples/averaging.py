@@ -2,11 +2,11 @@
 
     python examples/averaging.py --output /tmp/averaging       # a few minutes on one CPU core
 
-A tiny model learns to copy letters (the general task) and, from a tenth of its data, to reverse them (the target).
-Then, for each seed, it is fine-tuned to reverse, on demonstrations of which a third are wrong, at a high rate that
-never falls. Every weight that can be had from that one
-run is compared on clean held-out rows of both tasks: the last weights, the EMA that the plugin kept, the mean of the
-last checkpoints (LAWA), and points between the start and the last weights (WiSE-FT) and between the start and the EMA.
+A tiny model learns to copy letters (the general task) and, from as much data, begins to learn to reverse them (the
+target). Then, for each seed, it is fine-tuned to reverse, on demonstrations of which a third are wrong, at a high rate
+that never falls. Every weight that can be had from that one run is compared on clean held-out rows of both tasks: the
+last weights, the EMA that the plugin kept, the mean of the last checkpoints (LAWA), and points between the start and
+the last weights (WiSE-FT) and between the start and the EMA.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from datasets import concatenate_datasets
+from datasets import concatenate_datasets, disable_progress_bars
 from trl_ext_averaging.offline import average
 from trl_ext_averaging.offline.methods import Request
 from trl_ext_averaging.offline.metric import held_out_loss
@@ -28,7 +28,7 @@ from trl_ext.testing import Copy, Reverse, save_model, tiny_llama, tiny_tokenize
 
 GENERAL, TARGET = Copy(length=4), Reverse(length=4)
 NOISE, STEPS, EVERY, RATE = 0.33, 500, 20, 2e-3
-SHARE = 0.1
+SHARE = 0.5
 ALPHAS = (0.3, 0.5, 0.7, 0.9)
 
 
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--pretraining-steps", type=int, default=1500)
     options = parser.parse_args()
     began = time.perf_counter()
+    disable_progress_bars()
 
     start = options.output / "start"
     blank = save_model(tiny_llama(hidden=64, seed=0), tiny_tokenizer(), options.output / "blank")
@@ -126,8 +127,8 @@ def main() -> None:
         save_strategy="no",
     )
     held_out = {
-        "target": list(TARGET.dataset(200, split="held_out", seed=1)),
-        "general": list(GENERAL.dataset(200, split="held_out", seed=1)),
+        "target": list(TARGET.dataset(150, split="held_out", seed=1)),
+        "general": list(GENERAL.dataset(150, split="held_out", seed=1)),
     }
     results: dict[str, list[dict[str, float]]] = {}
     for seed in range(options.seeds):

@@ -45,8 +45,8 @@ class Lawa(OnlineAverage):
     def deployed(self, name: str, copies: Copies, theta: list[Tensor]) -> Sequence[Tensor]:
         filled = min(self._updates, self.k)
         total = [torch.zeros_like(tensor) for tensor in theta]
-        for update in range(self._updates - filled, self._updates):  # oldest first, as from checkpoints on disk
-            torch._foreach_add_(total, widened(copies[f"snapshot_{update % self.k}"]))
+        for i in range(filled):
+            torch._foreach_add_(total, widened(copies[f"snapshot_{i}"]))
         torch._foreach_div_(total, float(filled))
         return total
 
