@@ -68,6 +68,7 @@ def message_of(specs: Any, instances: Any = (), trainer: str = "sft") -> str:
         ("power", [{"name": "power"}]),
         ("power:", [{"name": "power"}]),
         ("power:alpha=10", [{"name": "power", "alpha": "10"}]),
+        ("power:alpha=,tag=aba", [{"name": "power", "alpha": "", "tag": "aba"}]),
         ("power:alpha=10,order=3", [{"name": "power", "alpha": "10", "order": "3"}]),
         ("power:alpha=10, ema ,", [{"name": "power", "alpha": "10"}, {"name": "ema"}]),
         (

@@ -40,7 +40,7 @@ def type_name(annotation: Any) -> str:
         return "one of " + ", ".join(repr(choice) for choice in arguments)
     if origin in (Union, types.UnionType):
         return " | ".join(type_name(member) for member in arguments)
-    if origin is not None and arguments:
+    if arguments:
         inner = ", ".join("..." if member is Ellipsis else type_name(member) for member in arguments)
         return f"{origin.__name__}[{inner}]"
     return getattr(annotation, "__name__", str(annotation))

@@ -107,7 +107,7 @@ def _from_text(text: str) -> list[dict[str, Any]]:
     for part in split_outside_brackets(text):
         if not part.strip():
             continue
-        name, colon, option = part.partition(":")
+        name, _, option = part.partition(":")
         if continued := _OPTION.fullmatch(part):
             if not specs:
                 raise ConfigurationError(
@@ -116,7 +116,7 @@ def _from_text(text: str) -> list[dict[str, Any]]:
             _set_option(specs[-1], continued, text)
             continue
         specs.append(_named({"name": name.strip()}, text))
-        if colon and option.strip():
+        if option.strip():
             first = _OPTION.fullmatch(option)
             if first is None:
                 raise ConfigurationError(f"plugins: {option.strip()!r} in {text!r} is not of the form option=value")
