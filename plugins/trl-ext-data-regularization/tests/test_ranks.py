@@ -10,6 +10,8 @@ import torch
 from ranks import CASES, EXACT, GRPO, run
 from training import parameters
 
+pytestmark = pytest.mark.slow  # some 20 trainings
+
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):

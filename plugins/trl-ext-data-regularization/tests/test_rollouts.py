@@ -88,8 +88,15 @@ def autograd_scores(net, rollouts, coefficients, target_coefficients):
     return gradients(coefficients) @ gradients(target_coefficients).sum(0)
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
-@pytest.mark.parametrize("target_loss", ["train-loss", "token-pg", "reward"])
+CASES = [("dapo", "train-loss"), ("grpo", "reward"), ("dr_grpo", "token-pg")]
+REST = [
+    (a, b) for a in ("dapo", "grpo", "dr_grpo") for b in ("train-loss", "reward", "token-pg") if (a, b) not in CASES
+]
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "target_loss"), [*CASES, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)]
+)
 def test_filter_drops_what_opposes_the_rollout_itself_and_rescales(loss_type, target_loss):
     before, after, net = Before(), Witness(), model(layers=1)
     for (
@@ -142,7 +149,7 @@ def fresh(held_out, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 2}, {"steps_per_generation": 4, "gradient_accumulation_steps": 2}]
+    "options", [pytest.param({}, marks=pytest.mark.slow), {"steps_per_generation": 4, "gradient_accumulation_steps": 2}]
 )
 @pytest.mark.parametrize("target", ["rollout", "prompts"])
 def test_without_dropping_anything_training_is_plain_trl_to_the_bit(options, target, held_out):
@@ -161,7 +168,7 @@ def test_without_dropping_anything_training_is_plain_trl_to_the_bit(options, tar
     assert any("rollout-filter/kept" in log for log in filtered.state.log_history)
 
 
-@pytest.mark.parametrize("target_loss", ["train-loss", "token-pg", "reward"])
+@pytest.mark.parametrize("target_loss", ["reward"])
 def test_held_out_prompts_as_target_filter_and_train(held_out, target_loss):
     after = Witness()
     trainer = run([fresh(held_out, target_loss=target_loss), after], per_device_train_batch_size=8)

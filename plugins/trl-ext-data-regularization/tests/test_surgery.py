@@ -75,8 +75,14 @@ STEP = {
 }
 
 
-@pytest.mark.parametrize("scope", ["global", "layer"])
-@pytest.mark.parametrize("general", ["stream", "train"])
+@pytest.mark.parametrize(
+    ("scope", "general"),
+    [
+        ("global", "stream"),
+        ("layer", "train"),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in (("layer", "stream"), ("global", "train"))),
+    ],
+)
 def test_the_plugin_combines_the_two_gradients(scope, general):
     """t and g are the updates of plain SGD on each data set alone; signs are flipped by data that disagree."""
     targets, generals = TARGET.select(range(4)), GENERAL.select(range(8))

@@ -105,7 +105,10 @@ class Recorder:
             self.seen[name].weight += weight
 
     def table(self, rows: int = 10) -> list[dict[str, Any]]:
-        """The samples most often kept and most often dropped, `rows` each: id, times seen, share kept, mean weight, beginning."""
+        """The samples most often kept and most often dropped, `rows` each.
+
+        Columns: id, times seen, share of layers and appearances that kept it, mean weight, beginning of its text.
+        """
         ranked = sorted(self.seen.items(), key=lambda item: -item[1].kept / item[1].times)
         chosen = ranked if len(ranked) <= 2 * rows else ranked[:rows] + ranked[-rows:]
         return [
