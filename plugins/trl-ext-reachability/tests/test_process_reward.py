@@ -217,6 +217,8 @@ def test_wrong_verdicts_are_named(verdict: Callable[..., Any], message: str) -> 
         ({"wrong": 1.0}, r"wrong=1\.0: below 1"),
         ({"outcome": float("inf")}, "outcome=inf"),
         ({"pattern": "("}, "pattern='\\(' is no regular expression"),
+        ({"verifier": "model"}, "verifier='model', model=''"),
+        ({"model": "path"}, "verifier='steps', model='path'"),
         ({"verifier": "runs"}, "not of the form"),
         ({"verifier": "runs:absent"}, "runs has no function 'absent'"),
         ({"verifier": "no_such_module:f"}, "there is no module 'no_such_module'"),

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl_ext import hookimpl
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext
 from trl_ext_reachability.dotted import load_function
+from trl_ext_reachability.step_classifier import StepClassifier
 from trl_ext_reachability.steps import Span, Split, Splitter
 from trl_ext_reachability.verifiers import StepChecker, Verifier
 
@@ -72,13 +73,16 @@ class ProcessReward:
     """Advantages (B, T) from rewards of steps; A_i = r_i by default, as the paper defines them.
 
     Args:
-        verifier: "steps" compares with a reference solution (`trl_ext_reachability.verifiers.StepChecker`); otherwise
-            a function, `package.module:function`, called as that module says.
+        verifier: "steps" compares with a reference solution (`trl_ext_reachability.verifiers.StepChecker`), "model"
+            asks a process reward model (`trl_ext_reachability.step_classifier.StepClassifier`); otherwise a function,
+            `package.module:function`, called as `trl_ext_reachability.verifiers` says.
         split: What a step is: what a delimiter ends, a turn of the model, or a token.
         delimiter: Ends a step.
         solution: Column with the reference solution ("steps").
         pattern: Regular expression for what counts of a step: its last match ("steps"). The whole step where None.
         wrong: Reward of a wrong step ("steps"); the authors' experiments take -1.
+        model: Path or hub id of a model for token classification ("model").
+        separator: Ends the steps that this model reads, as in its training ("model").
         normalize: "none", "center" (minus the group's mean) or "group" (and over its standard deviation).
         return_to_go: Whether a token gets the rewards of later steps too, after normalising.
         outcome: Weight of the advantages from the reward functions, which are added.
@@ -96,6 +100,8 @@ class ProcessReward:
     solution: str = "solution"
     pattern: str | None = None
     wrong: float = 0.0
+    model: str = ""
+    separator: str = "\n"
     normalize: Normalize = "none"
     return_to_go: bool = False
     outcome: float = 0.0
@@ -115,7 +121,13 @@ class ProcessReward:
                 re.compile(self.pattern)
             except re.error as error:
                 raise ValueError(f"pattern={self.pattern!r} is no regular expression: {error}") from error
-        self._function: Verifier | None = None if self.verifier == "steps" else load_function(self.verifier)
+        if (self.verifier == "model") != bool(self.model):
+            raise ValueError(
+                f"verifier={self.verifier!r}, model={self.model!r}: a path as model goes with verifier='model', and "
+                "only with it"
+            )
+        own = self.verifier not in ("steps", "model")
+        self._function: Verifier | None = load_function(self.verifier) if own else None
         self._splitter: Splitter | None = None
         self._seen: dict[str, list[tuple[float, float, float]]] = {"train": [], "eval": []}
 
@@ -124,7 +136,7 @@ class ProcessReward:
         """Refuse a data set without the reference solutions, or with a column that verifiers could not receive."""
         if "steps" in run.columns:
             raise ValueError("the data set has a column 'steps', the name of what verifiers receive; rename the column")
-        if self._function is None and run.columns and self.solution not in run.columns:
+        if self.verifier == "steps" and run.columns and self.solution not in run.columns:
             raise ValueError(
                 f"solution={self.solution!r}: the data set has no such column (it has {', '.join(run.columns)}); "
                 "name the column with the reference solutions, or give a verifier of your own"
@@ -132,10 +144,12 @@ class ProcessReward:
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:
-        """Take the tokenizer, that of a processor too."""
+        """Take the tokenizer, that of a processor too, and load the model where one judges."""
         tokenizer = getattr(context.tokenizer, "tokenizer", context.tokenizer)
         self._splitter = Splitter(tokenizer, self.split, self.delimiter)
-        if self._function is None:
+        if self.verifier == "model":
+            self._function = StepClassifier(self.model, self.separator, context.device)
+        elif self.verifier == "steps":
             self._function = StepChecker(self._splitter, self.solution, self.pattern, self.wrong)
 
     @hookimpl
