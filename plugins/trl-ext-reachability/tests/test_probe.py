@@ -228,14 +228,24 @@ def test_messages_are_rendered_as_grpo_does(tmp_path: Path) -> None:
     assert decode(answer) == row["completion"][0]["content"] + "<|im_end|>"  # without the template's line end
 
 
-def test_demonstrations_that_the_reward_refuses_are_counted(uniform: Settings, tmp_path: Path) -> None:
+def test_demonstrations_may_be_wrong_missing_or_certain(uniform: Settings, tmp_path: Path) -> None:
+    """Wrong ones are counted, missing ones left out, and likely ones do not spare the first round."""
     rows = load_rows(uniform)
     rows[0]["completion"] = "AA"  # its answer takes only the first token
+    rows[1]["completion"] = None
     measurement = Measurement(replace(uniform, rollouts=1, max_rollouts=1), rows)
     journal: Any = type("Journal", (), {"lines": [], "append": lambda self, line: self.lines.append(line)})()
-    list(measurement.run(journal))
-    assert measurement.correct.tolist() == [False] + [True] * 11
-    assert summarize(measurement, measurement.prompts())["demonstrations_refused"] == 1
+    parts = measurement.run(journal)
+    next(parts)
+    measurement.log_likelihoods[2] = np.log(0.99)
+    list(parts)
+    assert measurement.correct.tolist() == [False, False] + [True] * 10
+    assert measurement.trials.tolist() == [1] * 12
+    found = measurement.prompts()
+    assert (found[1]["worst_steps"], found[1]["log_likelihood"], found[1]["demonstration_correct"]) == (None,) * 3
+    summary = summarize(measurement, found)
+    assert summary["demonstrations_refused"] == 1
+    assert summary["log_quantiles"]["demonstrations"][0] == pytest.approx(-3 * np.log(VOCABULARY), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -101,10 +101,8 @@ class Measurement:
         self.correct = np.zeros(len(rows), dtype=bool)
         """(rows,) whether the reward function accepts the demonstration."""
 
-    @property
-    def demonstrated(self) -> bool:
-        """Whether the data set has demonstrations."""
-        return "completion" in self.rows[0]
+        self.demonstrated = np.array([bool(row.get("completion")) for row in rows])
+        """(rows,) whether there is a demonstration."""
 
     def run(self, journal: Journal, make_policy: Callable[[], Policy] | None = None) -> Iterator[tuple[str, int, int]]:
         """Do what the journal does not have yet.
@@ -132,10 +130,10 @@ class Measurement:
 
     def _parts(self) -> Iterator[tuple[str, list[list[int]], Callable[..., dict[str, Any]]]]:
         """What to do, in order; the rounds depend on the results before."""
-        if self.demonstrated:
-            yield "demonstrations", self._batches(range(len(self.rows))), self._score
+        yield "demonstrations", self._batches(np.flatnonzero(self.demonstrated).tolist()), self._score
         for i, total in enumerate(self.settings.totals):
-            wanted = np.maximum(total - self.trials, 0) * self.open
+            # A demonstration alone may close a route, but every prompt has a first round.
+            wanted = np.maximum(total - self.trials, 0) * (self.open | (self.trials == 0))
             prompts = [row for row in range(len(self.rows)) for _ in range(wanted[row])]
             yield f"rollouts, round {i + 1}", self._batches(prompts), self._draw
 
@@ -160,7 +158,7 @@ class Measurement:
         p = self.successes / np.maximum(self.trials, 1)
         records = []
         for i, row in enumerate(self.rows):
-            worst = self.worst[i].tolist() if self.demonstrated else None
+            worst = self.worst[i].tolist() if self.demonstrated[i] else None
             # What the reward function refuses shows no way to a success.
             worst_step = worst[0] if worst and self.correct[i] else None
             queries = float(expected_queries(p[i]))

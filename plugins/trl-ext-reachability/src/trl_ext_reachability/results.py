@@ -26,9 +26,10 @@ def summarize(measurement: Measurement, prompts: Sequence[Mapping[str, Any]]) ->
     prior = fit_prior(successes, trials)
     with np.errstate(divide="ignore"):
         curves = {"rollouts": likelihood_quantile(np.log(successes / trials), CURVE)}
-        if measurement.demonstrated:
-            curves["demonstrations"] = likelihood_quantile(measurement.log_likelihoods, CURVE)
-            curves["worst_tokens"] = likelihood_quantile(np.log(measurement.worst[:, 0]), CURVE)
+        shown = measurement.demonstrated
+        if shown.any():
+            curves["demonstrations"] = likelihood_quantile(measurement.log_likelihoods[shown], CURVE)
+            curves["worst_tokens"] = likelihood_quantile(np.log(measurement.worst[shown, 0]), CURVE)
     reached = prior.reached(successes, trials, settings.budget.draws)
     return {
         "format": FORMAT,
@@ -40,7 +41,7 @@ def summarize(measurement: Measurement, prompts: Sequence[Mapping[str, Any]]) ->
         "predicted_solved_share": float(reached.mean()),
         "prior": list(prior),
         "informative_group": float(np.mean([record["informative_group"] for record in prompts])),
-        "demonstrations_refused": int((~measurement.correct).sum()) if measurement.demonstrated else None,
+        "demonstrations_refused": int((shown & ~measurement.correct).sum()),
         "curve_shares": list(CURVE),
         "log_quantiles": {
             name: [float(value) if np.isfinite(value) else None for value in curve] for name, curve in curves.items()
@@ -58,7 +59,7 @@ def write_results(measurement: Measurement, output: Path) -> None:
     prompts = measurement.prompts()
     summary = summarize(measurement, prompts)
     (output / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in prompts))
-    if measurement.demonstrated:
+    if measurement.demonstrated.any():
         chosen = [measurement.rows[record["row"]] for record in prompts if record["route"] == "demonstration"]
         lines = [json.dumps({name: row[name] for name in ("prompt", "completion")}) + "\n" for row in chosen]
         (output / "demonstrations.jsonl").write_text("".join(lines))
