@@ -273,6 +273,8 @@ def test_values_out_of_range_are_named(plugin: Any, options: dict[str, Any], mes
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="no column 'solution'"):
         grpo(tmp_path, ["hpt:demonstrations=solution"], stream=False, data=demonstrations())
+    with pytest.raises(ConfigurationError, match="parallel-averaging and chord would each mix"):
+        grpo(tmp_path, ["parallel-averaging", "chord"])
     with pytest.raises(ConfigurationError, match="stream_row='i' is no column"):
         grpo(tmp_path, ["chord:stream_row=i"])
     with pytest.raises(ConfigurationError, match="num_iterations=2"):

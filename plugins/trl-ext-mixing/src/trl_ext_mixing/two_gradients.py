@@ -25,6 +25,7 @@ from trl_ext_mixing.demonstrations import (
 from trl_ext_mixing.rewards import pass_rates
 
 ROLE = "sft"
+_MIXERS = frozenset({"parallel-averaging", "chord", "pcgrad"})
 
 
 @dataclass(eq=False, kw_only=True)
@@ -95,6 +96,10 @@ class TwoGradients:
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
+        if others := sorted(_MIXERS.intersection(run.plugins) - {self.method}):
+            raise ConfigurationError(
+                f"{self.method} and {', '.join(others)} would each mix the SFT gradient in; keep one in `plugins`"
+            )
         self._max_grad_norm = float(run.args.max_grad_norm or 0.0)
         if self.demonstrations:
             refuse_unsupported(run, self.demonstrations, f"{self.method}: demonstrations={self.demonstrations!r}")
