@@ -91,6 +91,7 @@ ORACLES: dict[str, tuple[Objective, Callable[[Batch], Tensor]]] = {
     "threshold-below-1-p": (Threshold(0.02, side="below", loss="1-p"), lambda b: (1 - b.p) * (b.p <= 0.02)),
     "dft": (DFT(), lambda b: -b.p.detach() * b.p.log()),
     "eaft": (EAFT(), lambda b: -(b.entropy.detach() / math.log(20)).clamp(max=1) * b.p.log()),
+    "eaft-open": (EAFT(6), lambda b: -(b.entropy.detach() / math.log(6)).clamp(max=1) * b.p.log()),
     "eaft-2": (EAFT(40, 2), lambda b: -((b.entropy.detach() / math.log(40)).clamp(max=1) ** 2) * b.p.log()),
     "deft": (DEFT(), lambda b: (1 - b.p ** (a := (b.probs**2).sum(-1).detach())) / a),
     "talr": (TALR(), lambda b: -(b.p.detach() ** (1 / b.median_nll())) * b.p.log()),

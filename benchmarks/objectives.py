@@ -1,0 +1,223 @@
+"""What every objective costs: one run, ratios against plain TRL's nll on the same data and weights.
+
+    python benchmarks/objectives.py [--device cuda] [--rounds 5] [--steps 6] [--only power,iw-sft-cached]
+
+Arms take turns, round by round, so that a slow moment of the machine meets all of them. Step times are medians over
+rounds; each ratio is the median of a round's ratio to plain nll in the same round. On CPU the time is the processor's
+(other processes do not count), on CUDA the wall's. Memory is the peak during training above the level before it, each
+arm in a process of its own; a reference's weights count, since they are taken when training starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import trl
+from core import StepTimes
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import PrinterCallback, logging
+from transformers.utils.logging import disable_progress_bar
+from trl_ext_objectives.cache import sample_key, vocabulary_digest, write_cache
+
+import trl_ext
+from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
+
+PLAIN, PLAIN_LORA = "plain nll", "plain nll, LoRA"
+# Without a reference; then the reference cached, then live.
+ARMS: dict[str, str | None] = {
+    PLAIN: None,
+    **{name: name for name in ("nll", "power", "log1mp", "focal", "huber", "dft", "chord-phi", "eaft", "deft", "idft")},
+    **{name: name for name in ("talr", "entropy", "gem", "auto")},
+    "threshold": "threshold",
+    "threshold, kept": "threshold:normalization=kept",
+    "mixture": "mixture:first=power:alpha=10,second=nll,weight=linear:0:1",
+    "iw-sft, cached": "iw-sft:reference=cache:{folder}/cache.safetensors",
+    "rho1, cached": "rho1:reference=cache:{folder}/cache.safetensors",
+    "iw-sft, start": "iw-sft:reference=start",
+    "iw-sft, model": "iw-sft:reference=model:{folder}/model",
+    "psft": "psft",
+    "asft, start": "asft:reference=start",
+    PLAIN_LORA: None,
+    "iw-sft, base, LoRA": "iw-sft:reference=base",
+}
+SHAPES = {
+    "cpu": {"vocab": 8192, "hidden": 256, "layers": 4, "batch": 4, "length": 256},
+    # Qwen2-0.5B's vocabulary, width and depth.
+    "cuda": {"vocab": 151_936, "hidden": 896, "layers": 24, "batch": 8, "length": 2048},
+}
+
+
+def prepare(shape: dict[str, int], steps: int, folder: Path) -> None:
+    """Data, a copy of the model, and a cache of log-probabilities (any numbers will do: only reading them is timed)."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 250, (shape["batch"] * steps, shape["length"]), generator=generator).numpy()
+    Dataset.from_dict({"input_ids": rows}).save_to_disk(str(folder / "data"))
+    save_model(make_model(shape), tiny_tokenizer(), folder / "model")
+    values = [np.full(shape["length"] - 1, -5.0, dtype=np.float32) for _ in rows]
+    metadata = {"vocabulary": vocabulary_digest(tiny_tokenizer()), "model": "none"}
+    write_cache(folder / "cache.safetensors", [sample_key(row, row) for row in rows], values, metadata)
+
+
+def make_model(shape: dict[str, int]) -> Any:
+    return tiny_llama(shape["vocab"], hidden=shape["hidden"], layers=shape["layers"], max_position_embeddings=4096)
+
+
+def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folder: Path) -> Any:
+    """A trainer of one arm; every arm has the same weights and data."""
+    plugin, lora = ARMS[arm], arm.endswith("LoRA")
+    common: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": shape["batch"],
+        "max_length": shape["length"],
+        "bf16": device == "cuda",
+        "use_cpu": device == "cpu",
+        "activation_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": steps,
+        "disable_tqdm": True,
+    }
+    given: dict[str, Any] = {
+        "model": make_model(shape),
+        "train_dataset": Dataset.load_from_disk(str(folder / "data")),
+        "processing_class": tiny_tokenizer(),
+        "peft_config": LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
+    }
+    if plugin is None:
+        trainer = trl.SFTTrainer(args=trl.SFTConfig(str(folder / "run"), **common), **given)
+    else:
+        plugins = [plugin.format(folder=folder)]
+        trainer = trl_ext.SFTTrainer(args=trl_ext.SFTConfig(str(folder / "run"), plugins=plugins, **common), **given)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def step_seconds(trainer: Any, device: str) -> float:
+    """Median seconds of a step in one training of `steps` steps; the first step is left out."""
+    clock = StepTimes(device)
+    trainer.add_callback(clock)
+    trainer.train()
+    trainer.remove_callback(clock)
+    return statistics.median((clock.cpu if device == "cpu" else clock.wall)[1:])
+
+
+def measure_times(
+    arms: list[str], shape: dict[str, int], options: argparse.Namespace, folder: Path
+) -> dict[str, list[float]]:
+    """Seconds a step of each arm, one per round. On CUDA one trainer at a time is in memory."""
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    trainers: dict[str, Any] = {}
+    for round_ in range(options.rounds + 1):
+        for arm in arms:
+            trainer = trainers.get(arm) or make_trainer(arm, shape, options.steps, options.device, folder)
+            seconds = step_seconds(trainer, options.device)
+            if options.device == "cpu":
+                trainers[arm] = trainer
+            else:
+                del trainer
+                torch.cuda.empty_cache()
+            if round_ > 0:  # the first round warms up
+                times[arm].append(seconds)
+    return times
+
+
+def measure_memory(arm: str, shape: dict[str, int], steps: int, device: str, folder: Path) -> float:
+    """Peak MiB during training above the level before it, in this process."""
+    trainer = make_trainer(arm, shape, steps, device, folder)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        trainer.train()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    process, peak, done = psutil.Process(), 0, threading.Event()
+    before = process.memory_info().rss
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.0005):
+            peak = max(peak, process.memory_info().rss)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    trainer.train()
+    done.set()
+    sampler.join()
+    return (peak - before) / 2**20
+
+
+def peak_memory(arm: str, options: argparse.Namespace, folder: Path) -> float:
+    """`measure_memory` in a process of its own."""
+    command = [sys.executable, __file__, "--device", options.device, "--measure-memory", arm, "--folder", str(folder)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(out.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--only", help="arms to measure beside plain nll, with commas and without blanks in names")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    parser.add_argument("--measure-memory", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()
+    disable_progress_bar()
+    shape = SHAPES[options.device]
+    if options.measure_memory:
+        print(measure_memory(options.measure_memory, shape, 3, options.device, options.folder))
+        return
+
+    wanted = None if options.only is None else options.only.split(",")
+    arms = [arm for arm in ARMS if wanted is None or arm == PLAIN or arm.replace(", ", "-") in wanted]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(shape, options.steps, folder)
+        times = measure_times(arms, shape, options, folder)
+        memory = {arm: peak_memory(arm, options, folder) for arm in arms}
+    hardware = (
+        torch.cuda.get_device_name()
+        if options.device == "cuda"
+        else f"{platform.processor() or platform.machine()} CPU"
+    )
+    figures: dict[str, Any] = {
+        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "trl": trl.__version__,
+        "shape": shape,
+        "arms": {},
+    }
+    print(f"{figures['hardware']}, torch {torch.__version__}, TRL {trl.__version__}, {shape}\n")
+    print("| objective | ms a step | time | peak MiB | memory |\n|---|---|---|---|---|")
+    for arm in arms:
+        plain = PLAIN_LORA if arm.endswith("LoRA") and PLAIN_LORA in arms else PLAIN
+        row = {
+            "step_ms": statistics.median(times[arm]) * 1e3,
+            "time_ratio": statistics.median(a / b for a, b in zip(times[arm], times[plain], strict=True)),
+            "peak_mib": memory[arm],
+            "memory_ratio": memory[arm] / memory[plain],
+        }
+        figures["arms"][arm] = row
+        print("| {} | {:.1f} | {:.3f}x | {:.0f} | {:.3f}x |".format(arm, *row.values()))
+    if options.output:
+        options.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
