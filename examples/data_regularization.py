@@ -4,7 +4,7 @@
     python examples/data_regularization.py --gsm8k DIR           # general: gsm8k; target: 16 of its percentage problems
 
 The target task is to copy letters. A quarter of the general samples are of that task; a quarter answer its prompts with
-the letters reversed, which works against it; half are sums, which have nothing to do with it. For each seed a tiny model
+the letters reversed, which works against it; half are sums, which have nothing to do with it. For each seed a model
 first learns from other samples of such a mixture, so that it knows the tasks and not which one is wanted. From there:
 full training on the mixture, global and layer-wise selection, target only, and the projections onto the cone and the
 hull (extensions, layer-wise). Written: the held-out target loss over training and the share of the weight that falls on

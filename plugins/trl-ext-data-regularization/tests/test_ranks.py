@@ -1,6 +1,7 @@
 """Two gloo ranks: one choice over both, equal to one rank's with the same samples."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,18 +19,21 @@ def on_two_ranks(tmp_path_factory):
     """Parameters by case after training on two ranks."""
     out = tmp_path_factory.mktemp("ranks") / "out.pt"
     script = Path(__file__).parent / "ranks.py"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     names = ",".join((*CASES, *EXACT, *GRPO))
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--nproc_per_node=2",
-        "--master_port=0",
+        f"--master_port={port}",
         str(script),
         names,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(out)], env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*command, str(out)], env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return torch.load(out)
 
