@@ -108,7 +108,14 @@ def ascent(weights: Tensor, features: Tensor, residual: Tensor, coefficients: Te
     return (residual * coefficients.T.unsqueeze(-1)).transpose(1, 2) @ features / len(coefficients)
 
 
+def squared_norms(features: Tensor, residual: Tensor) -> Tensor:
+    """(size,) |grad log p(y|x)|² in closed form: W_i enters token i alone."""
+    return ((residual**2).sum(-1) * (features**2).sum(-1)).sum(0)
+
+
 class Adagrad:
+    """Scales each coordinate of a step by the root of the sum of its squared gradients."""
+
     def __init__(self, weights: Tensor, rate: float) -> None:
         self.weights, self.rate, self.sum = weights, rate, torch.zeros_like(weights)
 
@@ -151,11 +158,10 @@ def train_policy(problem: Problem, base: Tensor, arm: str, test: tuple[Tensor, T
         if arm in ("outcome", "process"):
             optimizer.step(ascent(weights, features, residual, reward))
             continue
-        # |grad log p(y|x)|² in closed form: W_i enters the token i alone.
-        squared_norm = ((residual**2).sum(-1) * (features**2).sum(-1)).sum(0)
-        # A constant rate has to be small enough for the longest gradients, whose square is up to 2N.
-        longest = torch.full_like(squared_norm, 2.0 * setting.length)
-        rate = adaptive_rate(squared_norm if "adaptive" in arm else longest)
+        norms = squared_norms(features, residual)
+        # A constant rate has to be small enough for the longest gradients: |onehot - softmax|² is up to 2.
+        longest = 2 * (features**2).sum(-1).sum(0)
+        rate = adaptive_rate(norms if "adaptive" in arm else longest)
         # Centres are orthogonal, so that each has a step of this rate from the mean over its own part of the batch.
         weights += setting.centres * ascent(weights, features, residual, reward * rate[:, None])
     return curve
@@ -195,7 +201,10 @@ def run(setting: Setting, seed: int, arms: Sequence[str]) -> dict[str, object]:
 def report(results: Sequence[dict], arms: Sequence[str]) -> str:
     """Mean and range over seeds at the last step."""
     base = [result["base_error"] for result in results]
-    lines = [f"base model: error {np.mean(base):.3f} [{min(base):.3f}, {max(base):.3f}]"]
+    lines = [
+        f"{len(results)} seeds: mean [least, most]",
+        f"base model: error {np.mean(base):.3f} [{min(base):.3f}, {max(base):.3f}]",
+    ]
     for arm in arms:
         for name in ("error", "off_support"):
             values = [result[arm][-1][name] for result in results]
@@ -238,9 +247,9 @@ def main() -> None:
         results.append(run(setting, seed, options.arms))
         content = {"setting": asdict(setting), "results": results}
         (options.output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    text = report(results, options.arms)
-    (options.output / "report.txt").write_text(text + "\n")
-    draw(results, options.arms, options.output / "base_model_barrier.png")
+        text = report(results, options.arms)
+        (options.output / "report.txt").write_text(text + "\n")
+        draw(results, options.arms, options.output / "base_model_barrier.png")
     print(text)
 
 
