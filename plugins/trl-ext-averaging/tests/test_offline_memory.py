@@ -60,7 +60,7 @@ def peaks(method: str, output: Path, inputs: list[Path]) -> tuple[int, int, floa
 def test_one_tensor_larger_than_the_memory_used(tmp_path, method):
     inputs = [big_checkpoint(tmp_path / f"{i}", float(i), tensor_mib=192, tensors=1, shards=1) for i in (1, 3)]
     before, after, _ = peaks(method, tmp_path / "out", inputs)
-    assert after - before < 160 * MIB  # a piece of 4 Mi elements in fp64, a few times over
+    assert after - before < 128 * MIB  # pieces of 8 MiB, and what torch loads on first use
     entry = open_checkpoint(tmp_path / "out").entries["layer.0.weight"]
     assert torch.equal(entry.read(10**7, 10**7 + 5), torch.full((5,), 2.0))  # parallel vectors: the line
 

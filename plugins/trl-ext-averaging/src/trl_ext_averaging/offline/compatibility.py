@@ -18,7 +18,7 @@ FREE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_ca
 FREE_ADAPTER = {"inference_mode", "revision", "peft_version", "auto_mapping", "init_lora_weights", "lora_dropout"}
 RANKS = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-PIECE = 1 << 22
+PIECE = 1 << 20
 
 
 def check_compatible(

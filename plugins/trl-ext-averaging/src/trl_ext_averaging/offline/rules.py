@@ -16,7 +16,7 @@ from trl_ext_averaging.offline.tensorfile import TensorEntry
 Rule = Callable[[Sequence[TensorEntry]], Sequence[float]]
 """The entries of one tensor in all inputs -> one coefficient per input."""
 
-PIECE = 1 << 22
+PIECE = 1 << 20
 
 
 def mean(n: int) -> list[float]:

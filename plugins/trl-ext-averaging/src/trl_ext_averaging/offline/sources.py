@@ -13,8 +13,8 @@ from trl_ext_averaging.offline.rules import Rule
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
-PIECE = 1 << 22
-"""Elements read of each input at a time: 4 Mi, 32 MiB in the fp64 of the sum."""
+PIECE = 1 << 20
+"""Elements read of each input at a time: 1 Mi, 8 MiB in the fp64 of the sum."""
 
 
 class Source(Protocol):
