@@ -10,7 +10,7 @@ What the notes on the paper leave open is chosen here: the centres sqrt(d) e_c, 
 nothing about another; how frequent they are in the demonstrations (a geometric series from 1 to `rarest`); the signs.
 So compare the shape of the curves with the paper's, not the digits.
 
-    python examples/base_model_barrier.py                # 1 minute: a small setting, 3 seeds
+    python examples/base_model_barrier.py                # a small setting, 3 seeds
     python examples/base_model_barrier.py --size full    # N=128, d=k=32: minutes for each seed
 """
 
@@ -159,8 +159,8 @@ def train_policy(problem: Problem, base: Tensor, arm: str, test: tuple[Tensor, T
             optimizer.step(ascent(weights, features, residual, reward))
             continue
         norms = squared_norms(features, residual)
-        # A constant rate has to be small enough for the longest gradients: |onehot - softmax|² is up to 2.
-        longest = 2 * (features**2).sum(-1).sum(0)
+        # The constant rate is that of the longest gradient with features of unit length, 1 / (4 + 2 * 2N).
+        longest = torch.full_like(norms, 2.0 * setting.length)
         rate = adaptive_rate(norms if "adaptive" in arm else longest)
         # Centres are orthogonal, so that each has a step of this rate from the mean over its own part of the batch.
         weights += setting.centres * ascent(weights, features, residual, reward * rate[:, None])
