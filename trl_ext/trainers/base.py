@@ -35,6 +35,8 @@ class Opened(Trainer):
     ext_prepared: bool = False
     ext_nonfinite: str = "ignore"
     """What to do on a NaN or infinite loss or gradient: "raise", "skip" or "ignore"."""
+    ext_metric_name: str = ""
+    """The deployed weights under evaluation, where they are not the first: the name that their metrics carry."""
     ext_skipped: bool = False
     """Whether this optimiser step is left out because its gradient was not finite."""
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from trl_ext.trainers.base import Opened
+
+RAW_FOLDER = "raw"
+"""Folder beside the final model, with the weights that training ended with, where others are deployed."""
 
 
 class EvaluationMixin(Opened):
@@ -29,9 +33,16 @@ class EvaluationMixin(Opened):
         before, self._ext_swapped = self._ext_swapped, True
         try:
             with context:
+                self._ext_forget_generator()
                 yield
         finally:
             self._ext_swapped = before
+            self._ext_forget_generator()
+
+    def _ext_forget_generator(self) -> None:
+        """Make GRPO send the weights to vLLM again before it samples: they are other ones now."""
+        if hasattr(self, "_last_loaded_step"):
+            self._last_loaded_step = -1
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -39,8 +50,12 @@ class EvaluationMixin(Opened):
         metrics: dict[str, float] = {}
         for i, (name, context) in enumerate(self.ext_deployed().items()):
             prefix = metric_key_prefix if i == 0 else f"{metric_key_prefix}_{name}"
-            with self.ext_deploy(context):
-                metrics.update(super().evaluate(eval_dataset, ignore_keys, prefix))
+            self.ext_metric_name = "" if i == 0 else name
+            try:
+                with self.ext_deploy(context):
+                    metrics = {**super().evaluate(eval_dataset, ignore_keys, prefix), **metrics}
+            finally:
+                self.ext_metric_name = ""
         if self.ext_plugins:
             self.ext_guard.agree()
         return metrics
@@ -53,7 +68,11 @@ class EvaluationMixin(Opened):
         if _internal_call:  # a checkpoint
             super().save_model(output_dir, _internal_call=True)
             return
-        with self.ext_deploy(next(iter(self.ext_deployed().values()))):
+        context = next(iter(self.ext_deployed().values()))
+        if not isinstance(context, nullcontext):
+            raw = Path(output_dir or self.args.output_dir, RAW_FOLDER)
+            super().save_model(str(raw), _internal_call=True)
+        with self.ext_deploy(context):
             super().save_model(output_dir, _internal_call=False)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:

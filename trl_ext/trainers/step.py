@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -101,8 +102,11 @@ class StepMixin(Opened):
         if self.ext_plugins or self.ext_nonfinite != "ignore":
             mode = "train" if self.model.training else "eval"
             self.ext_tally.write(logs, mode, self.accelerator, nll=bool(self.ext_plugins))
+            name = f"{self.ext_metric_name}_" if self.ext_metric_name else ""
+            if name:  # TRL puts "eval_" in front of its own metrics, whatever is evaluated
+                self._metrics[mode] = defaultdict(list, {name + k: v for k, v in self._metrics[mode].items()})
             if "train_runtime" not in logs:  # not the summary at the end, which belongs to no step
-                prefix = "" if mode == "train" else "eval_"
+                prefix = "" if mode == "train" else f"eval_{name}"
                 logs.update({prefix + k: v for k, v in self.ext_guard.metrics(mode).items()})
         super().log(logs, start_time)
 
