@@ -50,7 +50,7 @@ class LossTally:
 
     def add_term(self, name: str, value: Tensor) -> None:
         """Add a micro-step's share of an auxiliary loss, scaled as for the backward pass."""
-        self._terms[name] = self._terms.get(name, torch.zeros((), device=self._device)) + value.detach()
+        self._terms[name] = self._terms.get(name, torch.zeros((), device=self._device)) + value.detach().float()
 
     def add_step_loss(self, loss: Tensor) -> None:
         """Add a micro-step's loss, scaled as for the backward pass."""
