@@ -182,27 +182,29 @@ def test_a_streaming_data_set_is_refused(tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("kind", MAKE)
 def test_the_gradient_is_autograds_of_the_mean_nll(tmp_path, kind, accumulation, when):
-    """In GRPO too, whose head divides logits by the temperature: the stream's does not."""
+    """At every step; in GRPO too, whose head divides logits by the temperature: the stream's does not."""
     plugin = reads(batch_size=3, when=when)
-    config = {"max_steps": 1, "gradient_accumulation_steps": accumulation}
+    config = {"max_steps": 2, "gradient_accumulation_steps": accumulation, "learning_rate": 0.0}
     if kind == "grpo":
         config["temperature"] = 0.5
     trainer = MAKE[kind](tmp_path / "run", plugins=[plugin], streams={"general": additions(9, seed=4)}, **config)
     trainer.train()
     source = trainer.ext_streams["general"]
     fresh = Stream(source.request, source.dataset, source.collate, source.seed, 0, 1)
-    batch = fresh.next_batch()
-    model = tiny_model().double()
-    labels = batch["labels"][:, 1:]
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    loss = nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100])
-    loss.backward()
-    expected = torch.cat([p.grad.flatten() for p in trainable_parameters(model).values()])
-    torch.testing.assert_close(plugin.flats[0], expected, rtol=0, atol=2e-6)  # fp32 against fp64
-    assert plugin.seen[0].nll == pytest.approx(float(loss), rel=1e-6)
-    assert plugin.seen[0].loss == pytest.approx(float(loss), rel=1e-6)
-    assert plugin.seen[0].tokens == int((labels != -100).sum())
-    assert logged(trainer)[0]["general_stream/nll"] == pytest.approx(float(loss), rel=1e-6)
+    for step in range(2):
+        batch = fresh.next_batch()
+        model = tiny_model().double()
+        labels = batch["labels"][:, 1:]
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        loss = nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100])
+        loss.backward()
+        expected = torch.cat([p.grad.flatten() for p in trainable_parameters(model).values()])
+        torch.testing.assert_close(plugin.flats[step], expected, rtol=0, atol=2e-6)  # fp32 against fp64
+        nll = pytest.approx(loss.item(), rel=1e-6)
+        assert plugin.seen[step].nll == nll
+        assert plugin.seen[step].loss == nll
+        assert plugin.seen[step].tokens == int((labels != -100).sum())
+        assert logged(trainer)[step]["general_stream/nll"] == nll
 
 
 @pytest.mark.parametrize("kind", MAKE)
