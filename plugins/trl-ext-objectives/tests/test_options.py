@@ -114,7 +114,8 @@ def test_rho1_keeps_its_share_of_the_label_tokens(record: MakeRecord, labels: in
     width = labels + 2
     mask = torch.arange(width)[None] < labels
     logits = torch.randn(1, width, 7, generator=torch.Generator().manual_seed(0))
-    reference = torch.linspace(-1, 0, width)[None]  # masked positions would come first, were they not left out
+    # Masked positions would come first, were they not left out.
+    reference = torch.linspace(-1, 0, width)[None].masked_fill(~mask, 50.0)
     tokens = record(logits, torch.zeros(1, width, dtype=torch.long), mask, reference_log_probs=reference)
     objective = Rho1("start", share, normalization="valid")
     loss = objective.per_token_loss(tokens)
