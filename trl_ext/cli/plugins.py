@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ def list_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
     """List the installed plugins, without importing them."""
     from trl_ext.discovery import list_plugins
 
+    gc.disable()  # the sources' syntax trees are many small objects, and the process is about to end
     infos = list_plugins()
     if as_json:
         print(json.dumps([dataclasses.asdict(info) for info in infos], indent=2))
