@@ -43,7 +43,7 @@ class HeadTap:
         self.base: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
         self._pass: _Pass | None = None
         self._checked = False
-        backbone: nn.Module = self.base.base_model
+        backbone: Any = self.base.base_model
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             backbone.register_forward_hook(self._hidden),
