@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
@@ -107,6 +108,13 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def _print_table(header: tuple[str, ...], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table: wrapped and coloured on a terminal, one line a row where another program reads it."""
+    if not sys.stdout.isatty():
+        lines = [header, *rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        for line in lines:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
