@@ -28,14 +28,26 @@ def train(kind: Literal["sft", "grpo"], arguments: Sequence[str]) -> None:
     Raises:
         ConfigurationError: The plugins or the data file cannot be used; before any data or model loads.
     """
+    parsed = parse(kind, arguments)
+    import_module(f"trl.scripts.{kind}").main(*parsed)
+
+
+def parse(kind: Literal["sft", "grpo"], arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+    """Read a command line and its YAML as `train` does, with our classes under TRL's names from here on.
+
+    Returns:
+        The script's, the trainer's, the model's and the data's settings, which the `main` of TRL's script takes.
+
+    Raises:
+        ConfigurationError: The plugins or the data file cannot be used.
+    """
     patch_trl()
-    script = import_module(f"trl.scripts.{kind}")
-    parser = script.make_parser(prog=f"trl-ext {kind}")
+    parser = import_module(f"trl.scripts.{kind}").make_parser(prog=f"trl-ext {kind}")
     # TRL's scripts ignore YAML keys that they do not know, a misspelt `plugins` too; the parser's default refuses them.
     script_args, training_args, model_args, dataset_args = parser.parse_args_and_config(arguments)
     activate(training_args.plugins, trainer=kind)  # as the trainer will, but before the data loads
     _take_local_file(script_args, dataset_args)
-    script.main(script_args, training_args, model_args, dataset_args)
+    return script_args, training_args, model_args, dataset_args
 
 
 def run_script(script: Path, arguments: Sequence[str], plugins: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ class Journal:
         settings: what the work depends on; the first line.
 
     Raises:
-        ValueError: the file was written with other settings.
+        ValueError: the file was written with other settings; the message names them.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -29,7 +29,12 @@ class Journal:
         # Through JSON, as the file's: tuples become lists.
         header = json.loads(json.dumps({"settings": settings}))
         if lines and lines[0] != header:
-            raise ValueError(f"{path} holds a measurement with other settings; choose another --output, or delete it")
+            old, new = lines[0].get("settings", {}), header["settings"]
+            changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            raise ValueError(
+                f"{path} holds a measurement with other settings ({', '.join(changed)}); choose another --output, or "
+                "delete it"
+            )
         self.lines: list[dict[str, Any]] = lines[1:]
         """What is done, in order."""
         self._file = path.open("r+b" if path.exists() else "w+b")

@@ -13,6 +13,7 @@ import numpy as np
 
 from trl_ext_reachability.dotted import load_function
 from trl_ext_reachability.journal import Journal
+from trl_ext_reachability.judging import judge
 from trl_ext_reachability.keys import prompt_key
 from trl_ext_reachability.policy import Policy, Sampler
 from trl_ext_reachability.routing import Budget, choose_route, confidence_per_look, schedule, undecided
@@ -206,20 +207,9 @@ class Measurement:
         return {"rows": batch, "correct": self._judge(policy, reward, batch, drawn)}
 
     def _judge(self, policy: Policy, reward: Any, batch: list[int], completions: list[list[int]]) -> list[bool]:
-        rows = [self.rows[i] for i in batch]
         texts = [policy.text(ids) for ids in completions]
-        rewards = reward(
-            prompts=[row["prompt"] for row in rows],
-            completions=[
-                text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
-                for row, text in zip(rows, texts, strict=True)
-            ],
-            completion_ids=completions,
-            **{key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion")},
-        )
-        if len(rewards) != len(batch):
-            raise ValueError(f"{self.settings.reward} gave {len(rewards)} rewards for {len(batch)} completions")
-        return [value is not None and float(value) >= self.settings.success for value in rewards]
+        rewards = judge(reward, self.settings.reward, [self.rows[i] for i in batch], texts, completions)
+        return [value is not None and value >= self.settings.success for value in rewards]
 
     def _take(self, line: dict[str, Any]) -> None:
         rows = line["rows"]
