@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import pytest
 
-from trl_ext import hookimpl
+from trl_ext import API_VERSION, hookimpl
 from trl_ext.activation import PluginSet, activate, parse_specs
 from trl_ext.errors import ConfigurationError
-from trl_ext.hookspecs import EXCLUSIVE, HOOKS
+from trl_ext.hookspecs import EXCLUSIVE, GRPO_ONLY, HOOKS
 from trl_ext.options import coerce
 
 HEADER = """
@@ -374,11 +374,15 @@ def test_the_owner_of_an_exclusive_hook_is_known(site):
 
 @pytest.mark.parametrize("hook", sorted(EXCLUSIVE))
 def test_two_owners_of_an_exclusive_hook_are_both_named(site, hook):
-    arguments = {"sample_weights": "window", "deployed_weights": "weights"}.get(hook, "tokens")
+    arguments = {
+        "sample_weights": "window",
+        "deployed_weights": "weights",
+        "sampling_weights": "weights",
+    }.get(hook, "tokens")
     body = f"alpha: int = 1\n@hookimpl\ndef {hook}(self, {arguments}): pass\n@hookimpl\ndef metrics(self): pass"
     for name in ("mine", "yours"):
         add_hooks(site, name, body)
-    trainer = "grpo" if hook == "policy_loss" else "sft"
+    trainer = "grpo" if hook in GRPO_ONLY else "sft"
     assert message_of("mine:alpha=2,yours", trainer=trainer) == (
         f"hook '{hook}' can have one owner, and 'mine' (trl-ext-mine 1.2) and 'yours' (trl-ext-yours 1.2) claim it. "
         "Keep one of plugins: [mine:alpha=2] or plugins: [yours]"
@@ -554,7 +558,7 @@ def test_an_instance_s_ranges_and_hooks_are_checked_too():
             pass
 
     assert "plugins=[Future(...)]" in message_of(None, [Future()])
-    assert "needs plugin API >=2,<3, but 1.0 is installed" in message_of(None, [Future()])
+    assert f"needs plugin API >=2,<3, but {API_VERSION} is installed" in message_of(None, [Future()])
     assert "did you mean 'setup'" in message_of(None, [Misspelt()])
     assert "(class " in message_of(None, [Misspelt()])
     assert "plugins=[Misspelt(...)]" in message_of(None, [Misspelt()])

@@ -8,6 +8,7 @@ from textwrap import dedent
 
 import pytest
 
+from trl_ext import API_VERSION
 from trl_ext.discovery import PluginInfo, find_distribution, list_plugins, load_plugin
 from trl_ext.errors import ConfigurationError
 
@@ -206,8 +207,8 @@ def test_a_requirement_counts_where_its_marker_applies(site, requirement, expect
         ('requires_api = "1"', None),
         ('requires_api: "ClassVar[str]" = "1"', None),
         ('requires_api = ">=1.0,<3"', None),
-        ('requires_api = "2"', "needs plugin API >=2,<3, but 1.0 is installed"),
-        ('requires_api = ">=1.7"', "needs plugin API >=1.7, but 1.0 is installed"),
+        ('requires_api = "2"', f"needs plugin API >=2,<3, but {API_VERSION} is installed"),
+        ('requires_api = ">=1.7"', f"needs plugin API >=1.7, but {API_VERSION} is installed"),
         ('requires_api = "one"', "declares the range 'one' of plugin API, which is not a version range"),
         ('requires_trl = ">=1"', None),
         ('requires_trl = "<1"', "needs TRL <1, but "),

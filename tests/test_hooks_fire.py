@@ -103,6 +103,19 @@ class SpyOnGrpo(Spy):
     trainers: ClassVar[tuple[str, ...]] = ("grpo",)
 
     @hookimpl
+    def prompt_order(self, order, prompts, epoch):
+        self.note("prompt_order", rows=len(prompts), order=order, epoch=epoch)
+        return order
+
+    @hookimpl
+    @contextmanager
+    def sampling_weights(self, weights) -> Iterator[None]:
+        before = self.weights()
+        self.note("sampling_weights", weights=before)
+        yield
+        self.note("sampling_weights ends")
+
+    @hookimpl
     def advantages(self, rollouts, rewards, advantages):
         self.note("advantages", training=rollouts.training, shape=advantages.shape, rewards=rewards.total.shape)
         return advantages
@@ -187,6 +200,20 @@ def at_window_start(run: Run) -> None:
     assert all(facts["streams"] == {"early"} for facts in run.of("sample_weights"))
 
 
+def at_an_epochs_start(run: Run) -> None:
+    (facts,) = run.of("prompt_order")  # 32 prompts last for 8 generation batches of 8 completions of 4 prompts
+    assert facts["epoch"] == 0
+    assert facts["rows"] == 32
+    assert sorted(facts["order"]) == list(range(32))
+
+
+def around_training_completions(run: Run) -> None:
+    order = run.order()
+    begins = [i for i, name in enumerate(order) if name == "sampling_weights"]
+    assert len(begins) == STEPS  # none in evaluation
+    assert all(order[i + 1 : i + 3] == ["sampling_weights ends", "advantages"] for i in begins)
+
+
 def after_rewards(run: Run) -> None:
     # One generation batch a step; evaluation generates 4 prompts x 2 completions in batches of 4.
     assert [facts["training"] for facts in run.of("advantages")] == [True] * STEPS + [False] * 2
@@ -245,6 +272,8 @@ MOMENTS = {
     "check": at_check,
     "setup": during_setup,
     "streams": at_construction,
+    "prompt_order": at_an_epochs_start,
+    "sampling_weights": around_training_completions,
     "sample_weights": at_window_start,
     "per_token_loss": at_each_label_forward,
     "advantages": after_rewards,
@@ -269,6 +298,7 @@ def test_hook_fires_at_its_moment(runs, hook, kind):
 
 
 STREAM, MICRO = "per_token_loss", ["per_token_loss", "auxiliary_losses"]
+SAMPLING = ["sampling_weights", "sampling_weights ends"]
 START = ["check", "streams", "wrap_optimizer", "setup"]
 END = [STREAM, "gradients_ready", "weights_updated", "metrics"]
 ORDER = {
@@ -280,7 +310,8 @@ ORDER = {
     ],
     "grpo": [
         *START,
-        *[STREAM, "advantages", *["policy_loss", "auxiliary_losses"] * ACCUMULATION, *END] * STEPS,
+        "prompt_order",
+        *[STREAM, *SAMPLING, "advantages", *["policy_loss", "auxiliary_losses"] * ACCUMULATION, *END] * STEPS,
         *["deployed_weights", *["advantages", "policy_loss"] * 2, "metrics", "deployed_weights ends"],
         *["deployed_weights", "deployed_weights ends"],
     ],
@@ -375,7 +406,8 @@ def plugin_with(hook: str, name: str = "Forgetful") -> Any:
 
 
 @pytest.mark.parametrize(
-    ("hook", "kind"), [("advantages", "grpo"), ("wrap_optimizer", "sft"), ("wrap_optimizer", "grpo")]
+    ("hook", "kind"),
+    [("advantages", "grpo"), ("prompt_order", "grpo"), ("wrap_optimizer", "sft"), ("wrap_optimizer", "grpo")],
 )
 def test_a_chain_hook_may_not_return_nothing(tmp_path, hook, kind):
     trainer = MAKE[kind](tmp_path / "run", plugins=[plugin_with(hook)])

@@ -155,6 +155,8 @@ RAISING = {
     "gradients_ready": ("gradients_ready", 2),
     "gradients_ready, FSDP2": ("gradients_ready", 2),
     "weights_updated": ("weights_updated", 2),
+    "prompt_order": ("prompt_order", 1),
+    "sampling_weights": ("sampling_weights", 2),
     "advantages": ("advantages", 2),
     "policy_loss": ("policy_loss", 2),
     "auxiliary_losses, GRPO": ("auxiliary_losses", 2),
@@ -174,6 +176,13 @@ def test_a_hook_that_raises_on_one_rank_stops_both_at_the_same_step(failures, na
         assert failures[rank][name]["step"] == step - 1
     assert failures[0][name]["error"]["message"] == failures[1][name]["error"]["message"]
     assert_equal_bits(failures[1][name]["parameters"], failures[0][name]["parameters"])
+
+
+def test_orders_that_differ_stop_both(failures):
+    for rank in range(RANKS):
+        error = failures[rank]["prompt_order differs"]["error"]
+        assert "PluginError" in error["type"]
+        assert "plugin PromptOrderDiffers gave the ranks different orders" in error["message"]
 
 
 def test_a_diagnostic_that_raises_on_one_rank_stops_none(failures):

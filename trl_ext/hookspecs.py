@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
+    import datasets
     import torch
 
     from trl_ext.gradients import GradientView
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
         Window,
     )
 
-API_VERSION = "1.0"
+API_VERSION = "1.1"
 PROJECT = "trl_ext"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -55,6 +56,14 @@ class HookSpecs:
     @hookspec
     def streams(self) -> list[StreamRequest]:
         """[collect] Name the auxiliary data sets that are wanted, at construction."""
+
+    @hookspec
+    def prompt_order(self, order: list[int], prompts: datasets.Dataset, epoch: int) -> list[int]:
+        """[chain, GRPO] Give the rows of the training set in the order to draw them in this epoch."""
+
+    @hookspec
+    def sampling_weights(self, weights: WeightsView) -> AbstractContextManager[None] | None:
+        """[exclusive, GRPO] Give a context inside which the weights are those to sample training completions with."""
 
     @hookspec
     def sample_weights(self, window: Window) -> torch.Tensor | SampleWeights | None:
@@ -89,7 +98,9 @@ class HookSpecs:
         """[all] See the weights right after the optimiser's step number `step` (from 1), skipped or not."""
 
     @hookspec
-    def deployed_weights(self, weights: WeightsView) -> AbstractContextManager[None]:
+    def deployed_weights(
+        self, weights: WeightsView
+    ) -> AbstractContextManager[None] | Mapping[str, AbstractContextManager[None]]:
         """[exclusive] Give a context inside which the weights are those to evaluate and to save at the end."""
 
     @hookspec
@@ -98,7 +109,9 @@ class HookSpecs:
 
 
 HOOKS: tuple[str, ...] = tuple(name for name, value in vars(HookSpecs).items() if callable(value) and name[0] != "_")
-EXCLUSIVE: frozenset[str] = frozenset({"sample_weights", "per_token_loss", "policy_loss", "deployed_weights"})
+EXCLUSIVE: frozenset[str] = frozenset(
+    {"sampling_weights", "sample_weights", "per_token_loss", "policy_loss", "deployed_weights"}
+)
 SFT_ONLY: frozenset[str] = frozenset({"sample_weights"})
-GRPO_ONLY: frozenset[str] = frozenset({"advantages", "policy_loss"})
+GRPO_ONLY: frozenset[str] = frozenset({"prompt_order", "sampling_weights", "advantages", "policy_loss"})
 GRADIENT_HOOKS: frozenset[str] = frozenset({"sample_weights", "gradients_ready"})

@@ -27,8 +27,16 @@ def sharding_of(args: Any, model: Any) -> Sharding:
     return "ddp" if args.world_size > 1 else "none"
 
 
-def refuse_unsupported(run: RunDescription, plugins: PluginSet, compute_loss_func: Any = None) -> None:
+def refuse_unsupported(
+    run: RunDescription, plugins: PluginSet, compute_loss_func: Any = None, streaming: bool = False
+) -> None:
     """Raise for every combination that would train something else than what was asked for.
+
+    Args:
+        run: the run.
+        plugins: the active plugins.
+        compute_loss_func: what the trainer was given under this name.
+        streaming: whether the training set can only be iterated.
 
     Raises:
         ConfigurationError: with the hook's owner and the setting to change.
@@ -54,6 +62,7 @@ def refuse_unsupported(run: RunDescription, plugins: PluginSet, compute_loss_fun
         _refuse_losses(args, plugins, compute_loss_func)
     else:
         _refuse_policy(args, plugins)
+        _refuse_orders(args, plugins, streaming)
     _refuse_gradients(run, plugins)
     for plugin in plugins:
         unknown = sorted(set(getattr(plugin.instance, "fused_outputs", ())) - set(EXTRA_FUSED_OUTPUTS))
@@ -97,6 +106,18 @@ def _refuse_policy(args: Any, plugins: PluginSet) -> None:
         raise ConfigurationError(
             f"loss_type='cispo' with epsilon_high={args.epsilon_high} < 1 scales tokens on policy, so the weights of "
             f"plugin '{owner}' would be scaled too; set epsilon_high >= 1"
+        )
+
+
+def _refuse_orders(args: Any, plugins: PluginSet, streaming: bool) -> None:
+    if not plugins.implements("prompt_order"):
+        return
+    where = f"plugin '{plugins.calls('prompt_order')[0][0]}' orders the training prompts"
+    if streaming:
+        raise ConfigurationError(f"{where}, which a streaming data set does not allow; set streaming=False")
+    if args.accelerator_config.dispatch_batches:
+        raise ConfigurationError(
+            f"{where} on all ranks; accelerator_config's dispatch_batches=True draws them on rank 0 alone, remove it"
         )
 
 

@@ -148,6 +148,28 @@ class DeployedWeights(OnRankOne):
 
 
 @dataclass(eq=False)
+class PromptOrder(OnRankOne):
+    @hookimpl
+    def prompt_order(self, order):
+        self.raise_there(at=1)
+        return order
+
+
+@dataclass(eq=False)
+class PromptOrderDiffers(OnRankOne):
+    @hookimpl
+    def prompt_order(self, order):
+        return order[::-1] if self.strike(at=1) else order
+
+
+@dataclass(eq=False)
+class SamplingWeights(OnRankOne):
+    @hookimpl
+    def sampling_weights(self):
+        self.raise_there()
+
+
+@dataclass(eq=False)
 class Advantages(OnRankOne):
     @hookimpl
     def advantages(self, advantages):
@@ -260,6 +282,9 @@ SCENARIOS: dict[str, Scenario] = {
     "weights_updated": ("sft", WeightsUpdated, {}),
     "metrics": ("sft", Metrics, {}),
     "deployed_weights": ("sft", DeployedWeights, {"eval_strategy": "steps", "eval_steps": 2}),
+    "prompt_order": ("grpo", PromptOrder, {}),
+    "prompt_order differs": ("grpo", PromptOrderDiffers, {}),
+    "sampling_weights": ("grpo", SamplingWeights, {}),
     "advantages": ("grpo", Advantages, {}),
     "policy_loss": ("grpo", PolicyLoss, {}),
     "auxiliary_losses, GRPO": ("grpo", AuxiliaryLosses, {}),

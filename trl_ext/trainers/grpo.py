@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +14,10 @@ from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.config import GRPOConfig
+from trl_ext.errors import PluginError
 from trl_ext.losses import add_auxiliary_losses
 from trl_ext.policy import RolloutLogProbs, token_weights
+from trl_ext.prompts import PromptSampler, check_order
 from trl_ext.records import MicroStep, PolicyTokens, Rewards, Rollouts
 from trl_ext.state import State
 from trl_ext.trainers.mixin import TrainerMixin
@@ -34,6 +38,52 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
     _ext_rewards: tuple[Tensor, dict[str, Any]] | None = None
     _ext_log_probs: RolloutLogProbs | None = None
     _ext_stream_head: Any = None
+    _ext_order: tuple[int, list[int]] | None = None
+    """The epoch whose order of prompts was chosen last, and the order: an epoch that is resumed keeps its own."""
+
+    # -- prompts -----------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(dataset)
+        if not self.ext_plugins.implements("prompt_order"):
+            return sampler
+        rows = self.train_dataset if dataset is None else dataset
+        return PromptSampler(sampler, partial(self._ext_choose_order, rows))
+
+    def _ext_choose_order(self, prompts: Any, order: list[int], epoch: int) -> list[int]:
+        if self._ext_order is None or self._ext_order[0] != epoch:
+            check = partial(check_order, rows=len(prompts))
+            order = self.ext_guard.chain("prompt_order", "order", list(order), check, prompts=prompts, epoch=epoch)
+            self.ext_guard.agree()
+            digest = hashlib.sha256(repr(order).encode()).hexdigest()
+            if len(set(self.ext_gather(digest))) > 1:
+                owners = " or ".join(name for name, _ in self.ext_plugins.calls("prompt_order"))
+                raise PluginError(
+                    f"plugin {owners} gave the ranks different orders in hook 'prompt_order' for epoch {epoch}: "
+                    "groups would be torn apart; decide by what all ranks know"
+                )
+            self._ext_order = epoch, order
+        return self._ext_order[1]
+
+    # -- generation --------------------------------------------------------------------------------------------------
+
+    def _generate(self, prompts: Any) -> Any:
+        with self._ext_sampling():
+            return super()._generate(prompts)
+
+    @contextmanager
+    def _ext_sampling(self) -> Iterator[None]:
+        """In training, the weights that a plugin wants to sample with; evaluation has swapped its own already."""
+        context = None
+        if self.model.training and not self._ext_swapped:
+            for plugin, call in self.ext_plugins.calls("sampling_weights"):
+                context = self.ext_guard.run("sampling_weights", plugin, call, None, weights=self.ext_weights)
+                self.ext_guard.agree()
+        if context is None:
+            yield
+            return
+        with self.ext_deploy(context):
+            yield
 
     # -- advantages --------------------------------------------------------------------------------------------------
 
@@ -183,6 +233,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         """The rollouts still to be trained on too: TRL does not save them, and a run resumed amid them would differ."""
         state = super().ext_rank_state()
         state["grpo_step"] = self._step
+        if self._ext_order is not None:
+            state["prompt_epoch"], state["prompt_order"] = self._ext_order[0], torch.tensor(self._ext_order[1])
         if self._buffered_inputs is not None:
             for i, batch in enumerate(self._buffered_inputs):
                 state.update({f"rollouts.{i}.{key}": value for key, value in batch.items() if value is not None})
@@ -191,6 +243,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
     def ext_load_rank_state(self, rank_state: State) -> None:
         super().ext_load_rank_state(rank_state)
         self._step = rank_state["grpo_step"]
+        if "prompt_order" in rank_state and not self.args.reset_plugin_state:
+            self._ext_order = rank_state["prompt_epoch"], rank_state["prompt_order"].tolist()
         batches: dict[int, dict[str, Any]] = {}
         for name, value in rank_state.items():
             if name.startswith("rollouts."):

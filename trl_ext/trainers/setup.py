@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import IterableDataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -88,7 +89,9 @@ class SetupMixin(Opened):
             world_size=config.world_size,
             sharding=sharding_of(config, model),
         )
-        refuse_unsupported(run, self.ext_plugins, bound.get("compute_loss_func"))
+        refuse_unsupported(
+            run, self.ext_plugins, bound.get("compute_loss_func"), streaming=isinstance(dataset, IterableDataset)
+        )
         for plugin, call in self.ext_plugins.calls("check"):
             try:
                 call(run=run)
