@@ -40,10 +40,11 @@ def test_the_final_model_is_the_average_and_checkpoints_are_raw(tmp_path):
     run = trainer(tmp_path, ["ema:decay=0.8"], recorder=recorder, save_strategy="steps", save_steps=6)
     run.train()
     run.save_model()
-    final, checkpoint = saved(tmp_path), saved(tmp_path / "checkpoint-6")
+    final, checkpoint, raw = saved(tmp_path), saved(tmp_path / "checkpoint-6"), saved(tmp_path / "raw")
     for name in recorder.trajectory[0]:
         torch.testing.assert_close(final[name].double(), ema_of(recorder.path(name), 0.8), **ROUNDING)
         assert torch.equal(checkpoint[name].double(), recorder.trajectory[-1][name])
+        assert torch.equal(raw[name].double(), recorder.trajectory[-1][name])
         assert torch.equal(run.model.get_parameter(name).double(), recorder.trajectory[-1][name])
 
 

@@ -62,6 +62,7 @@ class Ema(OnlineAverage):
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
+        super().check(run)
         if self.reference and (run.trainer != "grpo" or not run.args.beta):
             raise ConfigurationError(
                 f"reference={self.reference!r} needs a KL term: use GRPO with beta above 0, or remove reference"

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from trl_ext import hookimpl
 from trl_ext.errors import CheckpointError, ConfigurationError
-from trl_ext.records import SetupContext, WeightsView
+from trl_ext.records import RunDescription, SetupContext, WeightsView
 from trl_ext_averaging.offload import HostStage
 
 Copies = Mapping[str, list[Tensor]]
@@ -72,6 +72,7 @@ class OnlineAverage:
             weights on a side stream while the next step computes.
         deploy: what evaluation and the final model use: "raw" or the name of an average; the first average if empty.
         compare: also evaluate the raw weights and all other averages, as `eval_<name>_loss` and so on.
+        sampling: GRPO: the name of the average that training completions are drawn from; the policy if empty.
     """
 
     start: int = 0
@@ -80,6 +81,7 @@ class OnlineAverage:
     device: Literal["model", "cpu"] = "model"
     deploy: str = ""
     compare: bool = False
+    sampling: str = ""
 
     method: ClassVar[str]
     follows: ClassVar[bool] = True
@@ -98,6 +100,8 @@ class OnlineAverage:
             raise ValueError(f"{name}: device={self.device!r} is not one of model, cpu")
         if self.deploy not in ("", "raw", *self.averages()):
             raise ValueError(f"{name}: deploy={self.deploy!r} is not one of raw, {', '.join(self.averages())}")
+        if self.sampling not in ("", *self.averages()):
+            raise ValueError(f"{name}: sampling={self.sampling!r} is not one of {', '.join(self.averages())}")
         try:
             re.compile(self.parameters)
         except re.error as error:
@@ -138,6 +142,11 @@ class OnlineAverage:
         return self._began
 
     # Hooks.
+
+    @hookimpl
+    def check(self, run: RunDescription) -> None:
+        if self.sampling and run.trainer != "grpo":
+            raise ConfigurationError(f"sampling={self.sampling!r} is for GRPO, and this is {run.trainer}; remove it")
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:
@@ -190,6 +199,10 @@ class OnlineAverage:
             return self._swapped(weights, first)
         names = [first, *(name for name in ("raw", *self.averages()) if name != first)]
         return {name: self._swapped(weights, name) for name in names}
+
+    @hookimpl
+    def sampling_weights(self, weights: WeightsView) -> AbstractContextManager[None] | None:
+        return self._swapped(weights, self.sampling) if self.sampling else None
 
     # State.
 
