@@ -1,0 +1,126 @@
+"""Scores and nll of a model on the evaluation sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trl_ext.errors import ConfigurationError
+from trl_ext_reachability.from_scratch.samples import completion_text, evaluation_row
+from trl_ext_reachability.from_scratch.settings import EXACT, Settings
+from trl_ext_reachability.judging import judge
+from trl_ext_reachability.policy import Policy, Sampler
+
+Rows = list[dict[str, Any]]
+
+
+def load_set(settings: Settings, option: str, path: str) -> Rows:
+    """An evaluation set in memory.
+
+    Raises:
+        ConfigurationError: it cannot be loaded, is empty, or lacks what the built-in reward needs; names the option.
+    """
+    from trl_ext.data import load_dataset_spec, parse_columns
+
+    columns = parse_columns(settings.columns, "--columns")
+    try:
+        loaded = load_dataset_spec({"path": path, "split": settings.eval_split, "columns": columns})
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{option}: {error}") from error
+    rows = [evaluation_row(row) for row in loaded]
+    if not rows:
+        raise ConfigurationError(f"{option}: {path} has no rows")
+    if "prompt" not in rows[0]:
+        raise ConfigurationError(
+            f"{option}: {path} has no column 'prompt' but {', '.join(rows[0])}; name it by --columns"
+        )
+    if settings.reward == EXACT and option != "--validation":
+        for row in rows:
+            row["answer"] = row.get("answer") or completion_text(row)
+        if rows[0]["answer"] is None:
+            raise ConfigurationError(
+                f"{option}: {path} has neither 'answer' nor 'completion', which the built-in reward compares with; "
+                "name it by --columns, or give another --reward"
+            )
+    return rows
+
+
+def has_answers(rows: Rows) -> bool:
+    """Whether nll can be measured: every row shows a completion."""
+    return all(row.get("completion") for row in rows)
+
+
+class Evaluator:
+    """Evaluates saved models.
+
+    Args:
+        settings: of the probe.
+        sets: name to rows of what is scored.
+        validation: rows whose nll chooses learning rates.
+    """
+
+    def __init__(self, settings: Settings, sets: Mapping[str, Rows], validation: Rows) -> None:
+        self.settings = settings
+        self.sets = sets
+        self.validation = validation
+        self.reward: Callable[..., Any] = settings.load_reward()
+
+    def validation_nll(self, model: Path) -> float | None:
+        """Nats per token of the validation set's completions; None where the model gives no finite number."""
+        nll = _nll(self._policy(model), self.validation, self.settings.eval_batch_size)
+        return nll if math.isfinite(nll) else None
+
+    def evaluate(self, model: Path) -> dict[str, dict[str, Any]]:
+        """Of each set, `scores` (mean reward of each prompt) and `nll` (nats per token; None without completions)."""
+        settings = self.settings
+        policy = self._policy(model)
+        # The likelihood is the model's own, at temperature 1; only sampling may be at another one.
+        sampler = policy if not settings.samples or settings.temperature == 1 else self._policy(model, sampling=True)
+        found = {}
+        for name, rows in self.sets.items():
+            nll = _nll(policy, rows, settings.eval_batch_size) if has_answers(rows) else None
+            found[name] = {
+                "scores": self._scores(sampler, rows),
+                "nll": nll if nll is not None and math.isfinite(nll) else None,
+            }
+        return found
+
+    def _policy(self, model: Path, sampling: bool = False) -> Policy:
+        settings = self.settings
+        sampler = Sampler(
+            settings.max_completion_length,
+            temperature=settings.temperature if sampling else 1.0,
+            top_k=0 if settings.samples else 1,  # the likeliest token only: greedy
+        )
+        return Policy(str(model), sampler)
+
+    def _scores(self, policy: Policy, rows: Rows) -> list[float]:
+        count = self.settings.samples or 1
+        totals = [0.0] * len(rows)
+        repeated = [i for i in range(len(rows)) for _ in range(count)]
+        for number, batch in enumerate(_batches(rows, repeated, self.settings.eval_batch_size)):
+            drawn = policy.sample([policy.prompt_ids(rows[i]["prompt"]) for i in batch], number)
+            texts = [policy.text(ids) for ids in drawn]
+            rewards = judge(self.reward, self.settings.reward, [rows[i] for i in batch], texts, drawn)
+            for i, value in zip(batch, rewards, strict=True):
+                totals[i] += (value or 0.0) / count
+        return totals
+
+
+def _nll(policy: Policy, rows: Rows, size: int) -> float:
+    total, tokens = 0.0, 0
+    for batch in _batches(rows, range(len(rows)), size):
+        prompts = [policy.prompt_ids(rows[i]["prompt"]) for i in batch]
+        answers = [policy.demonstration_ids(row["prompt"], row["completion"]) for row in (rows[i] for i in batch)]
+        for log_probs in policy.log_probs(prompts, answers):
+            total -= float(log_probs.sum())
+            tokens += len(log_probs)
+    return total / tokens
+
+
+def _batches(rows: Rows, indices: Iterable[int], size: int) -> Iterator[Sequence[int]]:
+    """Batches of prompts of similar length, the longest first."""
+    ordered = sorted(indices, key=lambda i: (-len(str(rows[i]["prompt"])), i))
+    return (ordered[start : start + size] for start in range(0, len(ordered), size))

@@ -1,0 +1,68 @@
+"""What a model scores that knows the format and nothing else."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from trl_ext.errors import ConfigurationError
+from trl_ext_reachability.from_scratch.samples import Row, completion_text
+from trl_ext_reachability.judging import judge
+
+DRAWS = 16
+"""Foreign answers that each prompt gets for the format-only score."""
+
+
+class Floor(NamedTuple):
+    """The scores of a model without knowledge of the prompts."""
+
+    scores: list[float]
+    """(prompts,)"""
+    about: str
+
+
+def read_floor(text: str) -> str | float:
+    """`majority`, `format` or a number; raises `ConfigurationError` for anything else."""
+    if text in ("majority", "format"):
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigurationError(f"--floor: {text!r} is not majority, format or a number") from None
+
+
+def floor_of(
+    kind: str | float, rows: Sequence[Row], training: Sequence[Row], reward: Callable[..., Any], name: str
+) -> Floor:
+    """The floor of an evaluation set.
+
+    majority: every prompt gets the most frequent answer of the training set (its column `answer`, or else the
+    completion). format: each prompt gets the completions of 16 training samples drawn at random, with a fixed seed.
+
+    Raises:
+        ConfigurationError: the training set shows no answers.
+    """
+    if not isinstance(kind, str):
+        return Floor([kind] * len(rows), f"{kind:g}, as given")
+    answers = [answer for answer in map(completion_text, training) if answer]
+    if kind == "majority" and training and isinstance(training[0].get("answer"), str):
+        answers = [row["answer"] for row in training]
+    if not answers:
+        raise ConfigurationError(
+            f"--floor {kind}: the training set has no completions apart from their prompts; give the floor as a number"
+        )
+    if kind == "majority":
+        # The first of equally frequent ones: Counter keeps the order of appearance.
+        ((text, count),) = Counter(answers).most_common(1)
+        about = f"the most frequent training answer, {text[:60]!r} ({count} of {len(answers)})"
+        return Floor(_scores(reward, name, rows, [text] * len(rows)), about)
+    rng = random.Random(0)
+    drawn = [_scores(reward, name, rows, rng.choices(answers, k=len(rows))) for _ in range(DRAWS)]
+    scores = [sum(column) / DRAWS for column in zip(*drawn, strict=True)]
+    return Floor(scores, f"the right format with the answers of other prompts, {DRAWS} for each")
+
+
+def _scores(reward: Callable[..., Any], name: str, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
+    return [value or 0.0 for value in judge(reward, name, rows, texts, [[] for _ in rows])]

@@ -1,0 +1,227 @@
+"""The order of the work: contamination and floors, a learning-rate search for each arm, then all arms on all seeds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trl_ext.errors import ConfigurationError, NonFiniteError
+from trl_ext_reachability.from_scratch.arms import Base
+from trl_ext_reachability.from_scratch.contamination import contaminated
+from trl_ext_reachability.from_scratch.evaluating import Evaluator, Rows, has_answers, load_set
+from trl_ext_reachability.from_scratch.floors import Floor, floor_of, read_floor
+from trl_ext_reachability.from_scratch.settings import Run, Settings
+from trl_ext_reachability.from_scratch.training import is_trained, points_of, train
+from trl_ext_reachability.journal import Journal
+
+Progress = tuple[str, int, int]
+Key = tuple[str, float, int]
+"""Arm, learning rate, seed."""
+
+
+class Procedure:
+    """The measurement, as far as it has come.
+
+    Args:
+        settings: what to measure.
+        output: folder of the results; `runs` in it holds unfinished trainings.
+
+    Raises:
+        ConfigurationError: anything that cannot work, before weights load.
+    """
+
+    def __init__(self, settings: Settings, output: Path) -> None:
+        self.settings = settings
+        self.output = output
+        self.run = Run(settings)
+        self.base = Base(self.run.model, self.run.training.trust_remote_code)
+        self.sets = {name: load_set(settings, f"--eval-{name}", path) for name, path in settings.sets.items()}
+        self.validation = self._load_validation()
+        self.training_rows: Rows = list(self.run.training_rows())
+        self.contaminated = {
+            name: contaminated(rows, self.training_rows, settings.ngram) for name, rows in self.sets.items()
+        }
+        self.searched: dict[Key, float] = {}
+        """Validation nll in nats per token; infinite where the training diverged."""
+        self.measured: dict[Key, list[dict[str, Any]]] = {}
+        """Points of finished and unfinished runs, in order."""
+        self.chosen: dict[str, float] = {}
+        """Learning rate by arm."""
+
+    @cached_property
+    def floors(self) -> dict[str, Floor]:
+        """By evaluation set."""
+        s = self.settings
+        kind, reward = read_floor(s.floor), s.load_reward()
+        return {name: floor_of(kind, rows, self.training_rows, reward, s.reward) for name, rows in self.sets.items()}
+
+    def about(self) -> dict[str, Any]:
+        """Everything that the results depend on, by the name under which a change of it is reported."""
+        sets = {**{f"--eval-{name}": rows for name, rows in self.sets.items()}, "--validation": self.validation}
+        return {
+            **asdict(self.settings),
+            **{f"{self.settings.config}: {key}": value for key, value in self.run.yaml.items()},
+            "the model's files": _digest_files(Path(self.base.path)),
+            "the training data": _digest(self.training_rows),
+            **{f"the data of {option}": _digest(rows) for option, rows in sets.items()},
+        }
+
+    def steps(self, journal: Journal) -> Iterator[Progress]:
+        """Do what the journal does not have yet.
+
+        Yields:
+            What is being done, how many of its trainings are done, and how many there are.
+
+        Raises:
+            RuntimeError: every learning rate of an arm diverged, or two arms of a seed saw different batches.
+        """
+        for line in journal.lines:
+            self._take(line)
+        evaluator = Evaluator(self.settings, self.sets, self.validation)
+        yield from self._search(journal, evaluator)
+        keys = [(arm, self.chosen[arm], seed) for seed in self.run.seeds for arm in self.run.arms]
+        for number, key in enumerate(keys):
+            self._measure(journal, evaluator, key)
+            yield "arms and seeds", number + 1, len(keys)
+        shutil.rmtree(self.output / "runs", ignore_errors=True)
+
+    def _search(self, journal: Journal, evaluator: Evaluator) -> Iterator[Progress]:
+        rates, arms = self.run.rates, self.run.arms
+        seeds = self.run.seeds[: self.settings.search_seeds]
+        if len(rates) == 1:
+            self.chosen = dict.fromkeys(arms, rates[0])
+            return
+        done, total = 0, len(rates) * len(arms) * len(seeds)
+        for arm in arms:
+            best = math.inf
+            for rate in rates:
+                for seed in seeds:
+                    if (arm, rate, seed) not in self.searched:
+                        nll = self._try(evaluator, (arm, rate, seed))
+                        line = {"part": "search", "arm": arm, "rate": rate, "seed": seed, "nll": nll}
+                        journal.append(line)
+                        self._take(line)
+                    done += 1
+                    yield "learning rates", done, total
+                mean = self.search_nll(arm, rate)
+                # Only the best so far keeps its models: it may be one of the runs to measure.
+                if mean < best:
+                    self._forget(arm, rates, keep=rate if self.settings.search_share == 1 else None)
+                    best, self.chosen[arm] = mean, rate
+                else:
+                    self._forget(arm, [rate])
+            if math.isinf(best):
+                raise RuntimeError(f"every learning rate of the arm {arm!r} diverged; search lower ones")
+
+    def search_nll(self, arm: str, rate: float) -> float:
+        """Mean over the seeds of the search; infinite where one diverged."""
+        seeds = self.run.seeds[: self.settings.search_seeds]
+        return sum(self.searched[arm, rate, seed] for seed in seeds) / len(seeds)
+
+    def _try(self, evaluator: Evaluator, key: Key) -> float | None:
+        try:
+            folder = self._train(key, self.settings.search_share)
+        except NonFiniteError:
+            return None
+        return evaluator.validation_nll(points_of(folder)[-1].folder)
+
+    def _measure(self, journal: Journal, evaluator: Evaluator, key: Key) -> None:
+        finished = self.measured.get(key, [])
+        if finished and finished[-1]["last"]:
+            return
+        folder = self._train(key)
+        arm, rate, seed = key
+        for point in points_of(folder)[len(finished) :]:
+            line = {
+                "part": "point",
+                **{"arm": arm, "rate": rate, "seed": seed},
+                **{"step": point.step, "tokens": point.tokens, "batches": point.batches, "last": point.last},
+                "sets": evaluator.evaluate(point.folder),
+            }
+            self._check_batches(line)
+            journal.append(line)
+            self._take(line)
+        shutil.rmtree(folder)
+
+    def _check_batches(self, line: dict[str, Any]) -> None:
+        for (arm, _, seed), points in self.measured.items():
+            for other in points:
+                if seed == line["seed"] and other["step"] == line["step"] and other["batches"] != line["batches"]:
+                    raise RuntimeError(
+                        f"the arms {arm!r} and {line['arm']!r} of seed {seed} saw different batches up to step "
+                        f"{line['step']}: they are not comparable"
+                    )
+
+    def _train(self, key: Key, share: float = 1.0) -> Path:
+        arm, rate, seed = key
+        folder = self._folder(key, share)
+        if not is_trained(folder):
+            start = self.base.start(arm, seed, folder / "start")
+            points = self.settings.points if share == 1 else 1
+            train(self.settings.config, folder, start, rate=rate, seed=seed, points=points, share=share)
+        return folder
+
+    def _folder(self, key: Key, share: float = 1.0) -> Path:
+        arm, rate, seed = key
+        return self.output / "runs" / f"{arm}-{rate:g}-seed{seed}{'' if share == 1 else '-short'}"
+
+    def _forget(self, arm: str, rates: Iterable[float], keep: float | None = None) -> None:
+        for rate in rates:
+            for seed in self.run.seeds:
+                if rate != keep:
+                    shutil.rmtree(self._folder((arm, rate, seed), self.settings.search_share), ignore_errors=True)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        key = line["arm"], line["rate"], line["seed"]
+        if line["part"] == "search":
+            self.searched[key] = math.inf if line["nll"] is None else line["nll"]
+        else:
+            self.measured.setdefault(key, []).append(line)
+
+    def _load_validation(self) -> Rows:
+        s = self.settings
+        rows = self.sets.get("in", []) if s.validation is None else load_set(s, "--validation", s.validation)
+        if len(self.run.rates) > 1 and not has_answers(rows):
+            option = "--eval-in" if s.validation is None else "--validation"
+            raise ConfigurationError(
+                f"{option}: rows without 'completion' have no nll to choose learning rates by; give --validation with "
+                "completions, or one rate by --learning-rates"
+            )
+        return rows
+
+
+def measure(settings: Settings, output: Path) -> Generator[Progress, None, None]:
+    """Measure, and write the results at the end; see `Procedure.steps` for what it yields.
+
+    Args:
+        settings: what to measure.
+        output: folder of the results, and of `journal.jsonl` and `runs`, which an interrupted run continues from.
+    """
+    from trl_ext_reachability.from_scratch.results import write_results
+
+    procedure = Procedure(settings, output)
+    _ = procedure.floors  # what it refuses, it refuses before a model loads
+    with Journal(output / "journal.jsonl", procedure.about()) as journal:
+        yield from procedure.steps(journal)
+    write_results(procedure, output)
+
+
+def _digest(rows: Rows) -> str:
+    text = json.dumps(rows, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _digest_files(folder: Path) -> str:
+    """Of a local model's configuration and weights; a hub id is fixed by its revision."""
+    total = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]) if folder.is_dir() else []:
+        with path.open("rb") as file:
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:16]
