@@ -40,3 +40,25 @@ def draw_reachability(summary: Mapping[str, Any], prompts: Sequence[Mapping[str,
     routes.set(xlabel="prompts", title=f"Routes at {budget.draws} draws a prompt")
     # Without its date and version, the same measurement gives the same bytes.
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def draw_calibration(result: Mapping[str, Any], path: Path) -> None:
+    """Observed against predicted share of each bin with its bounds, and how many prompts there are in each."""
+    figure = Figure(figsize=(5, 5.5), layout="constrained")
+    curve, counts = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    bins = result["bins"]
+    x, y = [b["predicted"] for b in bins], np.array([b["observed"] for b in bins])
+    bars = np.array([[b["observed"] - b["low"], b["high"] - b["observed"]] for b in bins]).T
+    curve.plot([0, 1], [0, 1], color="0.5", linestyle=":", linewidth=1, label="calibrated")
+    curve.errorbar(x, y, yerr=np.maximum(bars, 0), marker="o", capsize=3, label="observed, 95 % bounds")
+    curve.axhline(result["observed_share"], color="C1", linewidth=1, label="best constant")
+    curve.set(
+        ylabel="observed share solved",
+        title=f"Solved in {result['draws']} draws: Brier {result['brier']:.3f} (constant "
+        f"{result['brier_constant']:.3f}), calibration error {result['ece']:.3f}",
+    )
+    curve.title.set_fontsize(9)
+    curve.legend()
+    counts.bar([(b["from"] + b["to"]) / 2 for b in bins], [b["prompts"] for b in bins], width=0.9 / 10)
+    counts.set(xlabel="predicted probability", ylabel="prompts", xlim=(-0.02, 1.02))
+    figure.savefig(path, dpi=120, metadata={"Software": None})

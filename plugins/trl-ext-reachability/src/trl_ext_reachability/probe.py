@@ -32,11 +32,15 @@ def reachability(
     batch_size: Annotated[int, typer.Option(help="Completions drawn at once, and work lost by a kill.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Seed of the completions.")] = 0,
     dtype: Annotated[str, typer.Option(help="Precision of the weights: auto, float32, bfloat16, float16.")] = "auto",
+    check_against: Annotated[
+        Path | None, typer.Option(help="Folder measured with another seed: predicted against observed there.")
+    ] = None,
 ) -> None:
     """Measure how often a base model solves each prompt, and which training it is ready for; resumes when killed."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from trl_ext_reachability.checking import check_against as check
     from trl_ext_reachability.measuring import Settings, measure
 
     settings = Settings(
@@ -49,4 +53,9 @@ def reachability(
             if name not in tasks:
                 tasks[name] = bar.add_task(name)
             bar.update(tasks[name], completed=done, total=total)  # type: ignore[arg-type]
-    Console().print((output / "reachability.md").read_text(), markup=False, highlight=False, soft_wrap=True)
+    names = ["reachability.md"]
+    if check_against is not None:
+        check(output, check_against)
+        names.append("calibration.md")
+    for name in names:
+        Console().print((output / name).read_text(), markup=False, highlight=False, soft_wrap=True)

@@ -77,14 +77,19 @@ class BetaPrior(NamedTuple):
     a: float
     b: float
 
-    def reached(self, successes: ArrayLike, trials: ArrayLike, draws: int) -> Floats:
+    def reached(self, successes: ArrayLike, trials: ArrayLike, draws: ArrayLike) -> Floats:
         """Probability of at least one success in `draws` further draws of a prompt, given its trials.
 
         1 - E[(1 - p)^draws] under the posterior Beta(a + successes, b + failures).
         """
         k, n = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float)
         a, b = self.a + k, self.b + n - k
-        return -np.expm1(betaln(a, b + draws) - betaln(a, b))
+        return -np.expm1(betaln(a, b + np.asarray(draws)) - betaln(a, b))
+
+    def mean(self, successes: ArrayLike, trials: ArrayLike) -> Floats:
+        """Mean of the success rate of a prompt, given its trials: (a + successes) / (a + b + trials)."""
+        k, n = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float)
+        return (self.a + k) / (self.a + self.b + n)
 
 
 def fit_prior(successes: ArrayLike, trials: ArrayLike) -> BetaPrior:

@@ -1,0 +1,138 @@
+"""One measurement's prediction against another one's rollouts, of the same prompts or of others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_ext_reachability.calibration import BINS, score_calibration
+from trl_ext_reachability.statistics import BetaPrior
+
+ALIKE = ("reward", "success", "max_completion_length", "temperature", "top_p", "top_k")
+"""Settings that decide what a success is, and so have to be the same."""
+
+
+def check_against(folder: Path, other: Path) -> dict[str, Any]:
+    """Write `calibration.json`, `.md` and `.png` into `folder`: its predictions against the rollouts in `other`.
+
+    Predicted is, for each prompt of `other`, the probability of at least one success in the rollouts of its first
+    round, which has the same number of them for every prompt. The rounds after it stop on account of their results,
+    and would be no test. A prompt that `folder` did not measure is predicted by the distribution of success rates that
+    was fitted there, which is the same for all such prompts.
+
+    Args:
+        folder: a finished measurement, which predicts.
+        other: another one with another seed, which is what happened.
+
+    Returns:
+        What `calibration.json` holds: `trl_ext_reachability.calibration.score_calibration`, and `draws` of each prompt,
+        `unseen` prompts, and the two `models`.
+
+    Raises:
+        ValueError: one of them is not finished, their seeds are the same, or successes mean another thing.
+    """
+    mine, theirs = _summary(folder), _summary(other)
+    settings, observed_settings = mine["settings"], theirs["settings"]
+    differing = [name for name in ALIKE if settings[name] != observed_settings[name]]
+    if differing:
+        raise ValueError(
+            f"{other} was measured with other settings ({', '.join(differing)}) than {folder}; a comparison needs the "
+            "same"
+        )
+    if settings["seed"] == observed_settings["seed"]:
+        raise ValueError(f"{other} has the seed of {folder}, so that its rollouts may be the same; measure it again")
+    probed = _counts(_records(folder))
+    observed = _first_round(other)
+    counts = np.array([probed.get(key, (0, 0)) for key in observed]).T
+    draws = np.array([drawn for _, drawn in observed.values()])
+    predicted = BetaPrior(*mine["prior"]).reached(counts[0], counts[1], draws)
+    result = {
+        **score_calibration(predicted, [solved > 0 for solved, _ in observed.values()]),
+        "draws": observed_settings["rollouts"],
+        "unseen": sum(key not in probed for key in observed),
+        "models": [settings["model"], observed_settings["model"]],
+    }
+    (folder / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "calibration.md").write_text(describe_calibration(result))
+    try:
+        from trl_ext_reachability.drawing import draw_calibration
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        print("no picture: matplotlib is not installed (pip install 'trl-ext-reachability[plot]')")
+    else:
+        draw_calibration(result, folder / "calibration.png")
+    return result
+
+
+def describe_calibration(result: Mapping[str, Any]) -> str:
+    """The result of `check_against` in Markdown."""
+    skill = "-" if result["skill"] is None else f"{result['skill']:.3f}"
+    share, brier = result["observed_share_if_calibrated"], result["brier_if_calibrated"]
+    lines = [
+        "# Predicted against observed",
+        "",
+        f"{result['prompts']:,} prompts with {result['draws']} rollouts each, of which {result['unseen']:,} were not "
+        "measured before;",
+        "the prediction is the probability of at least one success.",
+        "",
+        "| | observed | 95 % of the time, if calibrated |",
+        "|---|---|---|",
+        f"| share solved; predicted {result['predicted_share']:.1%} | {result['observed_share']:.1%} "
+        f"| {share[0]:.1%} to {share[1]:.1%} |",
+        f"| Brier score | {result['brier']:.4f} | {brier[0]:.4f} to {brier[1]:.4f} |",
+        f"| Brier score of the best constant | {result['brier_constant']:.4f} | |",
+        f"| skill, 1 - Brier score / that of the constant | {skill} | |",
+        f"| expected calibration error, {BINS} bins of equal width | {result['ece']:.4f} "
+        f"| up to {result['ece_if_calibrated']:.4f} |",
+        "",
+        "| predicted | prompts | mean predicted | observed | 95 % bounds |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {b['from']:.1f} to {b['to']:.1f} | {b['prompts']:,} | {b['predicted']:.3f} | {b['observed']:.3f} "
+            f"| {b['low']:.3f} to {b['high']:.3f} |"
+            for b in result["bins"]
+        ),
+    ]
+    if len(set(result["models"])) > 1:
+        lines += ["", f"Predicted for {result['models'][0]}, observed of {result['models'][1]}."]
+    return "\n".join([*lines, ""])
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    try:
+        summary: dict[str, Any] = json.loads((folder / "reachability.json").read_text())
+    except OSError as error:
+        raise ValueError(
+            f"{str(folder)!r} holds no finished measurement ({error}); make one with `trl-ext probe reachability`"
+        ) from error
+    return summary
+
+
+def _records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+
+
+def _counts(records: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Successes and rollouts by prompt; rows with the same prompt together."""
+    counts: dict[str, tuple[int, int]] = {}
+    for record in records:
+        successes, rollouts = counts.get(record["key"], (0, 0))
+        counts[record["key"]] = successes + record["successes"], rollouts + record["rollouts"]
+    return counts
+
+
+def _first_round(folder: Path) -> dict[str, tuple[int, int]]:
+    """Successes and rollouts of the first round by prompt, in the order of the data set."""
+    records = _records(folder)
+    first = [{**record, "successes": 0, "rollouts": 0} for record in records]
+    for line in map(json.loads, (folder / "journal.jsonl").read_text().splitlines()):
+        if line.get("part") == "rollouts, round 1":
+            for row, correct in zip(line["rows"], line["correct"], strict=True):
+                first[row]["rollouts"] += 1
+                first[row]["successes"] += correct
+    return _counts(first)
