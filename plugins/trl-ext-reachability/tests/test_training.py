@@ -176,7 +176,7 @@ def test_state_is_that_of_the_checkpoint(tmp_path: Path) -> None:
 
 def test_other_prompts_or_group_sizes_are_refused(tmp_path: Path) -> None:
     probe = write_probe(tmp_path / "probe")
-    with pytest.raises(PluginError, match=r"4 of 4 completions have prompts that the probe in .* did not see"):
+    with pytest.raises(PluginError, match=r"4 of 4 prompts are not among those that the probe in .* saw"):
         grpo(tmp_path / "run", instances=[Reachability(probe)], data=ModularChain(steps=5).dataset(8)).train()
     with pytest.raises(ConfigurationError, match="is for num_generations=4, this run has 2"):
         grpo(tmp_path / "run", instances=[Reachability(probe)], num_generations=2)
@@ -196,6 +196,8 @@ def test_keys_fit_64_bits_and_take_messages() -> None:
         ({"coefficient": float("nan")}, "coefficient=nan"),
         (dict.fromkeys(ROUTES, 0.0), "are all 0"),
         ({"reroute_every": -1}, "reroute_every=-1"),
+        ({"order": "random"}, "order='random' is not one of data, easy-first, hard-first"),
+        ({"marginal_groups": 0}, "marginal_groups=0: at least 1"),
         ({"confidence": 0.0}, r"confidence=0\.0"),
         ({"probe": "absent"}, "probe='absent' holds no finished measurement"),
     ],

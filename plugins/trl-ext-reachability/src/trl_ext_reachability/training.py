@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 import numpy as np
 import torch
@@ -18,82 +17,14 @@ from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
 from trl_ext.records import Rewards, Rollouts, RunDescription, StreamGradient, StreamRequest
 from trl_ext_reachability.keys import prompt_key, prompt_number
-from trl_ext_reachability.routing import ROUTES, Budget, Route, choose_route
-from trl_ext_reachability.statistics import BetaPrior, clopper_pearson
+from trl_ext_reachability.ordering import Order, draw_order, group_advantages, group_labels
+from trl_ext_reachability.prompts import Prompts
+from trl_ext_reachability.routing import ROUTES, Budget
+
+if TYPE_CHECKING:
+    import datasets
 
 ROLE = "demonstrations"
-
-
-class Prompts:
-    """The probe's records by prompt, and what training saw of each since.
-
-    Args:
-        folder: the probe's output.
-
-    Raises:
-        ValueError: there is no finished measurement.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            summary = json.loads((folder / "reachability.json").read_text())
-            lines = (folder / "prompts.jsonl").read_text().splitlines()
-        except OSError as error:
-            raise ValueError(
-                f"probe={str(folder)!r} holds no finished measurement ({error}); make one with "
-                "`trl-ext probe reachability`"
-            ) from error
-        records = {prompt_number(record["key"]): record for record in map(json.loads, lines)}
-        self.settings: dict[str, Any] = summary["settings"]
-        self.index = {number: i for i, number in enumerate(records)}
-        self.routes: list[Route] = [record["route"] for record in records.values()]
-        usable = [record["worst_steps"] if record["demonstration_correct"] else None for record in records.values()]
-        self.worst_steps = [worst[0] if worst else None for worst in usable]
-        self._probed = np.array([[record["successes"], record["rollouts"]] for record in records.values()]).T
-        self._prior = BetaPrior(*summary["prior"])
-        self.draws = np.zeros(len(records), dtype=np.int64)
-        self.successes = np.zeros(len(records), dtype=np.int64)
-        self.recent = np.zeros((2, len(records)), dtype=np.int64)
-        """Successes and draws since the last change of routes."""
-
-    def add(self, rows: np.ndarray, solved: np.ndarray) -> None:
-        """Count completions: (n,) places of their prompts, and (n,) whether they are correct."""
-        np.add.at(self.draws, rows, 1)
-        np.add.at(self.successes, rows, solved)
-        np.add.at(self.recent[0], rows, solved)
-        np.add.at(self.recent[1], rows, 1)
-
-    def reroute(self, budget: Budget, confidence: float) -> None:
-        """Choose the routes of the prompts seen since the last time by what was seen."""
-        successes, draws = self.recent
-        low, high = clopper_pearson(successes, draws, confidence)
-        for i in np.flatnonzero(draws):
-            p = float(successes[i] / draws[i])
-            self.routes[i] = choose_route(p, float(low[i]), float(high[i]), budget, self.worst_steps[i])
-        self.recent[:] = 0
-
-    def outcome(self) -> dict[str, float]:
-        """Predicted and observed share of the prompts drawn so far that were solved, and the prediction's Brier score.
-
-        Predicted from the probe's rollouts and the number of draws, as if the policy stayed what it was: what the
-        observed share has beyond it was learned.
-        """
-        seen = np.flatnonzero(self.draws)
-        if not len(seen):
-            return {}
-        counts, trials = self._probed[:, seen]
-        # Draws differ between prompts; the prediction is for one number of draws at a time.
-        draws = self.draws[seen]
-        predicted = np.empty(len(seen))
-        for number in np.unique(draws):
-            same = draws == number
-            predicted[same] = self._prior.reached(counts[same], trials[same], int(number))
-        solved = self.successes[seen] > 0
-        return {
-            "predicted_solved": float(predicted.mean()),
-            "observed_solved": float(solved.mean()),
-            "brier": float(((predicted - solved) ** 2).mean()),
-        }
 
 
 @dataclass(eq=False)
@@ -101,12 +32,20 @@ class Reachability:
     """Weighs the advantages of each prompt by its route, and learns from demonstrations where rollouts cannot teach.
 
     Weights are divided by their mean over the completions of all ranks, so that the size of the update stays: a
-    prompt of weight 0 hands its share to the others, although its tokens remain in TRL's denominator.
+    prompt of weight 0 hands its share to the others, although its tokens remain in TRL's denominator. With `filter` it
+    is not drawn at all.
 
     Args:
         probe: Folder that `trl-ext probe reachability` wrote, for the prompts of this run and its group size.
         saturated, in_reach, marginal, process_reward, demonstration, out_of_reach: Weight of the advantages of
             prompts with that route.
+        order: "data" draws prompts in the order of the trainer, "easy-first" and "hard-first" by the success rate that
+            the probe found.
+        filter: Whether prompts of weight 0 are not drawn; others are drawn more often in their place. A prompt that is
+            not drawn keeps its route.
+        marginal_groups: Groups of a marginal prompt, side by side in a generation batch, with advantages as of one
+            large group. An epoch has as many groups as without, so it leaves out other prompts: those that the
+            trainer's order has last.
         reroute_every: Optimiser steps after which routes follow what training itself drew since the last time; 0 for
             the probe's routes throughout.
         confidence: Of the bounds that routes are chosen by then.
@@ -115,7 +54,7 @@ class Reachability:
         batch_size: Its samples per rank and step.
     """
 
-    requires_api: ClassVar[str] = "1"
+    requires_api: ClassVar[str] = ">=1.1,<2"  # 1.1: prompt_order
     trainers: ClassVar[tuple[str, ...]] = ("grpo",)
     state_version: ClassVar[int] = 1
     citation: ClassVar[str] = (
@@ -129,6 +68,9 @@ class Reachability:
     process_reward: float = 1.0
     demonstration: float = 0.0
     out_of_reach: float = 0.0
+    order: Order = "data"
+    filter: bool = False
+    marginal_groups: int = 1
     reroute_every: int = 0
     confidence: float = 0.95
     success: float = 1.0
@@ -142,27 +84,60 @@ class Reachability:
                 raise ValueError(f"{name}={value}: at least 0")
         if not any(getattr(self, route) for route in ROUTES):
             raise ValueError(f"{', '.join(ROUTES)} are all 0: nothing would be learned from rollouts")
+        if self.order not in get_args(Order):
+            raise ValueError(f"order={self.order!r} is not one of {', '.join(get_args(Order))}")
+        if self.marginal_groups < 1:
+            raise ValueError(f"marginal_groups={self.marginal_groups}: at least 1")
         if self.reroute_every < 0:
             raise ValueError(f"reroute_every={self.reroute_every}: at least 0")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence={self.confidence}: between 0 and 1")
         self._prompts = Prompts(Path(self.probe).expanduser())
         self._rerouted = 0
+        self._batch_groups = 1
+        self._scale_rewards = "group"
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
-        """Refuse another group size than the probe's."""
+        """Refuse another group size than the probe's, and groups that cannot be made larger."""
         probed = self._prompts.settings["num_generations"]
         if run.args.num_generations != probed:
             raise ValueError(
                 f"the probe in {self.probe} is for num_generations={probed}, this run has {run.args.num_generations}; "
                 "routes depend on it: probe again, or set num_generations to the probe's"
             )
+        self._batch_groups = run.args.generation_batch_size // run.args.num_generations
+        self._scale_rewards = run.args.scale_rewards
+        if self.marginal_groups == 1:
+            return
+        if self.marginal_groups > self._batch_groups:
+            raise ValueError(
+                f"marginal_groups={self.marginal_groups}: a generation batch has {self._batch_groups} groups; "
+                "lower it, or raise steps_per_generation"
+            )
+        if run.args.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"marginal_groups={self.marginal_groups} normalises the sum of the rewards; set "
+                "multi_objective_aggregation='sum_then_normalize', or marginal_groups=1"
+            )
 
     @hookimpl
     def streams(self) -> list[StreamRequest]:
         """Demonstrations, where they are given: the probe writes `demonstrations.jsonl`."""
         return [StreamRequest(ROLE, batch_size=self.batch_size, optional=True)]
+
+    @hookimpl
+    def prompt_order(self, order: list[int], prompts: datasets.Dataset) -> list[int]:
+        """Sorted, filtered, and with several groups for marginal prompts."""
+        if self.order == "data" and not self.filter and self.marginal_groups == 1:
+            return order
+        places = self._prompts.places(prompt_number(prompt_key(prompt)) for prompt in prompts["prompt"])
+        routes = [self._prompts.routes[place] for place in places]
+        kept = [not self.filter or getattr(self, route) > 0 for route in routes]
+        if not any(kept):
+            raise ValueError("filter=True leaves no prompt: give a weight to one of their routes")
+        groups = [self.marginal_groups if route == "marginal" else 1 for route in routes]
+        return draw_order(order, kept, groups, self._prompts.rates[places].tolist(), self.order, self._batch_groups)
 
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
@@ -172,22 +147,35 @@ class Reachability:
         # Every rank counts the completions of all: which prompts the others had, only they know.
         mine = [prompt_number(prompt_key(row["prompt"])) for row in rollouts.inputs]
         numbers = gather(torch.tensor(mine, device=rollouts.mask.device)).tolist()
-        missing = [number for number in numbers if number not in self._prompts.index]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of {len(numbers)} completions have prompts that the probe in {self.probe} did not "
-                "see; probe the training set of this run"
-            )
-        rows = np.array([self._prompts.index[number] for number in numbers])
+        rows = np.array(self._prompts.places(numbers))
         if self.reroute_every and rollouts.step - self._rerouted >= self.reroute_every:
             budget = Budget(rollouts.num_generations, self._prompts.settings["epochs"])
             self._prompts.reroute(budget, self.confidence)
             self._rerouted = rollouts.step
+        if self.marginal_groups > 1:
+            advantages = self._merged(rows, rollouts, rewards, advantages)
         weights = torch.tensor([getattr(self, self._prompts.routes[row]) for row in rows], dtype=advantages.dtype)
         self._prompts.add(rows, (rewards.total >= self.success).cpu().numpy())
         scaled = (weights / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny))[rewards.local]
         scaled = scaled.to(advantages.device)
         return advantages * (scaled if advantages.dim() == 1 else scaled.unsqueeze(1))
+
+    def _merged(self, rows: np.ndarray, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
+        """The advantages with all groups of a marginal prompt as one."""
+        judged = ~rewards.per_function.isnan().all(dim=1)
+        total = torch.where(judged, rewards.total, torch.nan)
+        marginal = [self._prompts.routes[row] == "marginal" for row in rows]
+        none = [False] * len(rows)
+        apart, merged = (
+            group_advantages(total, labels.to(total.device), self._scale_rewards)[rewards.local].to(advantages)
+            for labels in (group_labels(rows.tolist(), which, rollouts.num_generations) for which in (none, marginal))
+        )
+        if advantages.dim() != 1 or not torch.allclose(advantages, apart, rtol=1e-3, atol=1e-3):
+            raise ValueError(
+                f"marginal_groups={self.marginal_groups} needs the trainer's own advantages, which another plugin has "
+                "changed before; name this plugin before it, or set marginal_groups=1"
+            )
+        return merged
 
     @hookimpl
     def gradients_ready(self, gradients: GradientView, streams: Mapping[str, StreamGradient]) -> None:

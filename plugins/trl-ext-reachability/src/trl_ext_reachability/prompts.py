@@ -1,0 +1,102 @@
+"""The probe's records of the prompts that GRPO trains on, and what training saw of each since."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trl_ext_reachability.keys import prompt_number
+from trl_ext_reachability.routing import Budget, Route, choose_route
+from trl_ext_reachability.statistics import BetaPrior, Floats, clopper_pearson
+
+
+class Prompts:
+    """The probe's records by prompt, and what training saw of each since.
+
+    Args:
+        folder: the probe's output.
+
+    Raises:
+        ValueError: there is no finished measurement.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            summary = json.loads((folder / "reachability.json").read_text())
+            lines = (folder / "prompts.jsonl").read_text().splitlines()
+        except OSError as error:
+            raise ValueError(
+                f"probe={str(folder)!r} holds no finished measurement ({error}); make one with "
+                "`trl-ext probe reachability`"
+            ) from error
+        records = {prompt_number(record["key"]): record for record in map(json.loads, lines)}
+        self._folder = folder
+        self.settings: dict[str, Any] = summary["settings"]
+        self.index = {number: i for i, number in enumerate(records)}
+        self.routes: list[Route] = [record["route"] for record in records.values()]
+        usable = [record["worst_steps"] if record["demonstration_correct"] else None for record in records.values()]
+        self.worst_steps = [worst[0] if worst else None for worst in usable]
+        self._probed = np.array([[record["successes"], record["rollouts"]] for record in records.values()]).T
+        self._prior = BetaPrior(*summary["prior"])
+        self.draws = np.zeros(len(records), dtype=np.int64)
+        self.successes = np.zeros(len(records), dtype=np.int64)
+        self.recent = np.zeros((2, len(records)), dtype=np.int64)
+        """Successes and draws since the last change of routes."""
+
+    @property
+    def rates(self) -> Floats:
+        """(prompts,) success rates as the probe found them, drawn towards those of all prompts where it saw little."""
+        return self._prior.mean(*self._probed)
+
+    def places(self, numbers: Iterable[int]) -> list[int]:
+        """Place of each prompt, given as `keys.prompt_number`.
+
+        Raises:
+            ValueError: the probe did not see one of them.
+        """
+        numbers = list(numbers)
+        missing = sum(number not in self.index for number in numbers)
+        if missing:
+            raise ValueError(
+                f"{missing} of {len(numbers)} prompts are not among those that the probe in {self._folder} saw; probe "
+                "the training set of this run"
+            )
+        return [self.index[number] for number in numbers]
+
+    def add(self, rows: np.ndarray, solved: np.ndarray) -> None:
+        """Count completions: (n,) places of their prompts, and (n,) whether they are correct."""
+        np.add.at(self.draws, rows, 1)
+        np.add.at(self.successes, rows, solved)
+        np.add.at(self.recent[0], rows, solved)
+        np.add.at(self.recent[1], rows, 1)
+
+    def reroute(self, budget: Budget, confidence: float) -> None:
+        """Choose the routes of the prompts seen since the last time by what was seen."""
+        successes, draws = self.recent
+        low, high = clopper_pearson(successes, draws, confidence)
+        for i in np.flatnonzero(draws):
+            p = float(successes[i] / draws[i])
+            self.routes[i] = choose_route(p, float(low[i]), float(high[i]), budget, self.worst_steps[i])
+        self.recent[:] = 0
+
+    def outcome(self) -> dict[str, float]:
+        """Predicted and observed share of the prompts drawn so far that were solved, and the prediction's Brier score.
+
+        Predicted from the probe's rollouts and the number of draws, as if the policy stayed what it was: what the
+        observed share has beyond it was learned.
+        """
+        seen = np.flatnonzero(self.draws)
+        if not len(seen):
+            return {}
+        counts, trials = self._probed[:, seen]
+        predicted = self._prior.reached(counts, trials, self.draws[seen])
+        solved = self.successes[seen] > 0
+        return {
+            "predicted_solved": float(predicted.mean()),
+            "observed_solved": float(solved.mean()),
+            "brier": float(((predicted - solved) ** 2).mean()),
+        }
