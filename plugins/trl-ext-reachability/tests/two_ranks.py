@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from runs import distance, grpo, weights
-from test_training import write_probe
+from test_training import PROMPTS, Record, write_probe
 from trl_ext_reachability.training import Reachability
 
 from trl_ext.errors import PluginError
@@ -27,13 +28,30 @@ def main(folder: Path) -> None:
     plugin = Reachability(write_probe(folder / f"probe{dist.get_rank()}"), reroute_every=1)
     grpo(folder / "counted", instances=[plugin], rank_check_steps=1, **settings).train()
     counted = plugin.state_dict()["draws"].tolist()
+    larger = {**settings, "per_device_train_batch_size": 8}
+    eight = grpo(folder / "eight", plain=True, **{**larger, "num_generations": 8})
+    eight.train()
+    marginal = write_probe(folder / f"marginal{dist.get_rank()}", ["marginal"] * len(PROMPTS))
+    merged = grpo(folder / "merged", instances=[Reachability(marginal, marginal_groups=2)], **larger)
+    merged.train()
+    record = Record()
+    grpo(folder / "best", ["best-of-m:success=0.8"], instances=[record], **settings).train()
+    best = [(list(rollouts.completions), given.tolist()) for rollouts, given in record.seen]
     failing = grpo(folder / "failing", [{**process, "verifier": "runs:failing_verifier"}], **settings)
     try:
         failing.train()
         message = "no error"
     except PluginError as error:
         message = str(error)
-    Path(folder, f"rank{dist.get_rank()}").write_text(f"{moved}\n{apart}\n{counted}\n{message}\n")
+    found = {
+        "moved": moved,
+        "apart": apart,
+        "counted": counted,
+        "merged_apart": distance(weights(eight), weights(merged)),
+        "best_of_m": best,
+        "message": message,
+    }
+    Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
