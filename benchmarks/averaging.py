@@ -4,44 +4,44 @@
     python benchmarks/averaging.py --device cuda       # one GPU
 
 Every variant trains the same model on the same random tokens in a process of its own, several times, one after the
-other in turn, so that a drift of the machine hits all alike. Time is that of the optimiser steps after a warm-up, on
-the CPU the processor time of the process (all threads), which neighbours disturb less; the ratio is the median over
-rounds of the ratio to plain TRL in the same round. Memory is the peak above plain TRL, in
-copies of the weights in fp32: of the device on CUDA, of the process on the CPU (Linux).
+other in turn, so that a drift of the machine hits all alike. A variant's time is its fastest optimiser step; on CPU one
+thread, and the processor's time. Plain TRL comes twice: how far the second is from 1 is what the other ratios are good
+for. Memory is the peak of training above that of plain TRL, in copies of the weights in fp32.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from measure import StepTimes, hardware, in_own_process, one_thread, peak_memory
+
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "plain TRL": [],
+    "plain TRL, again": [],
     "+ ema": [{"name": "ema"}],
     "+ ema, device: cpu": [{"name": "ema", "device": "cpu"}],
     "+ 4 decays": [{"name": "ema", "decay": [0.9, 0.99, 0.999, 0.9999]}],
 }
 SIZES: dict[str, dict[str, Any]] = {
-    "cpu": {"hidden": 256, "layers": 4, "vocab": 4096, "batch": 8, "length": 128, "dtype": "float32"},
+    "cpu": {"hidden": 256, "layers": 4, "vocab": 4096, "batch": 16, "length": 256, "dtype": "float32"},
     "cuda": {"hidden": 2048, "layers": 16, "vocab": 32768, "batch": 4, "length": 1024, "dtype": "bfloat16"},
 }
 
 
-def train(variant: str, device: str, steps: int, warm_up: int) -> dict[str, float]:
-    """Train one variant in this process: seconds a step, peak bytes, bytes of one fp32 copy of the weights."""
+def train(variant: str, device: str, steps: int, warm_up: int, memory: bool) -> dict[str, float]:
+    """Train one variant in this process.
+
+    Returns:
+        the seconds of the fastest step, or with `memory` the peak bytes; and the bytes of one fp32 copy of the weights.
+    """
     import torch
     import trl
     from datasets import Dataset
-    from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     import trl_ext
     from trl_ext.testing import tiny_tokenizer
@@ -60,16 +60,6 @@ def train(variant: str, device: str, steps: int, warm_up: int) -> dict[str, floa
     model = LlamaForCausalLM(config).to(getattr(torch, str(size["dtype"])))
     rows = torch.randint(1, int(size["vocab"]), (steps * int(size["batch"]), int(size["length"])))
 
-    class Clock(TrainerCallback):
-        started = finished = 0.0
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step in (warm_up, steps):
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                now = time.perf_counter() if device == "cuda" else time.process_time()
-                self.started, self.finished = self.finished, now
-
     settings = {
         "max_steps": steps,
         "per_device_train_batch_size": size["batch"],
@@ -82,7 +72,7 @@ def train(variant: str, device: str, steps: int, warm_up: int) -> dict[str, floa
         "report_to": "none",
         "disable_tqdm": True,
     }
-    plugins, clock = VARIANTS[variant], Clock()
+    plugins, clock = VARIANTS[variant], StepTimes(device)
     with tempfile.TemporaryDirectory() as folder:
         module, extra = (trl_ext, {"plugins": plugins}) if plugins else (trl, {})
         trainer = module.SFTTrainer(
@@ -92,64 +82,49 @@ def train(variant: str, device: str, steps: int, warm_up: int) -> dict[str, floa
             processing_class=tiny_tokenizer(),
             callbacks=[clock],
         )
-        trainer.train()
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        peak = int(status["VmHWM"].split()[0]) * 1024
+        if memory:
+            found: dict[str, float] = {"peak": peak_memory(trainer.train, device)}
+        else:
+            trainer.train()
+            found = {"seconds": min(clock.seconds[warm_up:])}
     weights = sum(p.numel() for p in model.parameters())
-    return {"seconds": (clock.finished - clock.started) / (steps - warm_up), "peak": peak, "copy": 4 * weights}
-
-
-def hardware(device: str) -> str:
-    """The machine in words."""
-    import torch
-
-    cpus = os.cpu_count()
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
-    return f"{gpu}{model} x {cpus}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+    return found | {"copy": 4 * weights}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--warm-up", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    one_thread(options.device)
     if options.variant:
-        print(json.dumps(train(options.variant, options.device, options.steps, options.warm_up)))
+        print(json.dumps(train(options.variant, options.device, options.steps, options.warm_up, options.memory)))
         return
 
-    measured: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-    common = ["--device", options.device, "--steps", str(options.steps), "--warm-up", str(options.warm_up)]
+    timed = ["--device", options.device, "--steps", str(options.steps), "--warm-up", str(options.warm_up)]
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for _ in range(options.rounds):
         for variant in VARIANTS:
-            command = [sys.executable, __file__, *common, "--variant", variant]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            measured[variant].append(json.loads(done.stdout.splitlines()[-1]))
+            seconds[variant].append(in_own_process(__file__, *timed, "--variant", variant)["seconds"])
+    fastest = {variant: min(times) for variant, times in seconds.items()}
+    short = ["--device", options.device, "--steps", "3", "--memory"]
+    peaks = {variant: in_own_process(__file__, *short, "--variant", variant) for variant in VARIANTS}
 
-    plain = measured["plain TRL"]
-    copy, shape = plain[0]["copy"], SIZES[options.device]
+    copy, shape = peaks["plain TRL"]["copy"], SIZES[options.device]
     print(f"{hardware(options.device)}; {copy / 4e6:.1f} M parameters, {shape}")
     print(f"{options.rounds} rounds of {options.steps} steps, the first {options.warm_up} not counted\n")
-    print("| variant | ms a step | time ratio (least - most) | memory, fp32 copies |\n|---|---|---|---|")
+    print("| variant | ms a step | time ratio | memory, fp32 copies |\n|---|---|---|---|")
     table = {}
-    for variant, runs in measured.items():
-        ratios = [run["seconds"] / base["seconds"] for run, base in zip(runs, plain, strict=True)]
-        memory = (statistics.median(r["peak"] for r in runs) - statistics.median(r["peak"] for r in plain)) / copy
-        ms, ratio = statistics.median(run["seconds"] for run in runs) * 1e3, statistics.median(ratios)
-        table[variant] = {"ms": ms, "ratio": ratio, "ratios": ratios, "memory": memory}
-        print(f"| {variant} | {ms:.1f} | {ratio:.3f} ({min(ratios):.3f} - {max(ratios):.3f}) | {memory:.2f} |")
+    for variant in VARIANTS:
+        memory = (peaks[variant]["peak"] - peaks["plain TRL"]["peak"]) / copy
+        ms, ratio = fastest[variant] * 1e3, fastest[variant] / fastest["plain TRL"]
+        table[variant] = {"ms": ms, "ratio": ratio, "memory": memory}
+        print(f"| {variant} | {ms:.1f} | {ratio:.3f} | {memory:.2f} |")
     if options.json:
         options.json.write_text(json.dumps({"hardware": hardware(options.device), **table}, indent=2) + "\n")
 

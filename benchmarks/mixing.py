@@ -4,25 +4,20 @@
     python benchmarks/mixing.py --device cuda       # one GPU
 
 Every variant trains the same model in a process of its own, several times, one after the other in turn, so that a drift
-of the machine hits all alike. Completions have a fixed length, so that every step does the same work. Time is that of
-the optimiser steps after a warm-up, on the CPU the processor time of the process (all threads), which neighbours
-disturb less. The ratio is parallel / (GRPO + SFT) in the same round. Memory is the peak above that of plain GRPO, in
-copies of the weights: of the device on CUDA, of the process on the CPU (Linux).
+of the machine hits all alike. Completions have a fixed length, so that every step does the same work, and a variant's
+time is its fastest optimiser step; on CPU one thread, and the processor's time. The ratio is to GRPO + SFT. Memory is
+the peak of training above that of GRPO or SFT, whichever is higher, in copies of the weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
+
+from measure import StepTimes, hardware, in_own_process, one_thread, peak_memory
 
 VARIANTS = ("plain GRPO", "plain SFT", "parallel averaging", "gradient averaging")
 SIZES: dict[str, dict[str, int]] = {
@@ -47,14 +42,16 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def train(variant: str, device: str, steps: int, warm_up: int) -> dict[str, float]:
-    """Train one variant in this process: seconds a step, peak bytes, bytes of one copy of the weights."""
+def train(variant: str, device: str, steps: int, warm_up: int, memory: bool) -> dict[str, float]:
+    """Train one variant in this process.
+
+    Returns:
+        the seconds of the fastest step, or with `memory` the peak bytes; and the bytes of one copy of the weights.
+    """
     import random
 
-    import torch
     import trl
     from datasets import Dataset
-    from transformers import TrainerCallback
 
     import trl_ext
     from trl_ext.testing import tiny_llama, tiny_tokenizer
@@ -68,16 +65,6 @@ def train(variant: str, device: str, steps: int, warm_up: int) -> dict[str, floa
 
     prompts = Dataset.from_list([{"prompt": text(size["prompt"])} for _ in range(256)])
     solutions = Dataset.from_list([{"text": text(size["sft_length"] - 1)} for _ in range(steps * size["sft_batch"])])
-
-    class Clock(TrainerCallback):
-        started = finished = 0.0
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step in (warm_up, steps):
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                now = time.perf_counter() if device == "cuda" else time.process_time()
-                self.started, self.finished = self.finished, now
 
     def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
         return [sum(ids) % 7 / 6 for ids in completion_ids]
@@ -99,7 +86,7 @@ def train(variant: str, device: str, steps: int, warm_up: int) -> dict[str, floa
         "max_completion_length": size["completion"],
         "generation_kwargs": {"min_new_tokens": size["completion"]},
     }
-    clock = Clock()
+    clock = StepTimes(device)
     common: dict[str, Any] = {"processing_class": tiny_tokenizer(), "callbacks": [clock]}
     with tempfile.TemporaryDirectory() as folder:
         if variant == "plain SFT":
@@ -120,26 +107,13 @@ def train(variant: str, device: str, steps: int, warm_up: int) -> dict[str, floa
                 streams={"sft": solutions},
                 **common,
             )
-        trainer.train()
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        peak = int(status["VmHWM"].split()[0]) * 1024
+        if memory:
+            found: dict[str, float] = {"peak": peak_memory(trainer.train, device)}
+        else:
+            trainer.train()
+            found = {"seconds": min(clock.seconds[warm_up:])}
     copy = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"seconds": (clock.finished - clock.started) / (steps - warm_up), "peak": peak, "copy": copy}
-
-
-def hardware(device: str) -> str:
-    """The machine in words."""
-    import torch
-
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.machine(),
-    )
-    gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
-    return f"{gpu}{cpu} x {os.cpu_count()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
+    return found | {"copy": copy}
 
 
 def main() -> None:
@@ -150,34 +124,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    one_thread(options.device)
     if options.variant:
-        print(json.dumps(train(options.variant, options.device, options.steps, options.warm_up)))
+        print(json.dumps(train(options.variant, options.device, options.steps, options.warm_up, options.memory)))
         return
 
-    measured: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
-    common = ["--device", options.device, "--steps", str(options.steps), "--warm-up", str(options.warm_up)]
+    timed = ["--device", options.device, "--steps", str(options.steps), "--warm-up", str(options.warm_up)]
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for _ in range(options.rounds):
         for variant in VARIANTS:
-            command = [sys.executable, __file__, *common, "--variant", variant]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            measured[variant].append(json.loads(done.stdout.splitlines()[-1]))
+            seconds[variant].append(in_own_process(__file__, *timed, "--variant", variant)["seconds"])
+    fastest = {variant: min(times) for variant, times in seconds.items()}
+    short = ["--device", options.device, "--steps", "3", "--memory"]
+    peaks = {variant: in_own_process(__file__, *short, "--variant", variant) for variant in VARIANTS}
 
-    grpo, sft = measured["plain GRPO"], measured["plain SFT"]
-    copy = grpo[0]["copy"]
+    copy = peaks["plain GRPO"]["copy"]
+    apart = max(peaks[variant]["peak"] for variant in ("plain GRPO", "plain SFT"))
     print(f"{hardware(options.device)}; {copy / 4e6:.1f} M parameters in fp32, {SIZES[options.device]}")
     print(f"{options.rounds} rounds of {options.steps} steps, the first {options.warm_up} not counted\n")
-    print("| variant | ms a step | / (GRPO + SFT) (least - most) | memory above plain GRPO, copies of the weights |")
-    print("|---|---|---|---|")
+    print("| variant | ms a step | / (GRPO + SFT) | memory above both, copies of the weights |\n|---|---|---|---|")
     table = {}
-    for variant, runs in measured.items():
-        ratios = [run["seconds"] / (a["seconds"] + b["seconds"]) for run, a, b in zip(runs, grpo, sft, strict=True)]
-        memory = (statistics.median(r["peak"] for r in runs) - statistics.median(r["peak"] for r in grpo)) / copy
-        ms, ratio = statistics.median(run["seconds"] for run in runs) * 1e3, statistics.median(ratios)
-        table[variant] = {"ms": ms, "ratio": ratio, "ratios": ratios, "memory": memory}
-        print(f"| {variant} | {ms:.1f} | {ratio:.3f} ({min(ratios):.3f} - {max(ratios):.3f}) | {memory:.2f} |")
+    for variant in VARIANTS:
+        memory = (peaks[variant]["peak"] - apart) / copy
+        ms, ratio = fastest[variant] * 1e3, fastest[variant] / (fastest["plain GRPO"] + fastest["plain SFT"])
+        table[variant] = {"ms": ms, "ratio": ratio, "memory": memory}
+        print(f"| {variant} | {ms:.1f} | {ratio:.3f} | {memory:.2f} |")
     if options.json:
         options.json.write_text(json.dumps({"hardware": hardware(options.device), **table}, indent=2) + "\n")
 

@@ -13,21 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
-import sys
 import tempfile
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import trl
-from core import StepTimes
 from datasets import Dataset
+from measure import fastest_step, hardware, in_own_process, one_thread, peak_memory
 from peft import LoraConfig
 from transformers import PrinterCallback, logging
 from transformers.utils.logging import disable_progress_bar
@@ -107,15 +102,6 @@ def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folde
     return trainer
 
 
-def step_seconds(trainer: Any, device: str) -> float:
-    """Seconds of the fastest step in one training of `steps` steps; the first step is left out."""
-    clock = StepTimes(device)
-    trainer.add_callback(clock)
-    trainer.train()
-    trainer.remove_callback(clock)
-    return min((clock.cpu if device == "cpu" else clock.wall)[1:])
-
-
 def measure_times(
     arms: list[str], shape: dict[str, int], options: argparse.Namespace, folder: Path
 ) -> dict[str, list[float]]:
@@ -125,7 +111,7 @@ def measure_times(
     for round_ in range(options.rounds + 1):
         for arm in arms:
             trainer = trainers.get(arm) or make_trainer(arm, shape, options.steps, options.device, folder)
-            seconds = step_seconds(trainer, options.device)
+            seconds = fastest_step(trainer, options.device)
             if options.device == "cpu":
                 trainers[arm] = trainer
             else:
@@ -136,35 +122,9 @@ def measure_times(
     return times
 
 
-def measure_memory(arm: str, shape: dict[str, int], steps: int, device: str, folder: Path) -> float:
-    """Peak MiB during training above the level before it, in this process."""
-    trainer = make_trainer(arm, shape, steps, device, folder)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        trainer.train()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    process, peak, done = psutil.Process(), 0, threading.Event()
-    before = process.memory_info().rss
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.0005):
-            peak = max(peak, process.memory_info().rss)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    trainer.train()
-    done.set()
-    sampler.join()
-    return (peak - before) / 2**20
-
-
-def peak_memory(arm: str, options: argparse.Namespace, folder: Path) -> float:
-    """`measure_memory` in a process of its own."""
-    command = [sys.executable, __file__, "--device", options.device, "--measure-memory", arm, "--folder", str(folder)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(out.strip().splitlines()[-1])
+def measure_memory(arm: str, shape: dict[str, int], steps: int, device: str, folder: Path) -> int:
+    """Peak bytes of an arm's training, in this process."""
+    return peak_memory(make_trainer(arm, shape, steps, device, folder).train, device)
 
 
 def main() -> None:
@@ -178,8 +138,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    if options.device == "cpu":
-        torch.set_num_threads(1)
+    one_thread(options.device)
     logging.set_verbosity_error()
     disable_progress_bar()
     shape = SHAPES[options.device]
@@ -193,20 +152,10 @@ def main() -> None:
         folder = Path(scratch)
         prepare(shape, options.steps, folder)
         times = measure_times(arms, shape, options, folder)
-        memory = {arm: peak_memory(arm, options, folder) for arm in arms}
-    hardware = (
-        torch.cuda.get_device_name()
-        if options.device == "cuda"
-        else f"{platform.processor() or platform.machine()} CPU"
-    )
-    figures: dict[str, Any] = {
-        "hardware": f"{hardware}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "trl": trl.__version__,
-        "shape": shape,
-        "arms": {},
-    }
-    print(f"{figures['hardware']}, torch {torch.__version__}, TRL {trl.__version__}, {shape}\n")
+        common = ["--device", options.device, "--folder", str(folder)]
+        memory = {arm: in_own_process(__file__, *common, "--measure-memory", arm) / 2**20 for arm in arms}
+    figures: dict[str, Any] = {"hardware": hardware(options.device), "shape": shape, "arms": {}}
+    print(f"{figures['hardware']}, {shape}\n")
     print("| objective | ms a step | time | peak MiB | memory |\n|---|---|---|---|---|")
     for arm in arms:
         plain = PLAIN_LORA if arm.endswith("LoRA") and PLAIN_LORA in arms else PLAIN
