@@ -39,7 +39,7 @@ def conclude(shares: Mapping[str, Interval]) -> list[str]:
         lines.append("More than half of the score rests on the pre-trained weights, in and out of distribution.")
     elif pair == ("low", "high"):
         lines.append("Random weights do better out of distribution than in it: look at the two sets before all else.")
-    elif "open" in pair:
+    elif None not in pair and "open" in pair:
         lines.append(
             "The seeds do not decide whether the training fits the distribution; more seeds would narrow this."
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trl_ext.errors import ConfigurationError
+from trl_ext.errors import ConfigurationError, NonFiniteError
 from trl_ext_reachability.from_scratch.samples import completion_text, evaluation_row
 from trl_ext_reachability.from_scratch.settings import EXACT, Settings
 from trl_ext_reachability.judging import judge
@@ -29,6 +29,8 @@ def load_set(settings: Settings, option: str, path: str) -> Rows:
         loaded = load_dataset_spec({"path": path, "split": settings.eval_split, "columns": columns})
     except ConfigurationError as error:
         raise ConfigurationError(f"{option}: {error}") from error
+    except StopIteration:  # what datasets raises on an empty JSON file
+        raise ConfigurationError(f"{option}: {path} has no rows") from None
     rows = [evaluation_row(row) for row in loaded]
     if not rows:
         raise ConfigurationError(f"{option}: {path} has no rows")
@@ -73,18 +75,21 @@ class Evaluator:
         return nll if math.isfinite(nll) else None
 
     def evaluate(self, model: Path) -> dict[str, dict[str, Any]]:
-        """Of each set, `scores` (mean reward of each prompt) and `nll` (nats per token; None without completions)."""
+        """Of each set, `scores` (mean reward of each prompt) and `nll` (nats per token; None without completions).
+
+        Raises:
+            NonFiniteError: the model has weights that are NaN or infinite.
+        """
         settings = self.settings
         policy = self._policy(model)
+        if not all(bool(parameter.isfinite().all()) for parameter in policy.model.parameters()):
+            raise NonFiniteError(f"{model} has weights that are NaN or infinite")
         # The likelihood is the model's own, at temperature 1; only sampling may be at another one.
         sampler = policy if not settings.samples or settings.temperature == 1 else self._policy(model, sampling=True)
         found = {}
         for name, rows in self.sets.items():
             nll = _nll(policy, rows, settings.eval_batch_size) if has_answers(rows) else None
-            found[name] = {
-                "scores": self._scores(sampler, rows),
-                "nll": nll if nll is not None and math.isfinite(nll) else None,
-            }
+            found[name] = {"scores": self._scores(sampler, rows), "nll": nll}
         return found
 
     def _policy(self, model: Path, sampling: bool = False) -> Policy:

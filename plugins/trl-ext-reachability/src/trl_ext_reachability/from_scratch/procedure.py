@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -80,7 +80,8 @@ class Procedure:
             What is being done, how many of its trainings are done, and how many there are.
 
         Raises:
-            RuntimeError: every learning rate of an arm diverged, or two arms of a seed saw different batches.
+            RuntimeError: an arm diverged at every learning rate or at the one that it chose, or two arms of a seed saw
+                different batches.
         """
         for line in journal.lines:
             self._take(line)
@@ -100,7 +101,6 @@ class Procedure:
             return
         done, total = 0, len(rates) * len(arms) * len(seeds)
         for arm in arms:
-            best = math.inf
             for rate in rates:
                 for seed in seeds:
                     if (arm, rate, seed) not in self.searched:
@@ -110,15 +110,20 @@ class Procedure:
                         self._take(line)
                     done += 1
                     yield "learning rates", done, total
-                mean = self.search_nll(arm, rate)
-                # Only the best so far keeps its models: it may be one of the runs to measure.
-                if mean < best:
-                    self._forget(arm, rates, keep=rate if self.settings.search_share == 1 else None)
-                    best, self.chosen[arm] = mean, rate
-                else:
-                    self._forget(arm, [rate])
-            if math.isinf(best):
+                self.chosen[arm] = self._keep_best(arm)
+            if math.isinf(self.search_nll(arm, self.chosen[arm])):
                 raise RuntimeError(f"every learning rate of the arm {arm!r} diverged; search lower ones")
+
+    def _keep_best(self, arm: str) -> float:
+        """The best rate so far. Only its models are kept, since they may be among those to measure."""
+        seeds = self.run.seeds[: self.settings.search_seeds]
+        known = [rate for rate in self.run.rates if all((arm, rate, seed) in self.searched for seed in seeds)]
+        best = min(known, key=lambda rate: self.search_nll(arm, rate))
+        for rate in known:
+            for seed in seeds:
+                if rate != best or self.settings.search_share < 1:
+                    shutil.rmtree(self._folder((arm, rate, seed), self.settings.search_share), ignore_errors=True)
+        return best
 
     def search_nll(self, arm: str, rate: float) -> float:
         """Mean over the seeds of the search; infinite where one diverged."""
@@ -136,18 +141,23 @@ class Procedure:
         finished = self.measured.get(key, [])
         if finished and finished[-1]["last"]:
             return
-        folder = self._train(key)
         arm, rate, seed = key
-        for point in points_of(folder)[len(finished) :]:
-            line = {
-                "part": "point",
-                **{"arm": arm, "rate": rate, "seed": seed},
-                **{"step": point.step, "tokens": point.tokens, "batches": point.batches, "last": point.last},
-                "sets": evaluator.evaluate(point.folder),
-            }
-            self._check_batches(line)
-            journal.append(line)
-            self._take(line)
+        try:
+            folder = self._train(key)
+            for point in points_of(folder)[len(finished) :]:
+                line = {
+                    "part": "point",
+                    **{"arm": arm, "rate": rate, "seed": seed},
+                    **{"step": point.step, "tokens": point.tokens, "batches": point.batches, "last": point.last},
+                    "sets": evaluator.evaluate(point.folder),
+                }
+                self._check_batches(line)
+                journal.append(line)
+                self._take(line)
+        except NonFiniteError as error:
+            raise RuntimeError(
+                f"the arm {arm!r} diverged at {rate:g} on seed {seed}: search lower rates, or on more --search-seeds"
+            ) from error
         shutil.rmtree(folder)
 
     def _check_batches(self, line: dict[str, Any]) -> None:
@@ -171,12 +181,6 @@ class Procedure:
     def _folder(self, key: Key, share: float = 1.0) -> Path:
         arm, rate, seed = key
         return self.output / "runs" / f"{arm}-{rate:g}-seed{seed}{'' if share == 1 else '-short'}"
-
-    def _forget(self, arm: str, rates: Iterable[float], keep: float | None = None) -> None:
-        for rate in rates:
-            for seed in self.run.seeds:
-                if rate != keep:
-                    shutil.rmtree(self._folder((arm, rate, seed), self.settings.search_share), ignore_errors=True)
 
     def _take(self, line: dict[str, Any]) -> None:
         key = line["arm"], line["rate"], line["seed"]

@@ -1,0 +1,393 @@
+"""`trl-ext probe from-scratch` on tiny runs: equal arms, the data they see, interruption, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scratch_runs import SEED, own_process, prepare, write
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl_ext_reachability.from_scratch.arms import Base
+from trl_ext_reachability.from_scratch.evaluating import Evaluator, load_set
+from trl_ext_reachability.from_scratch.procedure import Procedure, measure
+from trl_ext_reachability.from_scratch.settings import Settings
+from trl_ext_reachability.from_scratch.training import WatchedTrainer, points_of, train
+from trl_ext_reachability.journal import Journal
+from trl_ext_reachability.rewards import exact
+
+from trl_ext import SFTTrainer
+from trl_ext.errors import ConfigurationError
+from trl_ext.testing import Addition, exact_match, save_model, tiny_llama, tiny_tokenizer
+
+FILES = ("contamination.jsonl", "from_scratch.md", "from_scratch.png", "from_scratch.json", "journal.jsonl")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process() -> Iterator[None]:
+    with own_process():
+        yield
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return prepare(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def batches() -> dict[str, list[Any]]:
+    """The token ids of every batch by run, recorded where the trainer receives them."""
+    return defaultdict(list)
+
+
+@pytest.fixture(scope="module")
+def measured(
+    settings: Settings, batches: dict[str, list[Any]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    def recording(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        batches[Path(self.args.output_dir).name].append(inputs["input_ids"].tolist())
+        return original(self, model, inputs, *rest)
+
+    original = SFTTrainer.training_step
+    folder = tmp_path_factory.mktemp("measured")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SFTTrainer, "training_step", recording)
+        list(measure(settings, folder))
+    return folder
+
+
+def lines(folder: Path, part: str) -> list[dict[str, Any]]:
+    every = map(json.loads, (folder / "journal.jsonl").read_text().splitlines()[1:])
+    return [line for line in every if line["part"] == part]
+
+
+# -- what is measured ------------------------------------------------------------------------------------------------
+
+
+def test_s_of_two_equal_arms_is_one_within_its_interval(measured: Path) -> None:
+    """The base model is the random initialisation of the first seed: there both arms are the same run, bit for bit."""
+    summary = json.loads((measured / "from_scratch.json").read_text())
+    assert summary["arms"]["pretrained"] == summary["arms"]["scratch"]
+    for key in ("sets", "batches", "tokens"):
+        of = {
+            arm: [line[key] for line in lines(measured, "point") if (line["arm"], line["seed"]) == (arm, SEED)]
+            for arm in ("pretrained", "scratch")
+        }
+        assert of["pretrained"] == of["scratch"]
+    others = [[line["sets"] for line in lines(measured, "point") if line["seed"] == seed] for seed in (SEED, SEED + 1)]
+    assert others[0][2:] != others[1][2:]  # other seeds start elsewhere
+    last = summary["points"][-1]
+    for name in ("in", "out"):
+        found = last["share"][name]["scratch"]
+        assert found["low"] < 1 < found["high"]
+        assert found["high"] - found["low"] < 1.5  # it says something
+        gap = last["nll_gap"][name]["scratch"]
+        assert gap["low"] < 0 < gap["high"]
+
+
+def test_arms_see_the_same_batches_and_seeds_do_not(measured: Path, batches: dict[str, list[Any]]) -> None:
+    rate = json.loads((measured / "from_scratch.json").read_text())["arms"]["scratch"]["learning_rate"]
+    for seed in range(SEED, SEED + 3):
+        assert len(batches[f"scratch-{rate:g}-seed{seed}"]) == 8
+        assert batches[f"scratch-{rate:g}-seed{seed}"] == batches[f"pretrained-{rate:g}-seed{seed}"]
+    assert batches[f"scratch-{rate:g}-seed{SEED}"] != batches[f"scratch-{rate:g}-seed{SEED + 1}"]
+
+
+def test_the_search_is_reused_and_its_best_is_taken(measured: Path, batches: dict[str, list[Any]]) -> None:
+    summary = json.loads((measured / "from_scratch.json").read_text())
+    for arm, facts in summary["arms"].items():
+        best = min(facts["search"], key=lambda entry: entry["nll"])
+        assert facts["learning_rate"] == best["learning_rate"]
+        assert facts["at_the_edge"]
+        assert f"{arm}" in (measured / "from_scratch.md").read_text()
+    # 2 arms x (2 rates on the first seed + 2 more seeds), 8 steps each: no run is made twice.
+    assert sorted(map(len, batches.values())) == [8] * 8
+    assert not (measured / "runs").exists()
+
+
+def test_different_batches_are_not_compared(measured: Path, settings: Settings, tmp_path: Path) -> None:
+    done = [json.loads(line) for line in (measured / "journal.jsonl").read_text().splitlines()]
+    first = next(line for line in done if line.get("part") == "point")
+    first["batches"] = "0" * 64
+    kept = [line for line in done if line.get("arm") != "scratch" or line["part"] == "search"]
+    (tmp_path / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    with pytest.raises(RuntimeError, match="saw different batches up to step 4: they are not comparable"):
+        list(measure(settings, tmp_path))
+
+
+def test_the_run_is_the_one_of_the_sft_command(settings: Settings, tmp_path: Path) -> None:
+    from trl_ext.cli.train import train as sft
+
+    flags = {"output_dir": tmp_path / "theirs", "learning_rate": 0.003, "seed": 7, "save_strategy": "no"}
+    sft("sft", ["--config", settings.config, *(text for k, v in flags.items() for text in (f"--{k}", str(v)))])
+    start = str(Path(settings.config).parent / "base")
+    train(settings.config, tmp_path / "ours", start, rate=0.003, seed=7, points=3)
+    points = points_of(tmp_path / "ours")
+    assert [(point.step, point.last) for point in points] == [(3, False), (5, False), (8, True)]
+    theirs = load_file(tmp_path / "theirs" / "model.safetensors")
+    ours = load_file(points[-1].folder / "model.safetensors")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_scores_are_those_of_greedy_decoding_and_nll_that_of_the_model(settings: Settings, tmp_path: Path) -> None:
+    """On a model that has learned something, against the testing kit's generation and a plain forward pass."""
+    torch.manual_seed(0)
+    model, tokenizer = tiny_llama(hidden=16), tiny_tokenizer()
+    rows = [{"prompt": f"{i}:", "completion": str(i % 3), "answer": str(i % 3)} for i in range(9)]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    encoded = [tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"] for row in rows]
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = model(input_ids=torch.tensor(encoded), labels=torch.tensor(encoded)).loss
+        loss.backward()
+        optimizer.step()
+    path = save_model(model.eval(), tokenizer, tmp_path / "model")
+    plain = replace(settings, reward="trl_ext_reachability.rewards:exact", eval_batch_size=4, samples=0)
+    evaluator = Evaluator(plain, {"in": rows, "out": [{"prompt": "1:", "answer": "1"}]}, rows)
+    found = evaluator.evaluate(Path(path))
+    greedy = [exact_match(model, tokenizer, [row]) for row in rows]
+    assert found["in"]["scores"] == greedy
+    assert sum(greedy) > 0
+    with torch.no_grad():
+        log_probs = model(input_ids=torch.tensor(encoded)).logits.log_softmax(-1)
+    expected = -sum(log_probs[i, t - 1, ids[t]] for i, ids in enumerate(encoded) for t in (2, 3)) / 18
+    assert found["in"]["nll"] == pytest.approx(float(expected), rel=1e-5)
+    assert evaluator.validation_nll(Path(path)) == pytest.approx(found["in"]["nll"])
+    assert found["out"]["nll"] is None
+    sampled = Evaluator(replace(plain, samples=200, temperature=2.0), {"in": rows[:1]}, [])
+    with torch.no_grad():
+        probability = (model(input_ids=torch.tensor([encoded[0][:2]])).logits[0, -1] / 2).softmax(-1)
+        end = (model(input_ids=torch.tensor([encoded[0][:3]])).logits[0, -1] / 2).softmax(-1)
+    right = float(probability[encoded[0][2]] * end[encoded[0][3]])  # or with more text: a little more often
+    share = sampled.evaluate(Path(path))["in"]["scores"][0]
+    assert right - 0.1 < share < right + 0.2
+    assert share * 200 == pytest.approx(round(share * 200))
+    assert share != found["in"]["scores"][0]
+
+
+def test_embeddings_are_the_pretrained_ones_and_nothing_else_is(settings: Settings, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    known = save_model(tiny_llama(hidden=16, layers=1, seed=3), tiny_tokenizer(), tmp_path / "known")
+    base = Base(type("ModelConfig", (), {"model_name_or_path": known, "model_revision": "main"}))
+    arms = {arm: base.start(arm, 1, tmp_path / arm) for arm in ("pretrained", "scratch", "embeddings")}
+    assert arms["pretrained"] == known
+    weights = {arm: dict(AutoModelForCausalLM.from_pretrained(path).named_parameters()) for arm, path in arms.items()}
+    for name, weight in weights["embeddings"].items():
+        from_known = torch.equal(weight, weights["pretrained"][name])
+        constant = bool((weight == 1).all())  # norms start at one in every arm
+        assert from_known == (name == "model.embed_tokens.weight" or constant)
+        assert from_known or torch.equal(weight, weights["scratch"][name])
+    other = load_file(Path(base.start("scratch", 2, tmp_path / "other")) / "model.safetensors")
+    assert not torch.equal(other["lm_head.weight"], weights["scratch"]["lm_head.weight"])
+
+
+def test_third_arm_short_search_and_contamination_reach_the_files(settings: Settings, tmp_path: Path) -> None:
+    training = Addition(digits=2).dataset(80)
+    clean = Addition(digits=2).dataset(6, split="held_out")
+    mixed = write(tmp_path / "mixed.jsonl", [clean[0], training[7], clean[1], clean[2], training[3]])
+    chosen = replace(settings, eval_in=mixed, eval_out=None, embeddings=True, search_share=0.25, points=1)
+    list(measure(chosen, tmp_path / "out"))
+    summary = json.loads((tmp_path / "out" / "from_scratch.json").read_text())
+    assert summary["sets"]["in"]["contaminated_rows"] == [1, 4]
+    found = [json.loads(line) for line in (tmp_path / "out" / "contamination.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["training_row"]) for line in found] == [(1, 7), (4, 3)]
+    text = (tmp_path / "out" / "from_scratch.md").read_text()
+    assert "| in distribution | 5 | 0.0000 | 0, as given | 2 (40.0%) |" in text
+    assert "1 seed(s), 25% of the training" in text
+    last = summary["points"][-1]
+    assert set(last["share"]["in"]) == set(last["nll_gap"]["in"]) == {"scratch", "embeddings"}
+    # S without the contaminated samples, from the journal's scores of each prompt.
+    means = {
+        arm: torch.tensor([line["sets"]["in"]["scores"] for line in lines(tmp_path / "out", "point")
+                           if line["arm"] == arm])[:, [0, 2, 3]].mean()
+        for arm in ("pretrained", "scratch")
+    }  # fmt: skip
+    value = last["share_uncontaminated"]["in"]["scratch"]["value"]
+    assert value is None or value == pytest.approx(float(means["scratch"] / means["pretrained"]), rel=1e-5)
+
+
+# -- interruption ----------------------------------------------------------------------------------------------------
+
+
+def same_files(folder: Path, measured: Path) -> None:
+    for name in FILES:
+        assert (folder / name).read_bytes() == (measured / name).read_bytes(), name
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize("finished", [3, 7])
+def test_interrupted_between_trainings(settings: Settings, measured: Path, tmp_path: Path, finished: int) -> None:
+    interrupted = measure(settings, tmp_path)
+    for _ in range(finished):
+        next(interrupted)
+    interrupted.close()
+    assert not (tmp_path / "from_scratch.json").exists()
+    with (tmp_path / "journal.jsonl").open("ab") as file:
+        file.write(b'{"part": "poi')
+    list(measure(settings, tmp_path))
+    same_files(tmp_path, measured)
+
+
+class Killed(BaseException):
+    """Nothing may catch it."""
+
+
+@pytest.mark.parametrize("where", ["training_step", "save_model", "_save_checkpoint", "evaluate"])
+def test_interrupted_within_a_training(
+    settings: Settings, measured: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the third run: after its checkpoint, at its second point, before its checkpoint; or amid an evaluation."""
+    owner: Any = Evaluator if where == "evaluate" else WatchedTrainer
+    original, calls = getattr(owner, where), []
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        if len(calls) == {"training_step": 22, "save_model": 11, "_save_checkpoint": 3, "evaluate": 6}[where]:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, where, failing)
+        with pytest.raises(Killed):
+            list(measure(settings, tmp_path))
+    steps = []
+    step = WatchedTrainer.training_step
+    monkeypatch.setattr(WatchedTrainer, "training_step", lambda self, *args: (steps.append(1), step(self, *args))[1])
+    list(measure(settings, tmp_path))
+    same_files(tmp_path, measured)
+    # 8 runs of 8 steps; what was saved of the first three is not trained again.
+    assert len(steps) == 64 - {"training_step": 20, "save_model": 20, "_save_checkpoint": 16, "evaluate": 40}[where]
+
+
+def test_changed_settings_are_refused_by_name(settings: Settings, tmp_path: Path) -> None:
+    next(started := measure(settings, tmp_path))
+    started.close()
+    with pytest.raises(ValueError, match=r"with other settings \(points, ngram\); choose another --output"):
+        next(measure(replace(settings, points=3, ngram=5), tmp_path))
+    config = Path(settings.config).with_name("other.yaml")
+    config.write_text(Path(settings.config).read_text().replace("max_steps: 8", "max_steps: 9"))
+    with pytest.raises(ValueError, match=r"other.yaml: max_steps"):
+        next(measure(replace(settings, config=str(config)), tmp_path))
+    shorter = write(tmp_path / "shorter.jsonl", Addition(digits=4).dataset(11, split="held_out"))
+    with pytest.raises(ValueError, match=r"\(eval_out, the data of --eval-out\)"):
+        next(measure(replace(settings, eval_out=shorter), tmp_path))
+
+
+@pytest.mark.slow
+def test_killed_command_resumes_to_the_same_files(settings: Settings, measured: Path, tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-c", "from trl_ext.cli import main; main()", "probe", "from-scratch"),
+        *("--config", settings.config, "--eval-in", str(settings.eval_in), "--eval-out", str(settings.eval_out)),
+        *("--reward", settings.reward, "--floor", "0", "--learning-rates", str(settings.learning_rates)),
+        *("--points", "2", "--samples", "4", "--max-completion-length", "3", "--output", str(tmp_path)),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    for done in (1, 5):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        journal = tmp_path / "journal.jsonl"
+        while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > done):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "finished before it could be killed"
+    assert not (tmp_path / "from_scratch.json").exists()
+    finished = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "S in distribution" in finished.stdout
+    same_files(tmp_path, measured)
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+NO_ANSWER = '{"prompt": "1+1="}\n'
+
+
+@pytest.mark.parametrize(
+    ("change", "yaml", "message"),
+    [
+        ({"config": "none.yaml"}, "", r"--config: there is no file 'none.yaml'"),
+        ({"eval_in": None, "eval_out": None}, "", "nothing to evaluate on: give --eval-in, --eval-out or both"),
+        ({"seeds": 2}, "", "--seeds 2: a spread needs 3 seeds or more"),
+        ({"reward": "scratch_runs:nothing"}, "", "--reward: .* has no function 'nothing'"),
+        ({"learning_rates": "1e-3", "lr_multipliers": "1"}, "", "--learning-rates and --lr-multipliers contradict"),
+        ({"learning_rates": "fast"}, "", "--learning-rates 'fast': numbers with commas"),
+        ({"learning_rates": None, "lr_multipliers": "0,1"}, "", "--lr-multipliers '0,1': above 0"),
+        ({"eval_in": None}, "", "chosen by validation nll: give --validation or --eval-in"),
+        ({"eval_out": "none.jsonl"}, "", "--eval-out: .* there is no file 'none.jsonl'"),
+        ({"eval_in": "prompts.jsonl"}, "", "--eval-in: rows without 'completion' have no nll"),
+        ({"eval_out": "empty.jsonl"}, "", "--eval-out: empty.jsonl has no rows"),
+        ({"columns": "prompt=question"}, "", "--eval-in: .* has no column 'prompt' but question"),
+        ({"floor": "median"}, "", "--floor: 'median' is not majority, format or a number"),
+        ({"samples": 4, "temperature": 0.0}, "", "--temperature 0.0: above 0 with --samples"),
+        ({"search_seeds": 4}, "", "--search-seeds 4: from 1 to --seeds 3"),
+        ({"search_share": 0.0}, "", "--search-share 0.0"),
+        ({"confidence": 1.0}, "", r"--confidence 1\.0"),
+        ({"points": 0}, "", "--points 0: at least 1"),
+        ({}, "use_peft: true", "use_peft trains an adapter .*set use_peft: false"),
+        ({}, "load_in_4bit: true", "load_in_4bit trains"),
+        ({}, "dataset_streaming: true", "do not stream it"),
+        ({}, "resume_from_checkpoint: x", "resume_from_checkpoint is this probe's own"),
+        ({}, "model_name_or_path: none", "model_name_or_path: 'none' has no configuration"),
+        ({}, "model_name_or_path: null", "model_name_or_path is missing"),
+        ({}, "plugins: [no-such-plugin]", "no-such-plugin"),
+    ],
+)
+def test_refused_before_a_model_loads(
+    settings: Settings, tmp_path: Path, change: dict[str, Any], yaml: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a model loads")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", loads)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text(NO_ANSWER)
+    Path("empty.jsonl").write_text("")
+    Path("changed.yaml").write_text(
+        "".join(
+            line + "\n"
+            for line in Path(settings.config).read_text().splitlines()
+            if line.partition(":")[0] != yaml.partition(":")[0]
+        )
+        + yaml
+    )
+    config = "changed.yaml" if yaml else settings.config
+    with pytest.raises(ConfigurationError, match=message):
+        next(measure(replace(settings, **{"config": config, **change}), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_are_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="runs in one process"):
+        Procedure(settings, tmp_path)
+
+
+def test_built_in_reward_compares_with_the_answer_or_the_completion(settings: Settings, tmp_path: Path) -> None:
+    plain = replace(settings, reward="trl_ext_reachability.rewards:exact")
+    (tmp_path / "set.jsonl").write_text('{"prompt": "1+1=", "completion": " 2"}\n')
+    rows = load_set(plain, "--eval-in", str(tmp_path / "set.jsonl"))
+    assert exact(["2"], [row["answer"] for row in rows]) == [1]
+    (tmp_path / "set.jsonl").write_text(NO_ANSWER)
+    with pytest.raises(ConfigurationError, match="neither 'answer' nor 'completion', which the built-in reward"):
+        load_set(plain, "--eval-out", str(tmp_path / "set.jsonl"))
+
+
+def test_rates_that_diverge_are_not_chosen(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    procedure = Procedure(replace(settings, learning_rates="0.01,1e30"), tmp_path)
+    with Journal(tmp_path / "journal.jsonl", procedure.about()) as journal:
+        steps = procedure.steps(journal)
+        for _ in range(4):
+            next(steps)
+        steps.close()
+    assert procedure.chosen == {"pretrained": 0.01, "scratch": 0.01}
+    assert [line["nll"] for line in lines(tmp_path, "search")][1::2] == [None, None]
