@@ -1,33 +1,54 @@
-"""Runs the cases of `test_ranks.py` on this rank, and saves rank 0's parameters: `torchrun ranks.py CASE,CASE OUT`."""
+"""Runs the cases of `test_ranks.py` on this rank: `torchrun ranks.py OUT`. Each rank saves what it found."""
 
 import sys
+from datetime import timedelta
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import torch
+import torch.distributed as dist
+from test_rollouts import TASK, noisy_reward
 from test_rollouts import run as run_grpo
 from test_sft import sharpened
-from training import DataRegularization, model, parameters, train
+from training import TOKENIZER, DataRegularization, model, parameters, train
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 from trl_ext_data_regularization.rollouts import RolloutFilter
+from trl_ext_data_regularization.surgery import GradientSurgery
+
+from trl_ext.testing import save_model
 
 # Per case: the plugin's options. The stream's batch is per rank, so one rank draws twice as many.
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "ghost": {"frac": 0.5},
     "accumulated": {"frac": 0.5},
     "sketch": {"rule": "cone", "engine": "sketch", "sketch_size": 512},
     "global sketch": {"rule": "hull", "scope": "global", "engine": "sketch", "sketch_size": 512},
-    "derivative": {"scope": "global", "engine": "derivative", "frac": 0.5},
+    "derivative": {"scope": "global", "engine": "derivative", "frac": 0.5, "position_steps": 1},
     "ball": {"rule": "ball", "engine": "sketch", "sketch_size": 512},
     "reverse": {"general": "stream", "rule": "full"},
 }
 EXACT = {"plain": None, "everything": {"frac": 1.0}, "everything micro": {"frac": 1.0, "unit": "micro"}}
 GRPO = {"grpo plain": None, "grpo": {"frac": 0.0}, "grpo filter": {"frac": 1.0}}
+# On two ranks both sharded and not: plugin, its options, the run's.
+DERIVATIVE = {"scope": "global", "engine": "derivative", "frac": 0.5}
+ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3}
+SURGERY = {"general": "train"}
+SHARDED: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
+    "topk": (DataRegularization, {**DERIVATIVE, "position_steps": 1}, {}),
+    "topk, accumulated": (DataRegularization, DERIVATIVE, {"gradient_accumulation_steps": 2}),
+    "filter, with target": (DataRegularization, {**DERIVATIVE, "rule": "filter", "frac": 1.0, "with_target": True}, {}),
+    "target": (DataRegularization, {**DERIVATIVE, "rule": "target"}, {}),
+    "preconditioned": (DataRegularization, {**DERIVATIVE, "precondition": True}, ADAM),
+    "half-space": (GradientSurgery, SURGERY, {}),
+    "pcgrad by layer": (GradientSurgery, {**SURGERY, "method": "pcgrad", "scope": "layer"}, {}),
+    "pcgrad, preconditioned": (GradientSurgery, {**SURGERY, "method": "pcgrad", "precondition": True}, ADAM),
+}
 
 
-def run(case: str, world: int):
+def run(case: str, world: int) -> Any:
     rows = 4 // world
     if case in GRPO:
         plugins = [] if GRPO[case] is None else [RolloutFilter(**GRPO[case])]
@@ -35,19 +56,129 @@ def run(case: str, world: int):
     options = {**CASES, **EXACT}[case]
     accumulation = 2 if case in ("accumulated", *EXACT) else 1
     plugin = None if options is None else DataRegularization(stream_batch_size=4 // world, **options)
-    size = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
-    return train(plugin, sharpened(model(layers=1)), optim="sgd", learning_rate=0.5, max_steps=2, **size)
+    return _train(plugin, sharpened(model(layers=1)), rows, gradient_accumulation_steps=accumulation)
 
 
-if __name__ == "__main__":
-    out = {}
-    for name in sys.argv[1].split(","):
+def _train(plugin: Any, net: Any, rows: int, **options: Any) -> Any:
+    sgd = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 2, "per_device_train_batch_size": rows}
+    return train(plugin, net, **{**sgd, **options})
+
+
+def run_sharded(case: str, folder: Path, sharded: bool) -> dict[str, Any]:
+    """FSDP2 or DDP, on the same data."""
+    cls, options, settings = SHARDED[case]
+    net = sharpened(model(layers=2))
+    if sharded:
+        if dist.get_rank() == 0:
+            save_model(net, TOKENIZER, folder / "model")
+        dist.barrier()
+        config = DistributedConfig(fsdp_size=dist.get_world_size())
+        net = AutoModelForCausalLM.from_pretrained(str(folder / "model"), distributed_config=config)
+    trainer = _train(cls(stream_batch_size=2, **options), net, 2, **{"max_steps": 3, **settings})
+    return {
+        "parameters": parameters(trainer),
+        "logs": trainer.state.log_history,
+        "sharded": trainer.ext_weights.sharded,
+    }
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+
+class FailsInScoring(DataRegularization):
+    """On the second rank alone, at the second step, before the ranks exchange scores."""
+
+    def _make_engine(self, target: Any, samples: int) -> Any:
+        if dist.get_rank() == 1 and self._steps_done == 1:
+            raise ArithmeticError("only here")
+        return super()._make_engine(target, samples)
+
+
+class FailsInBackward(DataRegularization):
+    """On the second rank alone, at the second step, in the middle of the training backward pass."""
+
+    def _begin_step(self, samples: Any, target: Any) -> Any:
+        step = super()._begin_step(samples, target)
+        if dist.get_rank() == 1 and self._steps_done == 1:
+
+            def solve(problem: Any, rows: Any) -> Any:
+                raise ArithmeticError("only here")
+
+            step._solve = solve
+        return step
+
+
+def failing_reward(prompts: Any, completions: Any, **columns: Any) -> Any:
+    if dist.get_rank() == 1:
+        raise ArithmeticError("only here")
+    return noisy_reward(prompts, completions, **columns)
+
+
+def _filter(folder: Path) -> RolloutFilter:
+    held_out = folder / f"held-out-{dist.get_rank()}.jsonl"
+    TASK.dataset(4, kind="prompt_only", split="held_out").select_columns(["prompt", "answer"]).to_json(held_out)
+    return RolloutFilter(
+        target="prompts", prompts=str(held_out), reward="ranks:failing_reward", prompts_per_step=2, generations=2
+    )
+
+
+def fault(name: str, folder: Path) -> dict[str, Any]:
+    """What a rank saw of a failure on rank 1."""
+    try:
+        if name == "advantages":
+            trainer = run_grpo([_filter(folder)], model(layers=1), max_steps=3)
+        else:
+            cls = FailsInBackward if name == "gradients_ready" else FailsInScoring
+            options: dict[str, Any] = {"unit": "micro"} if name == "gradients_ready" else {"engine": "sketch"}
+            trainer = _train(cls(stream_batch_size=2, **options), sharpened(model(layers=1)), 2, max_steps=3)
+        error = f"none; {trainer.state.global_step} steps"
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    dist.barrier()  # proves that no rank is still inside of a collective of the run
+    return {"error": error}
+
+
+FAULTS = ("sample_weights", "gradients_ready", "advantages")
+
+
+# -- resume ----------------------------------------------------------------------------------------------------------
+
+
+def resumed(folder: Path) -> list[dict[str, str]]:
+    """The files with counts after a run without a break, and after one that was resumed at its middle."""
+    settings = {"output_dir": str(folder / "resumed"), "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    found = []
+    for checkpoint in (None, str(folder / "resumed" / "checkpoint-2")):
+        plugin = DataRegularization(table=True, rule="filter")
+        train(plugin, sharpened(model(layers=1)), resume=checkpoint, **settings)
+        dist.barrier()
+        files = folder / "resumed" / "data_regularization"
+        found.append({path.name: path.read_text() for path in sorted(files.iterdir())})
+        dist.barrier()
+    return found
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    found: dict[str, Any] = {}
+    for name in (*CASES, *EXACT, *GRPO):
         trainer = run(name, 2)
         assert trainer.accelerator.num_processes == 2
-        out[name] = parameters(trainer)
-        for parameter in out[name].values():
+        found[name] = parameters(trainer)
+        for parameter in found[name].values():
             other = parameter.clone()
             dist.broadcast(other, 0)
             assert torch.equal(other, parameter), f"{name}: ranks differ"
-    if dist.get_rank() == 0:
-        torch.save(out, sys.argv[2])
+    for name in SHARDED:
+        found[f"fsdp2 {name}"] = run_sharded(name, folder, sharded=True)
+        found[f"ddp {name}"] = run_sharded(name, folder, sharded=False)
+    for name in FAULTS:
+        found[f"fault in {name}"] = fault(name, folder)
+    found["resumed"] = resumed(folder)
+    torch.save(found, folder / f"rank{rank}.pt")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

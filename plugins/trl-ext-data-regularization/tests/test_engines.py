@@ -6,6 +6,7 @@ from passes import batch_of, losses_of, model_of, sample_gradients, tapped, trai
 from trl_ext_data_regularization.engines import Direct, Ghost, Projections, Sketch, derivative_scores
 from trl_ext_data_regularization.visitors import ScorePass
 
+CPU = torch.device("cpu")
 kinds = pytest.mark.parametrize("kind", ["full", "tied", "lora"])
 
 
@@ -53,9 +54,9 @@ def test_ghost_direct_and_wide_sketch_give_the_inner_products_of_the_gradients(k
     batches = [batch_of(3, 8, seed=1), batch_of(2, 6, seed=2)]
     wide = Projections(size=512, seed=0)  # at least every width: exact
     engines = {
-        "ghost": lambda layers, n: Ghost(layers, t, n),
-        "direct": lambda layers, n: Direct(layers, t, n),
-        "sketch": lambda layers, n: Sketch(layers, t, n, wide),
+        "ghost": lambda layers, n: Ghost(layers, t, n, CPU),
+        "direct": lambda layers, n: Direct(layers, t, n, CPU),
+        "sketch": lambda layers, n: Sketch(layers, t, n, CPU, wide),
     }
     for name, make in engines.items():
         layers, scores = score(model, batches, make)
@@ -106,7 +107,7 @@ def test_scores_for_several_targets_are_the_sum_over_any_split():
     sums = []
     for piece in [target, *parts]:
         t = [g * len(piece["input_ids"]) for g in target_gradient(model, piece)]  # equal lengths: a sum of means
-        sums.append(score(model, [batch], lambda layers, n, t=t: Ghost(layers, t, n))[1].s)
+        sums.append(score(model, [batch], lambda layers, n, t=t: Ghost(layers, t, n, CPU))[1].s)
     assert_agree(sums[1] + sums[2], sums[0])
 
 
@@ -123,7 +124,7 @@ def test_samples_of_a_packed_row_are_told_apart():
     row["position_ids"] = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
     del row["attention_mask"]
     row["labels"][row["position_ids"] == 0] = -100
-    engine = Ghost(parts.layers, t, 2)
+    engine = Ghost(parts.layers, t, 2, CPU)
     with parts.taps.active(ScorePass(engine), Batch(index, 2, 0, False)):
         losses_of(model, row).sum().backward()
     parts.taps.remove()
@@ -141,10 +142,10 @@ def test_sketches_are_unbiased_over_seeds():
     model = model_of("lora")
     t = target_gradient(model, batch_of(2, 7, seed=9))
     batch = batch_of(3, 8, seed=1)
-    exact = score(model, [batch], lambda layers, n: Direct(layers, t, n))[1]
+    exact = score(model, [batch], lambda layers, n: Direct(layers, t, n, CPU))[1]
     seeds = 60
     drawn = [
-        score(model, [batch], lambda layers, n, seed=seed: Sketch(layers, t, n, Projections(8, seed)))[1]
+        score(model, [batch], lambda layers, n, seed=seed: Sketch(layers, t, n, CPU, Projections(8, seed)))[1]
         for seed in range(seeds)
     ]
     for name in ("s", "K"):

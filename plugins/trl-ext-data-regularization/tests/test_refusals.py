@@ -23,6 +23,9 @@ from trl_ext.records import RunDescription
         ({"general": "stream", "scope": "global"}, "scope=layer"),
         ({"general": "stream", "passes": "two"}, "general=stream"),
         ({"rule": "span", "precondition": True}, "precondition"),
+        ({"general": "stream", "position_steps": 2}, "position_steps"),
+        ({"position_steps": -1}, "position_steps"),
+        ({"report_steps": 2}, "table=true"),
     ],
 )
 def test_options_that_contradict_one_another(options, reason):
@@ -45,7 +48,9 @@ def description(sharding="none", world=1, streams=("target",), **args):
 @pytest.mark.parametrize(
     ("options", "run", "reason"),
     [
-        ({}, description("fsdp2", 2), "use DDP"),
+        ({}, description("fsdp2", 2), "scope=global,engine=derivative"),
+        ({"scope": "global", "engine": "sketch"}, description("fsdp2", 2), "engine=sketch needs; use scope=global"),
+        ({"scope": "global", "engine": "derivative"}, description("fsdp1", 2), "under fsdp1"),
         ({}, description("ddp", 2, average_tokens_across_devices=False), "average_tokens_across_devices=True"),
         ({"rule": "cone"}, description("ddp", 2), "engine=sketch"),
         ({"scope": "global", "engine": "derivative"}, description(bf16=True), "bf16"),
@@ -65,6 +70,7 @@ def test_runs_that_cannot_work(options, run, reason):
         ({"rule": "filter"}, description(per_device_train_batch_size=1)),
         ({}, description(per_device_train_batch_size=1, gradient_accumulation_steps=8)),
         ({"rule": "cone", "engine": "sketch"}, description("ddp", 2)),
+        ({"scope": "global", "engine": "derivative"}, description("fsdp2", 2)),
     ],
 )
 def test_runs_that_can(options, run):
@@ -125,39 +131,51 @@ def test_a_target_smaller_than_its_batch_cycles_within_it():
     assert all(drawn.count(i) in (2, 3) for i in range(3))
 
 
+def test_an_exhausted_target_begins_again_in_another_order():
+    """Six samples, one a step: two passes over all of them, shuffled anew."""
+    trainer = train(DataRegularization(), max_steps=12)
+    stream = trainer.ext_streams["target"]
+    assert stream.position == 12
+    stream.position = 0
+    drawn = [stream.next_indices()[0] for _ in range(12)]
+    assert sorted(drawn[:6]) == sorted(drawn[6:]) == list(range(6))
+    assert drawn[:6] != drawn[6:]
+
+
+def test_the_targets_length_is_bounded_alone():
+    trainer = train(DataRegularization(stream_max_length=6), max_steps=1)
+    assert max(len(row["input_ids"]) for row in trainer.ext_streams["target"].dataset) == 6
+    assert max(len(row["input_ids"]) for row in trainer.train_dataset) > 6
+
+
+UNTOUCHED = {
+    "ghost, one pass": {},
+    "ghost, two passes": {"passes": "two"},
+    "direct": {"rule": "cone"},
+    "direct, two passes": {"rule": "cone", "passes": "two"},
+    "sketch": {"engine": "sketch", "passes": "two"},
+    "global": {"scope": "global"},
+    "derivative": {"scope": "global", "engine": "derivative"},
+    "target": {"rule": "target"},
+    "position": {"position_steps": 1},
+}
+
+
+@pytest.mark.parametrize("case", UNTOUCHED)
+def test_a_trainable_parameter_that_the_forward_leaves_out_stays_and_disturbs_nothing(case):
+    options = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 2}
+    without = train(DataRegularization(**UNTOUCHED[case]), model(layers=1), **options)
+    net = model(layers=1)
+    net.model.spare = nn.Linear(16, 8)
+    before = {name: p.detach().clone() for name, p in net.model.spare.named_parameters()}
+    trainer = train(DataRegularization(**UNTOUCHED[case]), net, **options)
+    for name, parameter in trainer.model.model.spare.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    found = dict(trainer.model.named_parameters())
+    for name, parameter in without.model.named_parameters():
+        torch.testing.assert_close(found[name], parameter, rtol=0, atol=1e-6)
+
+
 def test_one_sample_is_kept_or_dropped_by_filter():
     trainer = train(DataRegularization(rule="filter"), data=GENERAL, per_device_train_batch_size=1, max_steps=2)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
-
-
-# -- diagnostics -----------------------------------------------------------------------------------------------------
-
-
-def test_table_plot_and_metrics(tmp_path):
-    plugin = DataRegularization(rule="hull", table=True, report_steps=2)
-    trainer = train(plugin, max_steps=4, output_dir=str(tmp_path))
-    logs = [log for log in trainer.state.log_history if "data-regularization/kept" in log]
-    for log in logs:
-        assert 0 < log["data-regularization/kept"] <= 1
-        assert "data-regularization/kept/q_proj" in log
-    rows = plugin.recorder.table(rows=3)
-    assert sum(one.times for one in plugin.recorder.seen.values()) == 16
-    assert all(0 <= row["kept"] <= 1 for row in rows)
-    assert [row["kept"] for row in rows] == sorted((row["kept"] for row in rows), reverse=True)
-    assert rows[0]["text"].rstrip("<>|/eos ")[:1].isdigit()
-    assert (tmp_path / "data_regularization.csv").read_text().startswith("id,seen,kept,weight,text")
-    assert (tmp_path / "data_regularization.png").stat().st_size > 1000
-    assert len(plugin.recorder.history) == 4
-
-
-def test_position_runs_from_full_training_to_target_only():
-    found = {}
-    for radius in (0.0, 0.5, 1e4):
-        plugin = DataRegularization(rule="ball", radius=radius, passes="two")
-        trainer = train(plugin, max_steps=1)
-        (log,) = [log for log in trainer.state.log_history if "data-regularization/position" in log]
-        found[radius] = log["data-regularization/position"]
-        assert -1 <= log["data-regularization/cosine"] <= 1
-    assert found[0.0] == pytest.approx(0, abs=1e-4)  # a root of rounding
-    assert 0.05 < found[0.5] < 0.95
-    assert found[1e4] == pytest.approx(1, abs=1e-4)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import trl
+from torch.distributed.tensor import DTensor
 from trl_ext_data_regularization.plugin import DataRegularization  # noqa: F401
 
 import trl_ext
@@ -43,10 +44,18 @@ def arguments(cls: type, **options: Any):
 
 
 def train(
-    plugin: Any = None, net: Any = None, streams: Any = None, data: Any = None, peft_config: Any = None, **options: Any
+    plugin: Any = None,
+    net: Any = None,
+    streams: Any = None,
+    data: Any = None,
+    peft_config: Any = None,
+    resume: str | None = None,
+    **options: Any,
 ):
     """Train and give the trainer; plain TRL without a plugin."""
-    net = copy.deepcopy(model() if net is None else net)
+    net = model() if net is None else net
+    sharded = any(isinstance(p, DTensor) for p in net.parameters())
+    net = net if sharded else copy.deepcopy(net)
     common = {"train_dataset": data or GENERAL, "processing_class": TOKENIZER, "peft_config": peft_config}
     torch.manual_seed(0)
     if plugin is None:
@@ -56,12 +65,13 @@ def train(
             streams = {"target": TARGET} if plugin.general == "train" else {"general": GENERAL}
         args = arguments(trl_ext.SFTConfig, **options)
         trainer = trl_ext.SFTTrainer(net, args=args, plugins=[plugin], streams=streams, **common)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
 def parameters(trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    named = ((name, p.detach()) for name, p in trainer.model.named_parameters() if p.requires_grad)
+    return {name: p.full_tensor() if isinstance(p, DTensor) else p.clone() for name, p in named}
 
 
 def differences(a, b) -> float:

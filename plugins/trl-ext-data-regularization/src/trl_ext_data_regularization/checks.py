@@ -43,6 +43,14 @@ def validate(plugin: DataRegularization, rule: Rule, engine: str) -> None:
             "scope=global weighs the trainer's own samples; with general=stream use scope=layer, or make the general "
             "data the trainer's own"
         )
+    if plugin.position_steps < 0:
+        raise ValueError(f"position_steps={plugin.position_steps}: at least 0")
+    if plugin.general == "stream" and plugin.position_steps:
+        raise ValueError(
+            "position_steps takes the gradient of the trainer's own general data; with general=stream leave it"
+        )
+    if plugin.report_steps and not plugin.table:
+        raise ValueError(f"report_steps={plugin.report_steps} writes the table; set table=true, too")
     if plugin.general == "stream" and (plugin.passes == "two" or plugin.unit == "micro"):
         raise ValueError("general=stream chooses per layer in the stream's one pass; leave passes and unit as they are")
     if plugin.precondition and (rule.needs_gram or rule.name in ("full", "target")):
@@ -56,8 +64,11 @@ def refuse(plugin: DataRegularization, rule: Rule, engine: str, run: RunDescript
         ValueError: naming the setting to change.
     """
     args = run.args
-    if run.sharding not in ("none", "ddp"):
-        raise ValueError(f"under {run.sharding} no rank sees whole layers, and t would have to be gathered; use DDP")
+    if run.sharding not in ("none", "ddp") and not (run.sharding == "fsdp2" and engine == "derivative"):
+        raise ValueError(
+            f"under {run.sharding} no rank sees whole layers, which scope={plugin.scope},engine={engine} needs; use "
+            "scope=global,engine=derivative (FSDP2), or DDP"
+        )
     if run.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError("samples are weighed over all ranks; set average_tokens_across_devices=True")
     across = run.world_size > 1 and plugin.unit == "step" and plugin.general == "train"

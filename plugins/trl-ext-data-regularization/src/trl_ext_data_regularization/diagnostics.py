@@ -1,19 +1,20 @@
-"""What the choice did: shares kept, angles, position between the two extremes; a plot and a table of samples."""
+"""What the choice did: shares kept, angles, position between the two extremes, and what became of each sample."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trl_ext_data_regularization.solvers import Problem, Solution, squared_distance
+from trl_ext.gradients import GradientView
+from trl_ext_data_regularization.solvers import Problem, Solution
+
+_SHOWN = 40  # tokens of a sample that are kept, to show how it begins
 
 
 @dataclass
@@ -33,55 +34,67 @@ class Recorder:
     """Collects on the device, without waiting for it; numbers are read when they are logged.
 
     Args:
-        types: type of each layer, or one name for all of them in global scope.
-        tokenizer: decodes the beginnings of samples in the table.
+        names: of the layers, or "all" in global scope.
+        types: type of each layer.
         limit: samples to keep track of; later ones are not counted.
     """
 
+    names: Sequence[str]
     types: Sequence[str]
-    tokenizer: Any = None
     limit: int = 100_000
-    history: list[tuple[int, Tensor]] = field(default_factory=list)
-    """Per step, (L,) the share of its samples that each layer kept."""
     seen: dict[str, Seen] = field(default_factory=dict)
+    _history: list[tuple[int, Tensor]] = field(default_factory=list)
     _sums: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def record(self, step: int, weights: Tensor) -> None:
         """Note a step's weights (L, n)."""
         if weights.numel():
-            self.history.append((step, (weights != 0).float().mean(1)))
-            self._sums["kept"].append(self.history[-1][1].mean())
+            share = (weights != 0).float().mean(1)
+            self._history.append((step, share))
+            self._sums["kept"].append(share.mean())
+
+    @property
+    def history(self) -> list[tuple[int, Tensor]]:
+        """Step, and (L,) the share of this rank's samples that each layer kept."""
+        # To the host only now: a long run would fill the device with small tensors.
+        self._history = [(step, share.cpu()) for step, share in self._history]
+        return self._history
 
     def add(self, name: str, value: Tensor) -> None:
         """Note a number to be averaged until the next log."""
         self._sums[name].append(value.detach().float().mean())
 
-    def geometry(self, problem: Problem, solution: Solution, squared_target_norm: Tensor) -> None:
-        """Cosine of t and the mean general gradient, and where u lies between the two: 0 is full training (all bias,
-        least variance), 1 is target only. Over all layers, from the Gram matrices.
+    def geometry(self, types: Sequence[str], terms: Tensor) -> None:
+        """Note `cosine` and `position`, over all layers and by type.
+
+        The cosine is that of t and the mean general gradient g. The position of u is |u - g| / (|u - g| + |u - t|):
+        0 is full training (all bias, least variance), 1 is target only.
 
         Args:
-            problem: (L, n), with K.
-            solution: its solution.
-            squared_target_norm: (L,) |t|^2.
+            types: type of each of the L rows.
+            terms: (L, 5), the columns of `gram_terms`.
         """
-        assert problem.K is not None
-        t2 = squared_target_norm.to(problem.s).sum()
-        mean2 = problem.K.sum((-1, -2)).sum().clamp(min=0)
-        self.add("cosine", problem.s.sum() / (mean2 * t2).sqrt().clamp(min=torch.finfo(torch.float32).tiny))
-        # u - g = sum (w_i - 1) g_i + a t
-        shifted = Solution(solution.weights - 1, solution.target)
-        to_mean = _squared_norm(problem, shifted, squared_target_norm.to(problem.s)).sum().clamp(min=0).sqrt()
-        to_target = squared_distance(problem, solution, squared_target_norm.to(problem.s)).sum().clamp(min=0).sqrt()
-        self.add("position", to_mean / (to_mean + to_target).clamp(min=torch.finfo(torch.float32).tiny))
+        groups = sorted(set(types))
+        index = torch.tensor([groups.index(kind) for kind in types], device=terms.device)
+        by_type = terms.new_zeros(len(groups), 5).index_add_(0, index, terms)
+        gg, tg, tt, to_mean, to_target = torch.cat([terms.sum(0, keepdim=True), by_type]).unbind(1)
+        tiny = torch.finfo(torch.float32).tiny
+        cosine = tg / (gg.clamp(min=0) * tt).sqrt().clamp(min=tiny)
+        near, far = to_mean.clamp(min=0).sqrt(), to_target.clamp(min=0).sqrt()
+        position = near / (near + far).clamp(min=tiny)
+        shown = ["", *(f"/{kind}" for kind in groups)] if len(groups) > 1 else [""]
+        for i, suffix in enumerate(shown):
+            self.add(f"cosine{suffix}", cosine[i])
+            self.add(f"position{suffix}", position[i])
 
     def metrics(self) -> dict[str, float]:
         """Means since the last call, and the shares kept by type of layer at the last step."""
-        out = {name: float(torch.stack([v.cpu() for v in values]).mean()) for name, values in self._sums.items()}
+        out = {name: float(torch.stack(values).mean()) for name, values in self._sums.items()}
         self._sums.clear()
-        if self.history and len(self.types) > 1:
+        history = self.history
+        if history and len(self.types) > 1:
             by_type = defaultdict(list)
-            for kind, share in zip(self.types, self.history[-1][1].tolist(), strict=True):
+            for kind, share in zip(self.types, history[-1][1].tolist(), strict=True):
                 by_type[kind].append(share)
             out.update({f"kept/{kind}": sum(shares) / len(shares) for kind, shares in by_type.items()})
         return out
@@ -99,76 +112,71 @@ class Recorder:
             if name not in self.seen:
                 if len(self.seen) >= self.limit:
                     continue
-                self.seen[name] = Seen(tokens[:40])
+                self.seen[name] = Seen(tokens[:_SHOWN])
             self.seen[name].times += 1
             self.seen[name].kept += share
             self.seen[name].weight += weight
 
-    def table(self, rows: int = 10) -> list[dict[str, Any]]:
-        """The samples most often kept and most often dropped, `rows` each.
+    # -- checkpoints -------------------------------------------------------------------------------------------------
 
-        Columns: id, times seen, share of layers and appearances that kept it, mean weight, beginning of its text.
+    def state_dict(self) -> dict[str, Any]:
+        """Shares kept and samples counted so far, on this rank."""
+        history, seen = self.history, self.seen.values()
+        tokens = torch.full((len(seen), _SHOWN), -1, dtype=torch.int32)
+        for row, one in zip(tokens, seen, strict=True):
+            row[: len(one.tokens)] = torch.tensor(one.tokens, dtype=torch.int32)
+        return {
+            "layers": list(self.names),
+            "steps": torch.tensor([step for step, _ in history], dtype=torch.int64),
+            "shares": torch.stack([share for _, share in history]) if history else torch.zeros(0, len(self.names)),
+            "samples": list(self.seen),
+            "tokens": tokens,
+            "counts": torch.tensor([[x.times, x.kept, x.weight] for x in seen], dtype=torch.float64).view(-1, 3),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting.
+
+        Raises:
+            ValueError: the layers are others than those of the checkpoint.
         """
-        ranked = sorted(self.seen.items(), key=lambda item: -item[1].kept / item[1].times)
-        chosen = ranked if len(ranked) <= 2 * rows else ranked[:rows] + ranked[-rows:]
-        return [
-            {
-                "id": name,
-                "seen": one.times,
-                "kept": one.kept / one.times,
-                "weight": one.weight / one.times,
-                "text": self._text(one.tokens),
-            }
-            for name, one in chosen
-        ]
-
-    def _text(self, tokens: list[int]) -> str:
-        return str(tokens) if self.tokenizer is None else self.tokenizer.decode(tokens)
-
-    def write(self, folder: str | Path) -> None:
-        """Write `data_regularization.csv` (the table, all samples) and, where matplotlib is there, the plot."""
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        with (path / "data_regularization.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["id", "seen", "kept", "weight", "text"])
-            writer.writeheader()
-            writer.writerows(self.table(rows=max(len(self.seen), 1)))
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            return
-        self.plot(path / "data_regularization.png")
-
-    def plot(self, path: str | Path) -> None:
-        """Draw the share kept by each layer over training: one row of colour per layer. Needs matplotlib."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        steps = [step for step, _ in self.history]
-        shares = torch.stack([share.cpu() for _, share in self.history], 1)
-        figure = Figure(figsize=(8, 1 + 0.16 * max(len(self.types), 6)), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        image = axes.imshow(
-            shares.numpy(),
-            aspect="auto",
-            vmin=0,
-            vmax=1,
-            interpolation="nearest",
-            extent=(min(steps) - 0.5, max(steps) + 0.5, len(self.types) - 0.5, -0.5),
-        )
-        axes.set_yticks(range(len(self.types)), self.types, fontsize=6)
-        axes.set_xlabel("optimiser step")
-        figure.colorbar(image, label="share of general samples kept")
-        figure.savefig(path, dpi=150)
+        if state["layers"] != list(self.names):
+            raise ValueError(
+                f"the checkpoint's diagnostics are of {len(state['layers'])} layers, this run has {len(self.names)} or "
+                "other ones; keep scope, engine and trainable parameters, or set reset_plugin_state=True"
+            )
+        self._history = list(zip(state["steps"].tolist(), state["shares"].unbind(0), strict=True))
+        self.seen = {
+            name: Seen([t for t in tokens if t >= 0], int(times), kept, weight)
+            for name, tokens, (times, kept, weight) in zip(
+                state["samples"], state["tokens"].tolist(), state["counts"].tolist(), strict=True
+            )
+        }
 
 
-def _squared_norm(problem: Problem, solution: Solution, squared_target_norm: Tensor) -> Tensor:
-    """(L,) |sum_i w_i g_i + a t|^2."""
+def gram_terms(problem: Problem, solution: Solution, squared_target_norm: Tensor) -> Tensor:
+    """(L, 5) |g|^2, <t, g>, |t|^2, |u - g|^2 and |u - t|^2 of each layer, by its Gram matrix.
+
+    Args:
+        problem: (L, n), with K.
+        solution: its solution.
+        squared_target_norm: (L,) |t|^2.
+    """
     assert problem.K is not None
-    w, a = solution.weights, solution.target
-    quadratic = torch.einsum("...i,...ij,...j->...", w, problem.K, w)
-    return quadratic + 2 * a * (w * problem.s).sum(-1) + a * a * squared_target_norm
+    s, K, w, a, tt = problem.s, problem.K, solution.weights, solution.target, squared_target_norm.to(problem.s)
+
+    def squared_norm(v: Tensor, b: Tensor) -> Tensor:
+        """|sum_i v_i g_i + b t|^2"""
+        return torch.einsum("...i,...ij,...j->...", v, K, v) + 2 * b * (v * s).sum(-1) + b * b * tt
+
+    return torch.stack([K.sum((-1, -2)), s.sum(-1), tt, squared_norm(w - 1, a), squared_norm(w, a - 1)], -1)
+
+
+def view_terms(update: GradientView, target: GradientView, general: GradientView) -> Tensor:
+    """(P, 5) the same of each parameter, from the gradients themselves: exact, whatever the engine."""
+    gg, tt, uu = general.dots(general), target.dots(target), update.dots(update)
+    tg = target.dots(general)
+    return torch.stack([gg, tg, tt, uu - 2 * update.dots(general) + gg, uu - 2 * update.dots(target) + tt], -1)
 
 
 def sample_id(tokens: Sequence[int]) -> str:

@@ -48,8 +48,7 @@ class Layer:
     @property
     def type(self) -> str:
         """What layers alike in different blocks have in common: "q_proj", "q_proj.lora_A", "embed_tokens"."""
-        parts = [part for part in self.name.split(".") if part != "default"]
-        return ".".join(parts[-2:]) if parts[-1].startswith("lora_") else parts[-1]
+        return type_of(self.name)
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,12 @@ class Batch:
     def window(self) -> slice:
         """Its samples among those of the window."""
         return slice(self.offset, self.offset + self.samples)
+
+
+def type_of(module: str) -> str:
+    """What modules alike in different blocks have in common, from a module's name: "q_proj", "q_proj.lora_A"."""
+    parts = [part for part in module.split(".") if part != "default"]
+    return ".".join(parts[-2:]) if parts[-1].startswith("lora_") or parts[-1] == "bias" else parts[-1]
 
 
 def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[list[Layer], list[Use]]:

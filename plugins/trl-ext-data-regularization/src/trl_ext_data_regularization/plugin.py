@@ -13,10 +13,12 @@ from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
 from trl_ext.records import RunDescription, SampleWeights, SetupContext, StreamGradient, StreamRequest, Window
 from trl_ext_data_regularization.checks import refuse, validate
-from trl_ext_data_regularization.diagnostics import Recorder, token_lists
-from trl_ext_data_regularization.engines import Direct, Engine, Ghost, Projections, Sketch
+from trl_ext_data_regularization.diagnostics import Recorder
+from trl_ext_data_regularization.engines import Direct, Engine, Ghost, Projections, Scores, Sketch
 from trl_ext_data_regularization.layers import Batch, Layer, Use, find_layers
+from trl_ext_data_regularization.observer import Observer
 from trl_ext_data_regularization.preconditioner import preconditioned
+from trl_ext_data_regularization.ranks import FailedElsewhere, together
 from trl_ext_data_regularization.selection import Samples, samples_of, samples_of_inputs
 from trl_ext_data_regularization.solvers import Rule
 from trl_ext_data_regularization.step import Step
@@ -50,8 +52,12 @@ class DataRegularization:
         radius: ball: its radius relative to the mean general gradient.
         precondition: inner products of what Adam would make of the gradients (topk and filter).
         seed: of the projections.
-        table: count how often each sample is kept.
-        report_steps: write table and plot to the output directory every so many steps; 0 never does.
+        position_steps: every so many steps, take the mean general gradient itself (one more forward and backward of
+            the window) for the metrics `cosine` and `position`. 0: they come free with direct and sketch, and not at
+            all with ghost and derivative.
+        table: count how often each sample is kept, and write it, with the share kept by layer, to the output folder at
+            the end (`trl_ext_data_regularization.report`).
+        report_steps: write every so many steps, too.
     """
 
     scope: Literal["layer", "global"] = "layer"
@@ -68,6 +74,7 @@ class DataRegularization:
     radius: float = 1.0
     precondition: bool = False
     seed: int = 0
+    position_steps: int = 0
     table: bool = False
     report_steps: int = 0
 
@@ -109,20 +116,41 @@ class DataRegularization:
         uses: list[Use] = []
         if self._engine != "derivative":
             self._layers, uses = find_layers(context.model, context.names)
+        elif any(p.dtype not in (torch.float32, torch.float64) for p in context.weights.parameters):
+            raise ValueError("engine=derivative needs weights in fp32; load the model in fp32, or use engine=ghost")
         self._one_pass = self._decide_passes(context)
         self._projections = Projections(self.sketch_size, self.seed)
         # Registered before the taps' own hooks, which ask whether the pass that begins is to be tapped.
         self._handles = [context.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)]
         self._taps = Taps(context.model, uses)
-        types = [layer.type for layer in self._layers] if self.scope == "layer" else ["all"]
-        self.recorder = Recorder(types, context.tokenizer)
+        self._observer = Observer(self, context, self._layers if self.scope == "layer" else ())
+        self.state_per_rank = self.table and context.world_size > 1
         self._step: Step | None = None
         self._steps_done = 0
-        self._note_samples: Any = None
         self._waiting: list[Batch] = []
         self._own_gradients: dict[int, Tensor] = {}
         if self.general == "stream":
             self._keep_own_gradients()
+        if context.rank == 0:
+            print(f"data-regularization: {self._summary()}")
+
+    @property
+    def recorder(self) -> Recorder:
+        """The diagnostics of the training under way, or of the last one."""
+        return self._observer.recorder
+
+    def _summary(self) -> str:
+        """What was decided for this run, and which metrics that gives."""
+        passes = "one pass" if self._one_pass else "two passes"
+        where = f"{len(self._layers)} layers" if self.scope == "layer" else "all layers together"
+        has_gram = self._engine in ("direct", "sketch") and self.unit == "step" and not self.precondition
+        if self.position_steps:
+            angles = f"cosine and position exactly, every {self.position_steps} steps"
+        elif has_gram:
+            angles = f"cosine and position from engine={self._engine} where it sees the whole window's samples"
+        else:
+            angles = "no cosine and position (position_steps=N gives them)"
+        return f"engine {self._engine} over {where}, {passes}; metrics kept, update_cosine; {angles}"
 
     def _remove(self) -> None:
         """Undo an earlier `setup`: a second `train()` calls it again."""
@@ -151,24 +179,33 @@ class DataRegularization:
 
     @hookimpl
     def sample_weights(self, window: Window) -> SampleWeights | None:
+        try:
+            return self._weigh(window)
+        except FailedElsewhere:
+            return None
+
+    def _weigh(self, window: Window) -> SampleWeights | None:
         assert self._taps is not None
-        samples = samples_of(window)
-        self._taps.visitor, self._step = None, None
+        taps, device = self._taps, self._context.device
+        taps.visitor, self._step = None, None
+        self._steps_done = window.step
         if self.general == "stream":
             self._own_gradients.clear()
-            self._waiting = list(samples.batches)
+            self._waiting = list(samples_of(window).batches)
             return None
-        self._step = step = self._begin_step(samples, list(window.streams["target"].gradients.tensors))
-        if self._one_pass:
-            self._taps.visitor = step.visitor()
-        else:
-            step.choose(step.score(window, self._taps, self._context.weights.parameters))
-        self._note_samples = window.micro_batches if self.table else None
-        self._waiting = list(samples.batches)
+
+        def local() -> tuple[Step, Scores | None]:
+            step = self._begin_step(samples_of(window), list(window.streams["target"].gradients.tensors))
+            return step, None if self._one_pass else step.score(window, taps, self._context)
+
+        step, scores = together(local, device)
+        self._observer.window(window)
+        if scores is not None:
+            step.choose(scores)
+        self._step, self._waiting = step, list(step.samples.batches)
         if self.scope == "global":
             return SampleWeights(step.weights[0], "tokens")
-        if not self._one_pass:
-            self._taps.visitor = WeightedPass(step.weights)
+        taps.visitor = step.visitor() if self._one_pass else WeightedPass(step.weights)
         return None
 
     def _begin_step(self, samples: Samples, target: list[Tensor | None]) -> Step:
@@ -184,17 +221,18 @@ class DataRegularization:
             samples=samples,
             target=target,
             engine=self._make_engine(target, len(samples)),
-            recorder=self.recorder,
+            recorder=self._observer.recorder,
         )
 
     def _make_engine(self, target: list[Tensor | None], samples: int) -> Engine | None:
+        device = self._context.device
         match self._engine:
             case "ghost":
-                return Ghost(self._layers, target, samples)
+                return Ghost(self._layers, target, samples, device)
             case "direct":
-                return Direct(self._layers, target, samples)
+                return Direct(self._layers, target, samples, device)
             case "sketch":
-                return Sketch(self._layers, target, samples, self._projections)
+                return Sketch(self._layers, target, samples, device, self._projections)
         return None
 
     def _begin_forward(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -221,6 +259,8 @@ class DataRegularization:
         if self._step is None:
             return
         step, self._step = self._step, None
+        if step.failure is not None:
+            raise step.failure
         if self.general == "train":
             target = streams["target"].gradients
         else:
@@ -230,7 +270,7 @@ class DataRegularization:
             self._add_target(gradients, target, step.target_share())
         if self.with_target:
             gradients.axpy_(1.0, target)
-        self._diagnose(step, gradients, target)
+        self._observer.step(self._steps_done + 1, step, gradients, target)
 
     def _add_target(self, gradients: GradientView, target: GradientView, share: Tensor) -> None:
         """Add the target's gradient, by layer."""
@@ -267,20 +307,18 @@ class DataRegularization:
         target = [self._own_gradients.get(i) for i in range(len(self._context.names))]
         self._step = self._begin_step(Samples((batch,), tokens), target)
         self._taps.visitor, self._taps.batch = self._step.visitor(), batch
-        self._note_samples = [kwargs] if self.table else None
+        self._observer.general([kwargs])
 
     # -- diagnostics -------------------------------------------------------------------------------------------------
-
-    def _diagnose(self, step: Step, update: GradientView, target: GradientView) -> None:
-        self.recorder.record(self._steps_done, step.weights)
-        self.recorder.add("update_cosine", update.cosine(target))
-        if self._note_samples is not None:
-            ids = token_lists(self._note_samples, [batch.index for batch in step.samples.batches])
-            self.recorder.note_samples(ids, step.weights)
-        self._steps_done += 1
-        if self.report_steps and self._steps_done % self.report_steps == 0 and self._context.rank == 0:
-            self.recorder.write(self._context.output_dir)
 
     @hookimpl
     def metrics(self, mode: str) -> dict[str, float]:
         return self.recorder.metrics() if mode == "train" else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been counted so far; the training does not depend on it."""
+        return self._observer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._observer.load_state_dict(state)

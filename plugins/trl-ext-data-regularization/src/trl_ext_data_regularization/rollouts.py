@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from trl_ext import hookimpl
@@ -22,7 +21,7 @@ from trl_ext_data_regularization.policy import (
     token_policy_gradient,
     train_loss,
 )
-from trl_ext_data_regularization.selection import gather_rows, total_over_ranks
+from trl_ext_data_regularization.ranks import FailedElsewhere, gather_rows, together, total_over_ranks, world_size
 from trl_ext_data_regularization.solvers import Problem, Rule
 from trl_ext_data_regularization.taps import Taps
 from trl_ext_data_regularization.visitors import ScorePass
@@ -117,23 +116,34 @@ class RolloutFilter:
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
         if not rollouts.training:
             return advantages
-        loss_type = self._args.loss_type
-        general = _batch(rollouts, train_loss(advantages, rollouts.mask, loss_type))
-        batches = [general]
-        if self.target == "prompts":
-            batches.append(self._fresh())
-        elif self.target_loss != "train-loss":
-            own = rewards.total[rewards.local]
-            batches.append(_batch(rollouts, self._target_coefficients(own, advantages, rollouts.mask)))
-        scores = self._scores(batches)
-        count = sizes(rollouts.mask, loss_type)
+        try:
+            s, t, count = together(lambda: self._sketches(rollouts, rewards, advantages), self._context.device)
+        except FailedElsewhere:
+            return advantages
+        target = total_over_ranks(torch.cat(t)).split([len(part) for part in t])
+        scores = torch.stack([z @ part for z, part in zip(s, target, strict=True)]).sum(0)
         every, mine = torch.stack([scores, count], 1), slice(0, len(scores))
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if world_size() > 1:
             every, mine = gather_rows(every)
         problem = Problem(every[:, 0], every[:, 1])
         weights = self._rule.solve(problem, every.new_zeros(()), 0.0).weights[mine].to(advantages.dtype)
         self._kept.append((weights != 0).float().mean())
         return advantages * (weights if advantages.dim() == 1 else weights.unsqueeze(1))
+
+    def _sketches(
+        self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Per layer (N, D) the completions' gradients and (D,) this rank's part of t; (N,) what each counts."""
+        loss_type = self._args.loss_type
+        batches = [_batch(rollouts, train_loss(advantages, rollouts.mask, loss_type))]
+        if self.target == "prompts":
+            batches.append(self._fresh())
+        elif self.target_loss != "train-loss":
+            own = rewards.total[rewards.local]
+            batches.append(_batch(rollouts, self._target_coefficients(own, advantages, rollouts.mask)))
+        vectors = self._vectors(batches)
+        n, last = len(batches[0]), len(batches[-1])
+        return [v[:n] for v in vectors], [v[-last:].sum(0) for v in vectors], sizes(rollouts.mask, loss_type)
 
     def _target_coefficients(self, rewards: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
         if self.target_loss == "reward":
@@ -166,14 +176,14 @@ class RolloutFilter:
         coefficients = self._target_coefficients(found, advantages, mask)
         return PolicyBatch(prompt_ids, prompt_mask, ids, mask, coefficients, mask)
 
-    def _scores(self, batches: list[PolicyBatch]) -> Tensor:
-        """(N,) <g_i, t> of the first batch's rows, t the sum over the last batch's on all ranks. Collective."""
-        total = sum(map(len, batches))
+    def _vectors(self, batches: list[PolicyBatch]) -> list[Tensor]:
+        """Per layer, (rows of all batches, D) each row's gradient or its sketch."""
+        total, device = sum(map(len, batches)), self._context.device
         none: list[Tensor | None] = [None] * len(self._context.names)
         engine = (
-            Direct(self._layers, none, total)
+            Direct(self._layers, none, total, device)
             if self.engine == "direct"
-            else Sketch(self._layers, none, total, self._projections)
+            else Sketch(self._layers, none, total, device, self._projections)
         )
         offset = 0
         for batch in batches:
@@ -181,11 +191,7 @@ class RolloutFilter:
                 rows = slice(start, min(start + self._args.per_device_train_batch_size, len(batch)))
                 self._pass(engine, batch, rows, offset + start)
             offset += len(batch)
-        n, last = len(batches[0]), len(batches[-1])
-        vectors = [engine.vectors(layer) for layer in range(len(self._layers))]
-        target = total_over_ranks(torch.cat([v[total - last :].sum(0) for v in vectors]))
-        parts = target.split([v.shape[1] for v in vectors])
-        return torch.stack([v[:n] @ t for v, t in zip(vectors, parts, strict=True)]).sum(0)
+        return [engine.vectors(layer) for layer in range(len(self._layers))]
 
     def _pass(self, engine: Direct | Sketch, batch: PolicyBatch, rows: slice, offset: int) -> None:
         """Forward and backward of some rows, unwrapped: no counter, metric, gradient or random state moves."""

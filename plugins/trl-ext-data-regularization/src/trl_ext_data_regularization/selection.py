@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from trl_ext.records import Window
 from trl_ext_data_regularization.engines import Engine, Scores, Sketch
 from trl_ext_data_regularization.layers import Batch
+from trl_ext_data_regularization.ranks import gather_rows, world_size
 from trl_ext_data_regularization.solvers import Problem, Solution
 
 
@@ -87,7 +87,7 @@ def choose_over_window(
         The solution and the problem over all ranks' samples, and which of them are this rank's.
     """
     tokens, mine = samples.tokens, slice(0, len(samples))
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         if isinstance(engine, Sketch):
             scores, tokens, mine = _gather_sketches(engine, tokens)
             if together:
@@ -106,26 +106,3 @@ def _gather_sketches(engine: Sketch, tokens: Tensor) -> tuple[Scores, Tensor, sl
     parts = rows[:, :-1].split([len(t) for _, t in pairs], dim=1)
     s = torch.stack([z @ t for z, (_, t) in zip(parts, pairs, strict=True)])
     return Scores(s, torch.stack([z @ z.t() for z in parts])), rows[:, -1].round().long(), mine
-
-
-def gather_rows(rows: Tensor) -> tuple[Tensor, slice]:
-    """All ranks' rows (n_r, D) below one another, and which of them are this rank's. Collective; n_r may differ."""
-    world = dist.get_world_size()
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(count) for _ in range(world)]
-    dist.all_gather(counts, count)
-    sizes = [int(c) for c in counts]
-    padded = rows.new_zeros(max(sizes), rows.shape[1])
-    padded[: len(rows)] = rows
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    start = sum(sizes[: dist.get_rank()])
-    return torch.cat([p[:n] for p, n in zip(parts, sizes, strict=True)]), slice(start, start + len(rows))
-
-
-def total_over_ranks(count: Tensor) -> Tensor:
-    """() the sum over all ranks. Collective."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        count = count.clone()
-        dist.all_reduce(count)
-    return count

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trl_ext.records import Window
-from trl_ext_data_regularization.diagnostics import Recorder
-from trl_ext_data_regularization.engines import Engine, Scores, derivative_scores
+from trl_ext.records import SetupContext, Window
+from trl_ext_data_regularization.diagnostics import Recorder, gram_terms
+from trl_ext_data_regularization.engines import Engine, Scores, derivative_scores, forget_gathered
 from trl_ext_data_regularization.layers import Batch, Layer
-from trl_ext_data_regularization.selection import Samples, choose_over_window, normalised, total_over_ranks
+from trl_ext_data_regularization.ranks import total_over_ranks, world_size
+from trl_ext_data_regularization.selection import Samples, choose_over_window, normalised
 from trl_ext_data_regularization.solvers import Problem, Rule, Solution
 from trl_ext_data_regularization.taps import Taps
 from trl_ext_data_regularization.visitors import OnePass, ScorePass
@@ -36,8 +37,12 @@ class Step:
     recorder: Recorder
     weights: Tensor = field(init=False)
     """(L, n) float."""
+    failure: Exception | None = field(init=False, default=None)
+    """What went wrong in the middle of a training backward pass."""
     _target_tokens: Tensor = field(init=False)
     """(L,) coefficients of the target, each times the label tokens of the unit it was chosen over."""
+    _solved: list[tuple[slice, Problem, Solution]] = field(init=False, default_factory=list)
+    """What has been solved over the whole window with Gram matrices, and for which layers."""
 
     def __post_init__(self) -> None:
         rows, device = len(self.layers) if self.layerwise else 1, self.samples.tokens.device
@@ -62,10 +67,12 @@ class Step:
 
     # -- two passes --------------------------------------------------------------------------------------------------
 
-    def score(self, window: Window, taps: Taps, parameters: Sequence[nn.Parameter]) -> Scores:
+    def score(self, window: Window, taps: Taps, context: SetupContext) -> Scores:
         """(L, n) scores of summed losses: a pass over the window that leaves no gradient."""
         if self.engine is None:
-            s = derivative_scores(lambda: self._losses(window), parameters, self.target)
+            moved = partial(forget_gathered, context.model)
+            parameters = context.weights.parameters
+            s = derivative_scores(lambda: self._losses(window), parameters, self.target, moved=moved)
             return Scores(s.unsqueeze(0), None)
         for i, batch in enumerate(self.samples.batches):
             with taps.active(ScorePass(self.engine), batch):
@@ -74,7 +81,7 @@ class Step:
         return scores if self.layerwise else scores.over_layers()
 
     def choose(self, scores: Scores) -> None:
-        """Set the weights of the whole window. Collective on several ranks."""
+        """Set the weights of the whole window. Collective on several ranks, unless micro-batches choose."""
         self.recorder.add("agreeing", (scores.s > 0).float())
         if self.per_micro_batch:
             for batch in self.samples.batches:
@@ -85,8 +92,7 @@ class Step:
         )
         self.weights = solution.weights[:, mine].float()
         self._target_tokens = solution.target.double() * self.samples.tokens.sum()
-        if problem.K is not None:
-            self.recorder.geometry(problem, solution, self.squared_target_norms)
+        self._solved.append((slice(None), problem, solution))
 
     def _losses(self, window: Window) -> Tensor:
         """(n,) float64 summed losses of the samples."""
@@ -103,12 +109,16 @@ class Step:
         """Chooses in the middle of the training passes. Collective on several ranks."""
         engine, total = self.engine, self.total
         assert engine is not None
-        world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        world = world_size()
 
         def choose(layer: int, batch: Batch) -> Tensor:
             # The training loss divides by the window's tokens per rank, a unit's share by the unit's.
             tokens = self.samples.tokens[batch.window].sum()
-            self._choose_unit(slice(layer, layer + 1), batch, engine.scores([layer]), tokens * world / total)
+            try:
+                self._choose_unit(slice(layer, layer + 1), batch, engine.scores([layer]), tokens * world / total)
+            except Exception as error:
+                # The other ranks wait for this backward pass; the plugin raises after it.
+                self.failure = self.failure or error
             return self.weights[layer, batch.window]
 
         return OnePass(engine, choose)
@@ -119,6 +129,23 @@ class Step:
         """(L,) float: the coefficient of the target's gradient in the update. Collective on several ranks."""
         return total_over_ranks(self._target_tokens) / self.total
 
+    def geometry(self) -> Tensor | None:
+        """(L, 5) `gram_terms` of each layer; None where the engine has no <g_i, g_j>, or micro-batches chose alone."""
+        solved = [parts for parts in self._solved if parts[1].K is not None]
+        if not solved:
+            return None
+        order, problems, solutions = zip(*solved, strict=True)
+        norms = torch.cat([self.squared_target_norms[rows] for rows in order])
+        K = torch.cat([p.K for p in problems if p.K is not None])
+        problem = Problem(torch.cat([p.s for p in problems]), problems[0].tokens, K)
+        solution = Solution(torch.cat([x.weights for x in solutions]), torch.cat([x.target for x in solutions]))
+        terms = gram_terms(problem, solution, norms)
+        # In one pass layers come in the order of the backward pass.
+        found = torch.cat([torch.arange(len(self.weights))[rows] for rows in order])
+        out = terms.new_zeros(len(self.weights), 5)
+        out[found.to(out.device)] = terms
+        return out
+
     def _choose_unit(self, rows: slice, batch: Batch, scores: Scores, scale: Tensor) -> None:
         """Choose over one micro-batch of this rank, in some layers."""
         tokens = self.samples.tokens[batch.window]
@@ -127,6 +154,8 @@ class Step:
         solution = self._solve(Problem(part.s, tokens, part.K), rows)
         self.weights[rows, batch.window] = solution.weights.float()
         self._target_tokens[rows] += solution.target.double() * tokens.sum()
+        if batch.samples == len(self.samples) and world_size() == 1:
+            self._solved.append((rows, Problem(part.s, tokens, part.K), solution))
 
     def _solve(self, problem: Problem, rows: slice) -> Solution:
         norms = self.squared_target_norms[rows] if self.rule.name == "ball" else problem.s.new_zeros(())

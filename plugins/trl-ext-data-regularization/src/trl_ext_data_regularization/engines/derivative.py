@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from trl_ext.gradients import GradientView, local_tensor
 
 
 def derivative_scores(
@@ -15,49 +18,63 @@ def derivative_scores(
     target: Sequence[Tensor | None],
     step: float = 1e-3,
     points: int = 2,
+    moved: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """s_i = d/de loss_i(theta + e t) at 0, by a central difference. In global scope only, and without K.
 
-    The parameters come back to the bit. While the losses are taken a copy of them is held.
+    The parameters come back to the bit. While the losses are taken a copy of them is held. Under FSDP2 each rank moves
+    and copies its own shards, so neither t nor the weights are ever whole; collective there.
 
     Args:
         losses: gives the (n,) float64 losses of the samples, without side effects.
         parameters: P trainable parameters, in fp32: in lower precision the difference drowns in rounding.
-        target: P gradients or None each.
+        target: P gradients (shards under FSDP2) or None each.
         step: length of the step along t / |t|, relative to the parameters' norm.
         points: 2, or 4 for an error of the fourth order at twice the forwards.
+        moved: called whenever the parameters have changed (`forget_gathered` under FSDP2).
 
     Returns:
         (n,) float64. Zeros where t is zero.
     """
     pairs = [(p, t) for p, t in zip(parameters, target, strict=True) if t is not None]
-    norm = _norm([t for _, t in pairs])
+    if not pairs:
+        return torch.zeros_like(losses())
+    where, along = [p for p, _ in pairs], [t.to(p.dtype) for p, t in pairs]
+    names = [""] * len(pairs)
+    norm, size = float(GradientView(names, where, along).norm()), float(GradientView(names, where, where).norm())
     if norm == 0:
         return torch.zeros_like(losses())
-    epsilon = step * max(_norm([p.detach() for p, _ in pairs]), 1.0) / norm
+    epsilon = step * max(size, 1.0) / norm
+    weights = [local_tensor(p.detach()) for p in where]
 
     def slope(e: float) -> Tensor:
-        with moved(pairs, e):
+        with shifted(weights, along, e, moved):
             above = losses()
-        with moved(pairs, -e):
+        with shifted(weights, along, -e, moved):
             below = losses()
         return (above - below) / (2 * e)
 
     return slope(epsilon) if points == 2 else (4 * slope(epsilon) - slope(2 * epsilon)) / 3
 
 
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack(torch._foreach_norm(list(tensors))).norm()) if tensors else 0.0
-
-
 @contextmanager
-def moved(pairs: Sequence[tuple[nn.Parameter, Tensor]], epsilon: float) -> Iterator[None]:
-    """A block inside which each parameter p is p + epsilon t."""
-    parameters, directions = [p.data for p, _ in pairs], [t.to(p.dtype) for p, t in pairs]
+def shifted(
+    weights: Sequence[Tensor], direction: Sequence[Tensor], epsilon: float, moved: Callable[[], None]
+) -> Iterator[None]:
+    """A block inside which each weight w is w + epsilon t."""
     # Adding and then subtracting would leave rounding behind in the weights that are trained.
-    saved = [p.clone() for p in parameters]
-    torch._foreach_add_(parameters, directions, alpha=epsilon)
+    saved = [w.clone() for w in weights]
+    torch._foreach_add_(list(weights), list(direction), alpha=epsilon)
+    moved()
     try:
         yield
     finally:
-        torch._foreach_copy_(parameters, saved)
+        torch._foreach_copy_(list(weights), saved)
+        moved()
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Drop whole parameters that FSDP2 keeps after a forward (the root's), which the shards have moved away from."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -16,8 +16,10 @@ class Direct(Engine):
 
     gram = True
 
-    def __init__(self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int) -> None:
-        super().__init__(layers, target, samples)
+    def __init__(
+        self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int, device: torch.device
+    ) -> None:
+        super().__init__(layers, target, samples, device)
         self._weight: dict[int, Tensor] = {}
         self._bias: dict[int, Tensor] = {}
 
@@ -28,23 +30,29 @@ class Direct(Engine):
             self._accumulate(self._bias, use.layer, sums(go, index, batch), batch)
 
     def scores(self, layers: Sequence[int]) -> Scores:
-        s, K = [], []
+        found = [self._inner_products(layer) for layer in layers]
         for layer in layers:
-            found = self.layers[layer]
-            parts = [(self._weight.pop(layer), self.target[found.weight])]
-            if layer in self._bias and found.bias is not None:
-                parts.append((self._bias.pop(layer), self.target[found.bias]))
-            flat = [(G.flatten(1), t) for G, t in parts]
-            s.append(
-                sum((G @ t.float().flatten() for G, t in flat if t is not None), flat[0][0].new_zeros(self.samples))
-            )
-            K.append(sum((G @ G.t() for G, _ in flat), flat[0][0].new_zeros(self.samples, self.samples)))
-        return Scores(torch.stack(s), torch.stack(K))
+            self._weight.pop(layer, None)
+            self._bias.pop(layer, None)
+        return Scores(torch.stack([s for s, _ in found]), torch.stack([K for _, K in found]))
+
+    def _inner_products(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(n,) and (n, n) of one layer; zeros where the forward leaves it out."""
+        s, K = (
+            torch.zeros(self.samples, device=self.device),
+            torch.zeros(self.samples, self.samples, device=self.device),
+        )
+        for store, i in ((self._weight, self.layers[layer].weight), (self._bias, self.layers[layer].bias)):
+            if layer in store and i is not None:
+                G, t = store[layer].flatten(1), self.target[i]
+                s = s if t is None else s + G @ t.float().flatten()
+                K = K + G @ G.t()
+        return s, K
 
     def vectors(self, layer: int) -> Tensor:
-        """(n, P) float: the samples' gradients in one layer."""
+        """(n, P) float: the samples' gradients in one layer; P = 0 where the forward leaves it out."""
         parts = [store[layer].flatten(1) for store in (self._weight, self._bias) if layer in store]
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1) if parts else torch.zeros(self.samples, 0, device=self.device)
 
     def _accumulate(self, store: dict[int, Tensor], layer: int, values: Tensor, batch: Batch) -> None:
         if layer not in store:

@@ -33,15 +33,19 @@ class Engine(ABC):
         layers: all layers of the model.
         target: the target's gradient per parameter, in the order of the gradient views; None counts as zero.
         samples: n.
+        device: where scores are.
     """
 
     gram = False
     """Whether the engine gives K."""
 
-    def __init__(self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int, device: torch.device
+    ) -> None:
         self.layers = layers
         self.target = target
         self.samples = samples
+        self.device = device
 
     @abstractmethod
     def add(self, use: Use, x: Tensor | None, go: Tensor, index: Tensor, batch: Batch) -> None:

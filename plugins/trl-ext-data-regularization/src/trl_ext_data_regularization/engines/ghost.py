@@ -17,8 +17,10 @@ class Ghost(Engine):
     arXiv:2605.07063, "reduced ghost". Products are in the activations' dtype, sums in fp32. Gives no K.
     """
 
-    def __init__(self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int) -> None:
-        super().__init__(layers, target, samples)
+    def __init__(
+        self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int, device: torch.device
+    ) -> None:
+        super().__init__(layers, target, samples, device)
         self._s: dict[int, Tensor] = {}
 
     def add(self, use: Use, x: Tensor | None, go: Tensor, index: Tensor, batch: Batch) -> None:
@@ -32,7 +34,8 @@ class Ghost(Engine):
             s.index_add_(0, index, go.float() @ bias.float())
 
     def scores(self, layers: Sequence[int]) -> Scores:
-        return Scores(torch.stack([self._s[layer] for layer in layers]), None)
+        nothing = torch.zeros(self.samples, device=self.device)  # where the forward leaves a layer out
+        return Scores(torch.stack([self._s.get(layer, nothing) for layer in layers]), None)
 
 
 def _along(use: Use, x: Tensor | None, go: Tensor, weight: Tensor) -> Tensor:

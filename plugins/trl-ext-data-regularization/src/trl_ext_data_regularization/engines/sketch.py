@@ -56,9 +56,14 @@ class Sketch(Engine):
     gram = True
 
     def __init__(
-        self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int, projections: Projections
+        self,
+        layers: Sequence[Layer],
+        target: Sequence[Tensor | None],
+        samples: int,
+        device: torch.device,
+        projections: Projections,
     ) -> None:
-        super().__init__(layers, target, samples)
+        super().__init__(layers, target, samples, device)
         self.projections = projections
         self._z: dict[int, Tensor] = {}
         self._bias: dict[int, Tensor] = {}
@@ -87,16 +92,16 @@ class Sketch(Engine):
 
     def sketches(self, layer: int) -> tuple[Tensor, Tensor]:
         """(n, d) the samples' sketches and (d,) the target's, in one layer."""
-        found = self.layers[layer]
-        target = [self._target(self.target[found.weight], self._z[layer])]
-        if layer in self._bias and found.bias is not None:
-            target.append(self._target(self.target[found.bias], self._bias[layer]))
+        found, target = self.layers[layer], [torch.zeros(0, device=self.device)]
+        for store, i in ((self._z, found.weight), (self._bias, found.bias)):
+            if layer in store and i is not None:
+                target.append(self._target(self.target[i], store[layer]))
         return self.vectors(layer), torch.cat(target)
 
     def vectors(self, layer: int) -> Tensor:
-        """(n, d) float: the samples' sketches in one layer."""
+        """(n, d) float: the samples' sketches in one layer; d = 0 where the forward leaves it out."""
         parts = [store[layer] for store in (self._z, self._bias) if layer in store]
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1) if parts else torch.zeros(self.samples, 0, device=self.device)
 
     def _target(self, gradient: Tensor | None, like: Tensor) -> Tensor:
         """(d,) float: the target's gradient (O, I) or (O,) in the coordinates of `like` (n, d)."""

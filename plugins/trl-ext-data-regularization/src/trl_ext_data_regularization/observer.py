@@ -1,0 +1,88 @@
+"""When diagnostics are taken and written, and where they are kept between runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from trl_ext.gradients import GradientView
+from trl_ext.records import SetupContext, Window
+from trl_ext_data_regularization import report
+from trl_ext_data_regularization.diagnostics import Recorder, token_lists, view_terms
+from trl_ext_data_regularization.layers import Layer, type_of
+from trl_ext_data_regularization.step import Step
+
+if TYPE_CHECKING:
+    from trl_ext_data_regularization.plugin import DataRegularization
+
+
+class Observer:
+    """Watches the steps of one training.
+
+    Args:
+        plugin: its options say what is wanted.
+        context: the run.
+        layers: what chooses for itself; empty in global scope.
+    """
+
+    def __init__(self, plugin: DataRegularization, context: SetupContext, layers: Sequence[Layer]) -> None:
+        self.plugin = plugin
+        self.context = context
+        self.recorder = Recorder(
+            [layer.name for layer in layers] or ["all"], [layer.type for layer in layers] or ["all"]
+        )
+        self._types = [type_of(name.rpartition(".")[0]) for name in context.names]
+        self._batches: Sequence[Mapping[str, Tensor]] | None = None
+        self._general: GradientView | None = None
+
+    def window(self, window: Window) -> None:
+        """Before a window's choice. Collective in steps whose position is asked for."""
+        self._general = None
+        if self.plugin.position_steps and window.step % self.plugin.position_steps == 0:
+            first, *more = [window.gradient(i, None) for i in range(len(window.micro_batches))]
+            for gradient in more:
+                first.axpy_(1.0, gradient)
+            self._general = first
+        self.general(window.micro_batches)
+
+    def general(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        """Take note of the general samples of a step."""
+        self._batches = batches if self.plugin.table else None
+
+    def step(self, number: int, step: Step, update: GradientView, target: GradientView) -> None:
+        """After a choice. Collective under FSDP2.
+
+        Args:
+            number: of the optimiser step, from 1.
+            step: the choice.
+            update: u.
+            target: t.
+        """
+        recorder = self.recorder
+        recorder.record(number, step.weights)
+        recorder.add("update_cosine", update.cosine(target))
+        if self._general is not None:
+            recorder.geometry(self._types, view_terms(update, target, self._general))
+            self._general = None
+        elif not self.plugin.position_steps and not self.plugin.precondition:
+            terms = step.geometry()
+            if terms is not None:
+                recorder.geometry(recorder.types, terms)
+        if self._batches is not None:
+            ids = token_lists(self._batches, [batch.index for batch in step.samples.batches])
+            recorder.note_samples(ids, step.weights)
+        due = self.plugin.report_steps and number % self.plugin.report_steps == 0
+        if self.plugin.table and (due or number == self.context.max_steps):
+            samples = report.samples_of(recorder, self.context.tokenizer)
+            report.write(self.context.output_dir, self.context.rank, report.kept_of(recorder), samples)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the table and the plot are made of; nothing without `table`."""
+        return self.recorder.state_dict() if self.plugin.table else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the table and the plot of the run that wrote the checkpoint."""
+        if self.plugin.table and state:
+            self.recorder.load_state_dict(state)
