@@ -1,22 +1,25 @@
-"""What data regularisation costs: one run, ratios against the two-batch step on the same data and weights.
+"""What data regularisation costs: one run, all arms on the same general and target batches and from the same weights.
 
-    python benchmarks/data_regularization.py [--device cuda --size large] [--rounds 6] [--steps 8]
+    python benchmarks/data_regularization.py [--device cuda --size large] [--rounds 5] [--steps 4]
 
-Arms: `plain`, TRL on the general batch of n = 8; `target`, TRL on the target batch of m = 1 alone; `two batches`, plain
-with the target's forward and backward and nothing made of it, which is what half-space and the rest are compared
-with; then global two-pass (ghost), global derivative, layer-wise exact in one pass and in two, layer-wise sketched, and
-half-space. Times are per optimiser step, arms in turn, round by round; ratios are of medians. Memory is the peak above
-the level before training: of the allocator on CUDA, and not measured on CPU.
+Arms: `plain`, TRL on the general batch of n = 8; `target`, TRL's forward and backward on the target batch of m = 1,
+without the optimiser; `two batches`, a plain step with the target's forward and backward beside it and nothing made of
+it; then global in two passes (ghost), global derivative, layer-wise exact in one pass and in two, layer-wise sketched,
+and half-space. To reach: half-space <= 1.02 of two batches; layer-wise sketched <= 1.15 of plain + target.
+
+Arms take turns, round by round, so that a slow moment of the machine meets all of them; a ratio is the median over
+rounds of the ratio in one round. Times are the processor's on CPU and the wall's on CUDA. Memory is the peak during
+training above the level before it, each arm in a process of its own, and what an arm takes beyond plain in copies of
+the gradient; t itself is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
-import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +27,9 @@ from typing import Any, ClassVar
 
 import torch
 import trl
-from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback, logging
+from datasets import Dataset, disable_progress_bars
+from measure import StepTimes, hardware, in_own_process, peak_memory
+from transformers import PrinterCallback, logging
 from transformers.utils.logging import disable_progress_bar
 from trl_ext_data_regularization.plugin import DataRegularization
 from trl_ext_data_regularization.surgery import GradientSurgery
@@ -36,9 +40,9 @@ from trl_ext.records import StreamGradient, StreamRequest
 from trl_ext.testing import tiny_llama, tiny_tokenizer
 
 GENERAL, TARGET = 8, 1
-SHAPES = {
-    "small": {"hidden": 128, "layers": 4, "length": 128},
-    "large": {"hidden": 2048, "layers": 16, "length": 512, "vocab_size": 32_000},  # about 1 B parameters
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {"vocab_size": 8192, "hidden": 256, "layers": 4, "length": 256},
+    "large": {"vocab_size": 32_000, "hidden": 2048, "layers": 16, "length": 512},  # about 1 B parameters
 }
 
 
@@ -57,10 +61,11 @@ class TwoBatches:
         """Takes both gradients, and leaves them alone."""
 
 
+PLAIN, ALONE, BOTH = "plain", "target", "two batches"
 ARMS: dict[str, Any] = {
-    "plain": None,
-    "target": None,
-    "two batches": TwoBatches,
+    PLAIN: None,
+    ALONE: None,
+    BOTH: TwoBatches,
     "global two-pass": lambda: DataRegularization(scope="global"),
     "global derivative": lambda: DataRegularization(scope="global", engine="derivative"),
     "layer-wise one pass": lambda: DataRegularization(),
@@ -70,93 +75,118 @@ ARMS: dict[str, Any] = {
 }
 
 
-class StepTimes(TrainerCallback):
-    """Wall seconds of each optimiser step."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.seconds: list[float] = []
-
-    def _now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began = self._now()
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(self._now() - self.began)
-
-
-def run(arm: str, options: argparse.Namespace, data: Dataset, start: Mapping[str, Any]) -> tuple[list[float], float]:
-    """Seconds of each step after the first two, and the peak of memory in MiB."""
-    shape = {k: v for k, v in SHAPES[options.size].items() if k != "length"}
+def make_trainer(arm: str, steps: int, options: argparse.Namespace) -> Any:
+    """A trainer of one arm; every arm has the same weights and data."""
+    shape = dict(SHAPES[options.size])
+    length, rows = shape.pop("length"), TARGET if arm == ALONE else GENERAL
+    ids = torch.randint(0, 250, (GENERAL * steps, length), generator=torch.Generator().manual_seed(0))
+    data = Dataset.from_dict({"input_ids": ids.tolist()})
+    common: dict[str, Any] = {
+        "max_steps": steps,
+        "per_device_train_batch_size": rows,
+        "bf16": options.device == "cuda",
+        "use_cpu": options.device == "cpu",
+        "activation_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": steps,
+        "max_length": length,
+        "output_dir": options.folder,
+    }
     with torch.device(options.device):
-        net = tiny_llama(**shape)
-    net.load_state_dict(start)
-    cls, config = (trl.SFTTrainer, trl.SFTConfig) if ARMS[arm] is None else (trl_ext.SFTTrainer, trl_ext.SFTConfig)
-    extra = {} if ARMS[arm] is None else {"plugins": [ARMS[arm]()], "streams": {"target": data}}
-    times = StepTimes(options.device)
-    with tempfile.TemporaryDirectory() as folder:
-        args = config(
-            folder,
-            max_steps=options.steps + 2,
-            per_device_train_batch_size=TARGET if arm == "target" else GENERAL,
-            bf16=options.device == "cuda",
-            use_cpu=options.device == "cpu",
-            activation_checkpointing=False,
-            report_to="none",
-            disable_tqdm=True,
-            save_strategy="no",
-            logging_steps=10**6,
-            max_length=SHAPES[options.size]["length"],
-        )
-        trainer = cls(net, args=args, train_dataset=data, processing_class=tiny_tokenizer(), callbacks=[times], **extra)
-        trainer.remove_callback(PrinterCallback)
-        if options.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        trainer.train()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if options.device == "cuda" else float("nan")
-    return times.seconds[2:], peak
+        net = tiny_llama(**shape, max_position_embeddings=max(1024, length))
+    given = {"train_dataset": data, "processing_class": tiny_tokenizer()}
+    if ARMS[arm] is None:
+        trainer = trl.SFTTrainer(net, args=trl.SFTConfig(**common), **given)
+    else:
+        streams = {"target": data.select(range(GENERAL))}
+        args = trl_ext.SFTConfig(**common)
+        trainer = trl_ext.SFTTrainer(net, args=args, plugins=[ARMS[arm]()], streams=streams, **given)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def measure_times(arms: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds a step of each arm, one per round. On CUDA one trainer at a time is in memory."""
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    trainers: dict[str, Any] = {}
+    for round_ in range(options.rounds + 1):
+        for arm in arms:
+            trainer = trainers.get(arm) or make_trainer(arm, options.steps + 1, options)
+            clock = StepTimes(options.device, optimizer=arm != ALONE)
+            trainer.add_callback(clock)
+            trainer.train()
+            trainer.remove_callback(clock)
+            if options.device == "cpu":
+                trainers[arm] = trainer
+            else:
+                del trainer
+                torch.cuda.empty_cache()
+            if round_ > 0:  # the first round warms up, and so does the first step of each
+                times[arm].append(statistics.median(clock.seconds[1:]))
+    return times
+
+
+def gradient_mib(options: argparse.Namespace) -> float:
+    """One copy of the gradient, in MiB."""
+    with torch.device("meta"):
+        net = tiny_llama(**{k: v for k, v in SHAPES[options.size].items() if k != "length"})
+    return sum(p.numel() * p.element_size() for p in net.parameters()) / 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", choices=list(SHAPES), default="small")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="a round and arm, after one that is not counted")
+    parser.add_argument("--only", nargs="+", choices=list(ARMS), default=list(ARMS), help="beside the first three")
+    parser.add_argument("--no-memory", action="store_true", help="times only")
+    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
+    parser.add_argument("--measure-memory", choices=list(ARMS), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    warnings.simplefilter("ignore")
     logging.set_verbosity_error()
     disable_progress_bar()
-    length = SHAPES[options.size]["length"]
-    data = Dataset.from_list([{"text": chr(97 + i % 26) * (2 * length)} for i in range(64)])
-    shape = {k: v for k, v in SHAPES[options.size].items() if k != "length"}
-    with torch.device(options.device):
-        start = tiny_llama(**shape).state_dict()
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    peaks: dict[str, float] = {}
-    for _ in range(options.rounds):
-        for arm in ARMS:
-            times, peaks[arm] = run(arm, options, data, start)
-            seconds[arm] += times
-    median = {arm: statistics.median(times) for arm, times in seconds.items()}
-    both = median["plain"] + median["target"]
-    gradient = sum(t.numel() * t.element_size() for t in start.values()) / 2**20
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {options.device}, {options.size}")
-    print(f"n = {GENERAL}, m = {TARGET}, {length} tokens each; one gradient copy: {gradient:.0f} MiB")
-    print("| arm | ms a step | / plain | / (plain + target) | / two batches | peak MiB |")
-    print("|---|---|---|---|---|---|")
-    for arm, value in median.items():
-        ratios = " | ".join(f"{value / base:.3f}" for base in (median["plain"], both, median["two batches"]))
-        print(f"| {arm} | {1e3 * value:.1f} | {ratios} | {peaks[arm]:.0f} |")
+    disable_progress_bars()
+    arms = [arm for arm in ARMS if arm in (PLAIN, ALONE, BOTH, *options.only)]
+    with tempfile.TemporaryDirectory() as options.folder:
+        if options.measure_memory:
+            trainer = make_trainer(options.measure_memory, 3, options)
+            with peak_memory(options.device) as peak:
+                trainer.train()
+            print(peak[0])
+            return
+        times = measure_times(arms, options)
+    size = ["--device", options.device, "--size", options.size]
+    measured = [] if options.no_memory else arms
+    peaks = {arm: float(in_own_process(__file__, *size, "--measure-memory", arm)) for arm in measured}
+    report(times, peaks, options)
+
+
+def report(times: dict[str, list[float]], peaks: dict[str, float], options: argparse.Namespace) -> None:
+    """Print the table, and write the figures."""
+    rounds = range(options.rounds)
+    sums = [times[PLAIN][i] + times[ALONE][i] for i in rounds]
+    bases = {"plain": times[PLAIN], "plain + target": sums, "two batches": times[BOTH]}
+    copy = gradient_mib(options)
+    print(f"\n{hardware(options.device)}; TRL {trl.__version__}; {options.size}: {SHAPES[options.size]}")
+    print(
+        f"n = {GENERAL}, m = {TARGET}; {options.rounds} rounds of {options.steps} steps; one gradient: {copy:.0f} MiB\n"
+    )
+    print("| arm | ms a step | / plain | / (plain + target) | / two batches | peak MiB | beyond plain, gradients |")
+    print("|---" * 7 + "|")
+    figures: dict[str, Any] = {}
+    for arm, seconds in times.items():
+        ratios = {name: [seconds[i] / base[i] for i in rounds] for name, base in bases.items()}
+        figures[arm] = {"seconds": seconds, "ratios": ratios, "peak_mib": peaks.get(arm)}
+        cells = [f"{statistics.median(r):.3f} ({min(r):.3f} - {max(r):.3f})" for r in ratios.values()]
+        memory = [f"{peaks[arm]:.0f}", f"{(peaks[arm] - peaks[PLAIN]) / copy:.2f}"] if peaks else ["", ""]
+        print(f"| {arm} | {1e3 * statistics.median(seconds):.1f} | {' | '.join([*cells, *memory])} |")
     if options.output:
-        record = {"settings": {**vars(options), "output": str(options.output)}, "seconds": seconds, "peak_mib": peaks}
-        options.output.write_text(json.dumps(record, indent=1))
+        facts = {"hardware": hardware(options.device), "shape": SHAPES[options.size], "gradient_mib": copy}
+        options.output.write_text(json.dumps({**facts, "arms": figures}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
