@@ -111,6 +111,38 @@ def test_info_shows_what_a_user_needs_to_configure_a_plugin(site):
     assert ["alpha", "float", "1.0"] in rows
 
 
+def test_info_with_options_shows_their_values(site):
+    add_plugin(site, "good", GOOD)
+    done = trl_ext("plugins", "info", "good:path=here,alpha=3", site=site, check=True)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["path", "str", "required", "'here'"] in rows
+    assert ["alpha", "float", "1.0", "3.0"] in rows
+
+
+def test_info_draws_where_a_plugin_can(site, tmp_path):
+    draws = GOOD + "\n    def draw(self, path): open(path, 'w').write(f'alpha is {self.alpha}')\n"
+    add_plugin(site, "good", draws)
+    picture = tmp_path / "picture.svg"
+    done = trl_ext("plugins", "info", "good:path=here,alpha=3", "--draw", str(picture), site=site, check=True)
+    assert done.stdout == f"wrote {picture}\n"
+    assert picture.read_text() == "alpha is 3.0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["good:path=here", "--draw", "x.png"], "plugin 'good' (trl-ext-good 1.2) has nothing to draw"),
+        (["good,other"], "'good,other' names 2 plugins; give one"),
+        (["good:alpha=x,path=y"], "plugins: [good:alpha=<float>,path=y]"),
+    ],
+)
+def test_info_refuses_what_it_cannot_show(site, arguments, message):
+    add_plugin(site, "good", GOOD)
+    done = trl_ext("plugins", "info", *arguments, site=site)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 def test_info_about_an_unknown_plugin_names_the_nearest(site):
     add_plugin(site, "good", GOOD)
     done = trl_ext("plugins", "info", "goodd", site=site)

@@ -15,7 +15,7 @@ from trl_ext.hookspecs import EXCLUSIVE, HOOKS, PROJECT, HookSpecs
 from trl_ext.options import build_options, option_fields, option_type, resolved_options
 from trl_ext.specs import RESERVED, config_line, parse_specs, registered_name
 
-__all__ = ["ActivePlugin", "PluginSet", "activate", "check_plugin", "parse_specs"]
+__all__ = ["ActivePlugin", "PluginSet", "activate", "check_plugin", "from_spec", "parse_specs"]
 
 HookCall = tuple[str, Callable[..., Any]]
 
@@ -130,7 +130,7 @@ def activate(specs: Any, instances: Sequence[Any] = (), *, trainer: Literal["sft
         ConfigurationError: Anything that would keep the run from doing what was asked; the message names the plugin,
             its distribution and the line to change.
     """
-    plugins = [_from_spec(spec) for spec in parse_specs(specs)]
+    plugins = [from_spec(spec) for spec in parse_specs(specs)]
     for instance in instances:
         plugins.append(_from_instance(instance, plugins))
     for plugin in plugins:
@@ -157,7 +157,12 @@ def check_plugin(name: str) -> None:
     PluginSet([ActivePlugin(name, bare, info.distribution, info.version, {}, "", config_line({"name": name}))])
 
 
-def _from_spec(spec: dict[str, Any]) -> ActivePlugin:
+def from_spec(spec: dict[str, Any]) -> ActivePlugin:
+    """Load and configure one plugin; `spec` is one of those that `parse_specs` gives.
+
+    Raises:
+        ConfigurationError: it is not installed, or refuses its options.
+    """
     plugin_class, info = load_plugin(spec["name"])
     _refuse_reserved_options(plugin_class, info)
     options = build_options(plugin_class, spec, str(info))

@@ -11,7 +11,8 @@ def main() -> None:
     try:
         app(prog_name="trl-ext")
     except ConfigurationError as error:
-        if error.__cause__ is not None:  # the plugin's own traceback says where
+        # A ValueError is a refusal, and the message has its text; of anything else the traceback says where it is.
+        if not isinstance(error.__cause__, ValueError | None):
             raise
         print(f"trl-ext: {error}", file=sys.stderr)
         sys.exit(2)

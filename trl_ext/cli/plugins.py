@@ -7,6 +7,7 @@ import gc
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -35,16 +36,36 @@ def list_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
 
 
 @plugins_app.command()
-def info(name: Annotated[str, typer.Argument(help="The plugin's name.")]) -> None:
+def info(
+    plugin: Annotated[str, typer.Argument(help="Its name, or with options as in a config: power:alpha=10.")],
+    draw: Annotated[Path | None, typer.Option(help="Draw what it does, with these options, into this image.")] = None,
+) -> None:
     """Show a plugin's options, hooks, trainers and citation; imports it."""
+    from trl_ext.activation import from_spec, parse_specs
     from trl_ext.discovery import load_plugin
+    from trl_ext.errors import ConfigurationError
 
+    specs = parse_specs(plugin)
+    if len(specs) != 1:
+        raise ConfigurationError(f"{plugin!r} names {len(specs)} plugins; give one")
+    name = specs[0]["name"]
     plugin_class, found = load_plugin(name)
+    active = from_spec(specs[0]) if draw or len(specs[0]) > 1 else None
+    if draw and active:
+        if not hasattr(active.instance, "draw"):
+            raise ConfigurationError(f"plugin {active} has nothing to draw; leave out --draw")
+        active.instance.draw(draw)
+        print(f"wrote {draw}")
+        return
     print(f"{name} ({found.distribution} {found.version}), {found.value}\n")
     print(*_describe(plugin_class), sep="\n")
     if options := _options(plugin_class):
         print("\nOptions:")
-        _print_table(("option", "type", "default"), options)
+        header: tuple[str, ...] = ("option", "type", "default")
+        if active is not None:
+            header += ("here",)
+            options = [(*option, repr(active.options[option[0]])) for option in options]
+        _print_table(header, options)
     else:
         print("\nIt has no options.")
 
@@ -92,7 +113,7 @@ def _describe(plugin_class: type) -> list[str]:
     return [inspect.getdoc(plugin_class) or "", "", *(f"{key}: {value}" for key, value in facts.items() if value)]
 
 
-def _options(plugin_class: type) -> list[tuple[str, str, str]]:
+def _options(plugin_class: type) -> list[tuple[str, ...]]:
     from trl_ext.options import option_fields, option_type, type_name
 
     return [
