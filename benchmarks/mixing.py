@@ -24,11 +24,11 @@ SIZES: dict[str, dict[str, int]] = {
     "cpu": {
         "hidden": 256,
         "layers": 4,
-        "batch": 16,
+        "batch": 32,
         "prompt": 64,
-        "completion": 32,
-        "sft_batch": 16,
-        "sft_length": 192,
+        "completion": 48,
+        "sft_batch": 32,
+        "sft_length": 256,
     },
     "cuda": {
         "hidden": 2048,
@@ -119,8 +119,8 @@ def train(variant: str, device: str, steps: int, warm_up: int, memory: bool) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--warm-up", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)
