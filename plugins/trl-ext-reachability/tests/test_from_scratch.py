@@ -28,6 +28,7 @@ from trl_ext_reachability.journal import Journal
 from trl_ext_reachability.rewards import exact
 
 from trl_ext import SFTTrainer
+from trl_ext.cli import main
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import Addition, exact_match, save_model, tiny_llama, tiny_tokenizer
 
@@ -126,18 +127,25 @@ def test_different_batches_are_not_compared(measured: Path, settings: Settings, 
         list(measure(settings, tmp_path))
 
 
-def test_the_run_is_the_one_of_the_sft_command(settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("plugin", ["", "ema:decay=0.5"])
+def test_the_run_is_the_one_of_the_sft_command(settings: Settings, tmp_path: Path, plugin: str) -> None:
+    """Bit for bit, with the weights that a plugin deploys."""
     from trl_ext.cli.train import train as sft
 
+    if plugin:
+        pytest.importorskip("trl_ext_averaging")
+    config = tmp_path / "sft.yaml"
+    config.write_text(f"{Path(settings.config).read_text()}plugins: [{plugin}]\n")
     flags = {"output_dir": tmp_path / "theirs", "learning_rate": 0.003, "seed": 7, "save_strategy": "no"}
-    sft("sft", ["--config", settings.config, *(text for k, v in flags.items() for text in (f"--{k}", str(v)))])
+    sft("sft", ["--config", str(config), *(text for k, v in flags.items() for text in (f"--{k}", str(v)))])
     start = str(Path(settings.config).parent / "base")
-    train(settings.config, tmp_path / "ours", start, rate=0.003, seed=7, points=3)
+    train(str(config), tmp_path / "ours", start, rate=0.003, seed=7, points=3)
     points = points_of(tmp_path / "ours")
     assert [(point.step, point.last) for point in points] == [(3, False), (5, False), (8, True)]
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     ours = load_file(points[-1].folder / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (points[-1].folder / "raw").is_dir() == bool(plugin)
 
 
 def test_scores_are_those_of_greedy_decoding_and_nll_that_of_the_model(settings: Settings, tmp_path: Path) -> None:
@@ -247,13 +255,13 @@ class Killed(BaseException):
 def test_interrupted_within_a_training(
     settings: Settings, measured: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the third run: after its checkpoint, at its second point, before its checkpoint; or amid an evaluation."""
+    """In the fourth run, whose rate is chosen: past its checkpoint, at the next point, before it; or evaluating."""
     owner: Any = Evaluator if where == "evaluate" else WatchedTrainer
     original, calls = getattr(owner, where), []
 
     def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(self)
-        if len(calls) == {"training_step": 22, "save_model": 11, "_save_checkpoint": 3, "evaluate": 6}[where]:
+        if len(calls) == {"training_step": 30, "save_model": 15, "_save_checkpoint": 4, "evaluate": 6}[where]:
             raise Killed
         return original(self, *args, **kwargs)
 
@@ -266,8 +274,8 @@ def test_interrupted_within_a_training(
     monkeypatch.setattr(WatchedTrainer, "training_step", lambda self, *args: (steps.append(1), step(self, *args))[1])
     list(measure(settings, tmp_path))
     same_files(tmp_path, measured)
-    # 8 runs of 8 steps; what was saved of the first three is not trained again.
-    assert len(steps) == 64 - {"training_step": 20, "save_model": 20, "_save_checkpoint": 16, "evaluate": 40}[where]
+    # 8 runs of 8 steps; what was saved is not trained again.
+    assert len(steps) == 64 - {"training_step": 28, "save_model": 28, "_save_checkpoint": 24, "evaluate": 40}[where]
 
 
 def test_changed_settings_are_refused_by_name(settings: Settings, tmp_path: Path) -> None:
@@ -363,6 +371,18 @@ def test_refused_before_a_model_loads(
     config = "changed.yaml" if yaml else settings.config
     with pytest.raises(ConfigurationError, match=message):
         next(measure(replace(settings, **{"config": config, **change}), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_ends_with_the_message(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = ["trl-ext", "probe", "from-scratch", "--config", settings.config, "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*command, "--eval-in", "none.jsonl"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "trl-ext: --eval-in: data set {'path': 'none.jsonl'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from trl_ext.errors import ConfigurationError
+
 
 class Journal:
     """Appends lines, and hands back those of an earlier run. A line that was cut off is taken away.
@@ -18,7 +20,7 @@ class Journal:
         settings: what the work depends on; the first line.
 
     Raises:
-        ValueError: the file was written with other settings; the message names them.
+        ConfigurationError: the file was written with other settings; the message names them.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -31,7 +33,7 @@ class Journal:
         if lines and lines[0] != header:
             old, new = lines[0].get("settings", {}), header["settings"]
             changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-            raise ValueError(
+            raise ConfigurationError(
                 f"{path} holds a measurement with other settings ({', '.join(changed)}); choose another --output, or "
                 "delete it"
             )

@@ -9,7 +9,8 @@ from trl_ext_reachability.from_scratch.shares import Interval
 MOST = 0.5
 """Share from which training from scratch is said to reach most of the gain: this tool's choice, not the paper's."""
 
-_WHERE = {"in": "in distribution", "out": "out of distribution"}
+WHERE = {"in": "in distribution", "out": "out of distribution"}
+"""The evaluation sets in words."""
 
 
 def side(interval: Interval) -> str:
@@ -26,7 +27,7 @@ def conclude(shares: Mapping[str, Interval]) -> list[str]:
     that level too (intersection-union), so the intervals need no correction.
     """
     sides = {name: side(interval) for name, interval in shares.items()}
-    lines = [_sentence(_WHERE[name], sides[name], shares[name]) for name in shares]
+    lines = [_sentence(WHERE[name], sides[name], shares[name]) for name in shares]
     pair = (sides.get("in"), sides.get("out"))
     if pair == ("high", "low"):
         lines.append(

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-_SETS = {"in": "in distribution", "out": "out of distribution"}
+from trl_ext_reachability.from_scratch.conclusions import WHERE
 
 
 def describe(summary: Mapping[str, Any]) -> str:
@@ -44,7 +44,7 @@ def _final(summary: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]:
             shares = [last[key][name].get(arm) for key in ("share", "share_uncontaminated")]
             nll = last["nll"][name][arm]
             cells = [
-                _SETS[name],
+                WHERE[name],
                 arm,
                 _spread(last["score"][name][arm]),
                 *map(_interval, shares),
@@ -57,7 +57,7 @@ def _final(summary: Mapping[str, Any], last: Mapping[str, Any]) -> list[str]:
 
 def _course(summary: Mapping[str, Any]) -> list[str]:
     columns = [(name, arm) for name in summary["sets"] for arm in summary["arms"] if arm != "pretrained"]
-    heads = [f"S {_SETS[name]}, {arm}" for name, arm in columns]
+    heads = [f"S {WHERE[name]}, {arm}" for name, arm in columns]
     lines = [f"| tokens | steps | {' | '.join(heads)} |", "|---" * (len(columns) + 2) + "|"]
     for point in summary["points"]:
         cells = [_interval(point["share"][name][arm]) for name, arm in columns]
@@ -95,7 +95,7 @@ def _sets(summary: Mapping[str, Any]) -> list[str]:
     lines = ["| set | samples | floor | which is | contaminated |", "|---|---|---|---|---|"]
     for name, facts in summary["sets"].items():
         cells = [
-            _SETS[name],
+            WHERE[name],
             f"{facts['samples']:,}",
             f"{facts['floor']:.4f}",
             facts["floor_is"].replace("|", r"\|"),

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from trl_ext_reachability.from_scratch.conclusions import MOST
+from trl_ext_reachability.from_scratch.conclusions import MOST, WHERE
 
-_SETS = {"in": "in distribution", "out": "out of distribution"}
 _COLOURS = {"in": "C0", "out": "C1"}
 _LINES = {"pretrained": "--", "scratch": "-", "embeddings": ":"}
 
@@ -31,7 +30,7 @@ def draw(summary: Mapping[str, Any]) -> bytes:
         for arm, style in _LINES.items():
             if arm not in summary["arms"]:
                 continue
-            label = f"{arm}, {_SETS[name]}"
+            label = f"{arm}, {WHERE[name]}"
             values = np.array([point["score"][name][arm] for point in points])
             scores.plot(tokens, values.mean(1), style, color=colour, marker=".", label=label)
             scores.fill_between(tokens, values.min(1), values.max(1), color=colour, alpha=0.15, linewidth=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,6 +94,7 @@ class Evaluator:
         return found
 
     def _policy(self, model: Path, sampling: bool = False) -> Policy:
+        gc.collect()  # the model before holds itself, through its fused head
         settings = self.settings
         sampler = Sampler(
             settings.max_completion_length,

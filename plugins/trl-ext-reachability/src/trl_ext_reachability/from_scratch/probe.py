@@ -52,10 +52,28 @@ def from_scratch(
     from trl_ext_reachability.from_scratch.settings import Settings
 
     settings = Settings(
-        config, eval_in, eval_out, validation, eval_split, columns, reward, floor, embeddings, seeds, learning_rates,
-        lr_multipliers, search_seeds, search_share, points, ngram, samples, temperature, max_completion_length,
-        eval_batch_size, confidence,
-    )  # fmt: skip
+        config=config,
+        eval_in=eval_in,
+        eval_out=eval_out,
+        validation=validation,
+        eval_split=eval_split,
+        columns=columns,
+        reward=reward,
+        floor=floor,
+        embeddings=embeddings,
+        seeds=seeds,
+        learning_rates=learning_rates,
+        lr_multipliers=lr_multipliers,
+        search_seeds=search_seeds,
+        search_share=search_share,
+        points=points,
+        ngram=ngram,
+        samples=samples,
+        temperature=temperature,
+        max_completion_length=max_completion_length,
+        eval_batch_size=eval_batch_size,
+        confidence=confidence,
+    )
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
     # Trainings write to standard output, which goes to their log meanwhile.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import math
@@ -91,6 +92,7 @@ def train(config: str, folder: Path, start: str, *, rate: float, seed: int, poin
             from trl.scripts.sft import main
 
             main(*parsed)
+    gc.collect()  # a trainer and its callbacks hold each other, and with them the accelerator's memory
 
 
 class WatchedTrainer(SFTTrainer):
