@@ -1,28 +1,32 @@
-"""What a benchmark of training steps needs: times of steps, peaks of memory, the machine in words."""
+"""What every benchmark measures with: step times, peak memory, and the machine in words."""
 
 from __future__ import annotations
 
+import json
+import os
 import platform
 import subprocess
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
+import trl
+from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each optimiser step: the processor's on CPU, where other processes do not count; the wall's on CUDA.
+    """Seconds of each optimiser step, from `on_step_begin` to `on_step_end`.
+
+    On CPU the processor's time, of all threads: other processes do not count. On CUDA the wall's.
 
     Args:
         device: "cpu" or "cuda".
-        optimizer: whether the optimiser's own part is in it; without, a step is its forward, backward and clipping.
+        optimizer: whether the optimiser's own part counts; without it a step is its forward, backward and clipping.
     """
 
     def __init__(self, device: str, optimizer: bool = True) -> None:
@@ -37,62 +41,67 @@ class StepTimes(TrainerCallback):
         return time.process_time()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._began = self._now()
+        self._start = self._now()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         if not self.optimizer:
-            self.seconds.append(self._now() - self._began)
+            self.seconds.append(self._now() - self._start)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.optimizer:
-            self.seconds.append(self._now() - self._began)
+            self.seconds.append(self._now() - self._start)
 
 
-@contextmanager
-def peak_memory(device: str) -> Iterator[list[float]]:
-    """Puts into the list, on exit, the peak inside the block above the level before it, in MiB.
+def fastest_step(trainer: Any, device: str, warm_up: int = 1, optimizer: bool = True) -> float:
+    """Train, and give the seconds of the fastest step after the first `warm_up`.
 
-    Of the allocator on CUDA; of the resident set, sampled every half millisecond, on CPU.
+    All steps do the same work, and whatever else a machine does only ever adds to one.
     """
-    found: list[float] = []
+    clock = StepTimes(device, optimizer)
+    trainer.add_callback(clock)
+    trainer.train()
+    trainer.remove_callback(clock)
+    return min(clock.seconds[warm_up:])
+
+
+def peak_memory(train: Callable[[], Any], device: str) -> int:
+    """Bytes of tensors at the peak of `train()` above the level before it, as the device's allocator counts them.
+
+    On CPU torch's profiler listens, which slows everything down: time another training.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        yield found
-        found.append((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
-    process, peak, done = psutil.Process(), 0, threading.Event()
-    before = process.memory_info().rss
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.0005):
-            peak = max(peak, process.memory_info().rss)
-
-    sampler = threading.Thread(target=sample)
-    sampler.start()
-    try:
-        yield found
-    finally:
-        done.set()
-        sampler.join()
-    found.append((peak - before) / 2**20)
+        train()
+        return torch.cuda.max_memory_allocated() - before
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            train()
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
-def in_own_process(script: str, *arguments: str) -> str:
-    """The last line that a script prints; ends this process with the script's errors if it fails."""
+def in_own_process(script: str, *arguments: str) -> Any:
+    """Run a benchmark's script again with these arguments: what its last line of output says, as JSON."""
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    return done.stdout.splitlines()[-1]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def one_thread(device: str) -> None:
+    """On CPU let one thread do all: threads that wait for each other make processor times depend on the neighbours."""
+    if device == "cpu":
+        torch.set_num_threads(1)
 
 
 def hardware(device: str) -> str:
-    """The machine in words."""
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
+    """The machine and the versions in words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
+    machine = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
+    machine += f"{cpu} x {os.cpu_count()}, {torch.get_num_threads()} thread(s)"
+    return f"{machine}, torch {torch.__version__}, TRL {trl.__version__}"
