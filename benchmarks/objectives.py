@@ -5,8 +5,9 @@
 Arms take turns, round by round, so that a slow moment of the machine meets all of them. An arm's time is its fastest
 step: all steps of all arms have the same shapes, and what else a machine does only ever adds. Plain nll is measured
 twice: how far the second is from 1.000x is what the other ratios are good for. On CPU one thread, and the processor's
-time (other processes do not count); on CUDA the wall's. Activation checkpointing is on, as TRL has it by default. Memory is the peak during training above the level before it,
-each arm in a process of its own; a reference's weights count, since they are taken when training starts.
+time (other processes do not count); on CUDA the wall's. Activation checkpointing is on, as TRL has it by default.
+Memory is the peak of training above the level before it, each arm in a process of its own; a reference's weights
+count, since they are taken when training starts.
 """
 
 from __future__ import annotations
