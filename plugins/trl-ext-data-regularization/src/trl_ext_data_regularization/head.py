@@ -80,7 +80,8 @@ class HeadTap:
         vars(self.base).pop("get_output_embeddings", None)
         current, self._pass = self._pass, None
         if current is not None:
-            current.check(output.log_probs)
+            current.log_probs = output.log_probs.detach().float()
+            current.check()
             output.log_probs, output.entropy = _Scale.apply(output.log_probs, output.entropy, current)
 
 
@@ -94,6 +95,7 @@ class _Pass:
         self.index = batch.index[:, :-1]
         self.labels = labels
         self.hidden: Tensor
+        self.log_probs: Tensor
         self.undo: Tensor | None = None
 
     def logits(self, rows: Tensor) -> Tensor:
@@ -102,15 +104,15 @@ class _Pass:
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
         weight = head.weight.detach().to(hidden.dtype)
         bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
-        return nn.functional.linear(hidden, weight, bias).float() / self.tap.temperature
+        return nn.functional.linear(hidden, weight, bias).float().div_(self.tap.temperature)
 
-    def check(self, log_probs: Tensor) -> None:
+    def check(self) -> None:
         """Refuse a head that does more than a product, once: its scores would be wrong."""
         if self.tap._checked or not self.visitor.scoring:
             return
         rows = (self.labels != -100).flatten().nonzero().flatten()[:8]
         mine = torch.log_softmax(self.logits(rows), -1).gather(1, self.labels.flatten()[rows].unsqueeze(1)).squeeze(1)
-        theirs = log_probs.detach().flatten()[rows].float()
+        theirs = self.log_probs.flatten()[rows]
         # bf16 logits differ by about 2^-8 of their size between two orders of summation.
         if not torch.allclose(mine, theirs, rtol=0.05, atol=0.05):
             raise RuntimeError(
@@ -121,20 +123,32 @@ class _Pass:
 
     def score(self, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> None:
         """Show the head's tokens to the visitor, tile by tile."""
+        nothing = torch.zeros((), device=self.labels.device)
         for rows in (self.labels != -100).flatten().nonzero().flatten().split(_TILE):
-            log_p = torch.log_softmax(self.logits(rows), -1)
-            p = log_p.exp()
-            go = torch.zeros_like(p)
-            if grad_log_probs is not None:
-                v = grad_log_probs.flatten()[rows].float().unsqueeze(1)
-                go = go - v * p
-                go.scatter_add_(1, self.labels.flatten()[rows].unsqueeze(1), v)
-            if grad_entropy is not None:
+            v = nothing if grad_log_probs is None else grad_log_probs.flatten()[rows].float().unsqueeze(1)
+            log_p = self._log_softmax(rows)
+            if grad_entropy is None:
+                # In place: a tile of logits is large, and every pass over it costs.
+                go = log_p.exp_().mul_(-v / self.tap.temperature)
+            else:
+                p = log_p.exp()
                 entropy = -(p * log_p).sum(-1, keepdim=True)
-                go = go - grad_entropy.flatten()[rows].float().unsqueeze(1) * p * (log_p + entropy)
+                ve = grad_entropy.flatten()[rows].float().unsqueeze(1)
+                go = (log_p + entropy).mul_(-ve).sub_(v).mul_(p).div_(self.tap.temperature)
+            if grad_log_probs is not None:
+                go.scatter_add_(1, self.labels.flatten()[rows].unsqueeze(1), v / self.tap.temperature)
             hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
-            go = (go / self.tap.temperature).to(hidden.dtype)
-            self.visitor.score(self.tap.use, hidden, go, self.index.flatten()[rows], self.batch)
+            self.visitor.score(self.tap.use, hidden, go.to(hidden.dtype), self.index.flatten()[rows], self.batch)
+
+    def _log_softmax(self, rows: Tensor) -> Tensor:
+        """(len(rows), V) float."""
+        logits = self.logits(rows)
+        if self.hidden.dtype == torch.float32:
+            # The kernel has given the labels' log-probabilities, which say what to subtract.
+            label = logits.gather(1, self.labels.flatten()[rows].unsqueeze(1))
+            return logits.sub_(label - self.log_probs.flatten()[rows].unsqueeze(1))
+        # In lower precision its logits and these are rounded apart, and p would not sum to one.
+        return logits.sub_(logits.logsumexp(-1, keepdim=True))
 
 
 class _Scale(torch.autograd.Function):
@@ -151,9 +165,10 @@ class _Scale(torch.autograd.Function):
         current: _Pass = ctx.current
         if current.visitor.scoring:
             current.score(v, ve)
-        weights = current.visitor.weights(current.tap.use, current.batch)
-        if weights is None:
+        choice = current.visitor.choice(current.tap.use, current.batch)
+        if choice is None:
             return v, ve, None
+        weights = choice.weights
         size = weights.abs().max()
         floor = torch.where(size > 0, size, torch.ones_like(size)) * _NOTHING
         rows = torch.where(weights == 0, floor, weights).float()[current.index]

@@ -205,7 +205,7 @@ class DataRegularization:
         self._step, self._waiting = step, list(step.samples.batches)
         if self.scope == "global":
             return SampleWeights(step.weights[0], "tokens")
-        taps.visitor = step.visitor() if self._one_pass else WeightedPass(step.weights)
+        taps.visitor = step.visitor() if self._one_pass else WeightedPass(step.choice)
         return None
 
     def _begin_step(self, samples: Samples, target: list[Tensor | None]) -> Step:

@@ -17,7 +17,7 @@ from trl_ext_data_regularization.ranks import total_over_ranks, world_size
 from trl_ext_data_regularization.selection import Samples, choose_over_window, normalised
 from trl_ext_data_regularization.solvers import Problem, Rule, Solution
 from trl_ext_data_regularization.taps import Taps
-from trl_ext_data_regularization.visitors import OnePass, ScorePass
+from trl_ext_data_regularization.visitors import Choice, OnePass, ScorePass
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Step:
         assert engine is not None
         world = world_size()
 
-        def choose(layer: int, batch: Batch) -> Tensor:
+        def choose(layer: int, batch: Batch) -> Choice:
             # The training loss divides by the window's tokens per rank, a unit's share by the unit's.
             tokens = self.samples.tokens[batch.window].sum()
             try:
@@ -119,11 +119,17 @@ class Step:
             except Exception as error:
                 # The other ranks wait for this backward pass; the plugin raises after it.
                 self.failure = self.failure or error
-            return self.weights[layer, batch.window]
+            return self.choice(layer, batch)
 
         return OnePass(engine, choose)
 
     # -- both --------------------------------------------------------------------------------------------------------
+
+    def choice(self, layer: int, batch: Batch) -> Choice:
+        """What one layer has chosen of a micro-batch."""
+        alone = self.per_micro_batch or (batch.samples == len(self.samples) and world_size() == 1)
+        kept = self.rule.kept(batch.samples) if alone else None
+        return Choice(self.weights[layer, batch.window], self.rule.equal, kept)
 
     def target_share(self) -> Tensor:
         """(L,) float: the coefficient of the target's gradient in the update. Collective on several ranks."""

@@ -71,15 +71,16 @@ class GradientSurgery:
         stream = streams["general" if self.general == "stream" else "target"].gradients
         gram = self._gram((gradients, stream) if own == 0 else (stream, gradients))
         self._cosines.append(gram[..., 0, 1].sum() / _norms(gram))
-        weights = self._weighting(gram)
-        if self.scope == "global":
-            if not (self.method == "half-space" and own == 0):  # t itself keeps its length
-                gradients.mul_(weights[own])
+        # To the host, once a step: with plain numbers the sum needs no scaled copy of a gradient.
+        weights = self._weighting(gram).tolist()
+        if self.scope == "layer":
+            _scale(gradients, [pair[own] for pair in weights])
+            gradients.axpy_(1.0, _scaled(stream, [pair[other] for pair in weights]))
+            return
+        if weights[own] != 1:
+            gradients.mul_(weights[own])
+        if weights[other] != 0:
             gradients.axpy_(weights[other], stream)
-        else:
-            by_tensor = weights.tolist()  # once a step, for all tensors
-            _scale(gradients, [pair[own] for pair in by_tensor])
-            gradients.axpy_(1.0, _scaled(stream, [pair[other] for pair in by_tensor]))
 
     def _gram(self, views: tuple[GradientView, GradientView]) -> Tensor:
         """(2, 2) over all parameters, or (P, 2, 2) per parameter; fp32."""

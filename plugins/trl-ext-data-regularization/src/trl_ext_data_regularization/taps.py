@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trl_ext_data_regularization.head import HeadTap
 from trl_ext_data_regularization.layers import Batch, Use
+from trl_ext_data_regularization.visitors import Choice
 
 
 class Visitor(Protocol):
@@ -29,13 +30,13 @@ class Visitor(Protocol):
 
     @property
     def weighing(self) -> bool:
-        """Whether `weights` gives any, so that the parameters get a gradient."""
+        """Whether `choice` gives any, so that the parameters get a gradient."""
 
     def score(self, use: Use, x: Tensor | None, go: Tensor, index: Tensor, batch: Batch) -> None:
         """Take note of a module's tokens: input x (N, I) or ids (N,), gradient of the output go (N, O), sample (N,)."""
 
-    def weights(self, use: Use, batch: Batch) -> Tensor | None:
-        """(samples,) weights of the batch's samples in this layer, or None for no parameter gradient at all."""
+    def choice(self, use: Use, batch: Batch) -> Choice | None:
+        """Weights of the batch's samples in this layer, or None for no parameter gradient at all."""
 
 
 class Taps:
@@ -107,6 +108,37 @@ class Taps:
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """The tokens that make up a parameter's gradient: those of the samples kept, so that dropped ones cost nothing."""
+
+    samples: Tensor | None
+    """(k,) long: rows of the micro-batch; None for all."""
+    weights: Tensor | None
+    """(N,) weights of the tokens left, between -1 and 1; None where all are 1."""
+    size: Tensor
+    """() the factor that goes with them. The two apart keep a 0/1 choice exact in low precision."""
+
+    def pick(self, values: Tensor) -> Tensor:
+        """(N, D) the tokens left of (..., D)."""
+        return self.pick_ids(values).reshape(-1, values.shape[-1])
+
+    def pick_ids(self, values: Tensor) -> Tensor:
+        """The rows left of (B, ...)."""
+        return values if self.samples is None else values[self.samples]
+
+    def weigh(self, values: Tensor) -> Tensor:
+        """Tokens (N, D) times their weights."""
+        return values if self.weights is None else values * self.weights.unsqueeze(1)
+
+
+def _kept(choice: Choice) -> Tensor | None:
+    """(k,) the samples whose weight is not zero; None where finding out would wait for the device."""
+    if choice.count is not None:
+        return choice.weights.abs().topk(choice.count).indices.sort().values
+    return choice.weights.nonzero().flatten() if choice.weights.device.type == "cpu" else None
+
+
+@dataclass(frozen=True)
 class _Visit:
     """One use of one layer by one micro-batch."""
 
@@ -114,27 +146,33 @@ class _Visit:
     visitor: Visitor
     batch: Batch
 
-    def rows(self, x: Tensor | None, go: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Show the tokens to the visitor, and give each one's weight.
+    def rows(self, x: Tensor | None, go: Tensor) -> _Rows | None:
+        """Show the tokens to the visitor, and give those that make up the parameters' gradient.
 
         Args:
             x: (..., I) input, (...) ids, or None for a scale.
             go: (..., O) gradient of the output.
 
         Returns:
-            (N,) weights between -1 and 1, and the () factor that goes with them; None for no parameter gradient. The
-            two apart keep a 0/1 choice exact in low precision.
+            The tokens that count, and how much; None for no parameter gradient.
         """
         index = self._index(go)
-        flat = None if x is None else x.reshape(index.numel(), -1) if x.is_floating_point() else x.reshape(-1)
         if self.visitor.scoring:
+            flat = None if x is None else x.reshape(index.numel(), -1) if x.is_floating_point() else x.reshape(-1)
             self.visitor.score(self.use, flat, go.reshape(index.numel(), -1), index, self.batch)
-        weights = self.visitor.weights(self.use, self.batch)
-        if weights is None:
+        choice = self.visitor.choice(self.use, self.batch)
+        if choice is None:
             return None
-        size = weights.abs().max()
-        relative = weights / size.clamp(min=torch.finfo(weights.dtype).tiny)
-        return relative.to(go.dtype)[index], size
+        size = choice.weights.abs().max()
+        relative = choice.weights / size.clamp(min=torch.finfo(choice.weights.dtype).tiny)
+        kept = _kept(choice) if self.batch.by_row and len(go) == self.batch.samples else None
+        if kept is None:
+            return _Rows(None, relative.to(go.dtype)[index], size)
+        samples = None if len(kept) == self.batch.samples else kept
+        if choice.equal:
+            return _Rows(samples, None, size)
+        per_token = relative[kept].to(go.dtype).repeat_interleave(index.numel() // self.batch.samples)
+        return _Rows(samples, per_token, size)
 
     def _index(self, go: Tensor) -> Tensor:
         """(N,) the sample of each row of go, where N counts heads too if there are any."""
@@ -162,15 +200,19 @@ class _Linear(torch.autograd.Function):
         # Under autocast go is in the compute dtype, and the forward cast the other two likewise.
         x = x.to(go.dtype)
         grad_x = go @ weight.to(go.dtype) if ctx.needs_input_grad[0] else None
-        chosen = ctx.visit.rows(x, go)
-        if chosen is None:
+        rows = ctx.visit.rows(x, go)
+        if rows is None:
             return grad_x, None, None, None
-        rows, size = chosen
-        flat = go.reshape(-1, go.shape[-1]) * rows.unsqueeze(1)
-        grad_weight = (
-            (flat.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype).mul_(size) if ctx.needs_input_grad[1] else None
-        )
-        grad_bias = flat.sum(0).to(ctx.bias_dtype).mul_(size) if ctx.needs_input_grad[2] else None
+        picked, inputs = rows.pick(go), rows.pick(x)
+        weighed = rows.weigh(picked) if ctx.needs_input_grad[2] or picked.shape[1] <= inputs.shape[1] else None
+        grad_weight, grad_bias = None, None
+        if ctx.needs_input_grad[1]:
+            # The narrower side carries the weights.
+            product = picked.t() @ rows.weigh(inputs) if weighed is None else weighed.t() @ inputs
+            grad_weight = product.to(weight.dtype).mul_(rows.size)
+        if ctx.needs_input_grad[2]:
+            assert weighed is not None
+            grad_bias = weighed.sum(0).to(ctx.bias_dtype).mul_(rows.size)
         return grad_x, grad_weight, grad_bias, None
 
 
@@ -186,13 +228,12 @@ class _Embedding(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         if ctx.padding_idx >= 0:
             go = go.masked_fill((ids == ctx.padding_idx).unsqueeze(-1), 0)
-        chosen = ctx.visit.rows(ids, go)
-        if chosen is None:
+        rows = ctx.visit.rows(ids, go)
+        if rows is None:
             return None, None, None, None
-        rows, size = chosen
-        scaled = go * rows.view(ids.shape).unsqueeze(-1)
+        ids, scaled = rows.pick_ids(ids).reshape(-1), rows.weigh(rows.pick(go))
         grad = torch.ops.aten.embedding_dense_backward(scaled, ids, ctx.rows, ctx.padding_idx, False)
-        return grad.mul_(size), None, None, None
+        return grad.mul_(rows.size), None, None, None
 
 
 class _Expand(torch.autograd.Function):
@@ -205,11 +246,10 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, go: Tensor) -> tuple[Tensor | None, ...]:
-        chosen = ctx.visit.rows(None, go)
-        if chosen is None:
+        rows = ctx.visit.rows(None, go)
+        if rows is None:
             return None, None, None
-        rows, size = chosen
-        return (go.reshape(-1, go.shape[-1]) * rows.unsqueeze(1)).sum(0).to(ctx.dtype).mul_(size), None, None
+        return rows.weigh(rows.pick(go)).sum(0).to(ctx.dtype).mul_(rows.size), None, None
 
 
 def _linear(visit: _Visit, original: Callable[..., Tensor], x: Tensor) -> Tensor:

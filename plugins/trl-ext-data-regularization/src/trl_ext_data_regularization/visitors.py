@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from trl_ext_data_regularization.engines import Engine
 from trl_ext_data_regularization.layers import Batch, Use
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How much each sample of a micro-batch counts in one layer."""
+
+    weights: Tensor
+    """(samples,) float."""
+    equal: bool = False
+    """Whether all that are not zero are the same."""
+    count: int | None = None
+    """How many are not zero, where that is known without waiting for the device."""
 
 
 class ScorePass:
@@ -21,7 +34,7 @@ class ScorePass:
     def score(self, use: Use, x: Tensor | None, go: Tensor, index: Tensor, batch: Batch) -> None:
         self.engine.add(use, x, go, index, batch)
 
-    def weights(self, use: Use, batch: Batch) -> None:
+    def choice(self, use: Use, batch: Batch) -> None:
         return None
 
 
@@ -29,19 +42,19 @@ class WeightedPass:
     """Applies weights that were chosen before.
 
     Args:
-        chosen: (L, n) weights of the window's samples in each layer.
+        choose: from a layer and the micro-batch to the weights of its samples.
     """
 
     scoring, weighing = False, True
 
-    def __init__(self, chosen: Tensor) -> None:
-        self.chosen = chosen
+    def __init__(self, choose: Callable[[int, Batch], Choice]) -> None:
+        self.choose = choose
 
     def score(self, use: Use, x: Tensor | None, go: Tensor, index: Tensor, batch: Batch) -> None:
         """Not called: there is nothing left to choose."""
 
-    def weights(self, use: Use, batch: Batch) -> Tensor:
-        return self.chosen[use.layer, batch.window]
+    def choice(self, use: Use, batch: Batch) -> Choice:
+        return self.choose(use.layer, batch)
 
 
 class OnePass(ScorePass):
@@ -49,14 +62,14 @@ class OnePass(ScorePass):
 
     Args:
         engine: scores of the window's samples.
-        choose: from a layer and the micro-batch to its (samples,) weights.
+        choose: from a layer and the micro-batch to the weights of its samples.
     """
 
     scoring, weighing = True, True
 
-    def __init__(self, engine: Engine, choose: Callable[[int, Batch], Tensor]) -> None:
+    def __init__(self, engine: Engine, choose: Callable[[int, Batch], Choice]) -> None:
         super().__init__(engine)
         self.choose = choose
 
-    def weights(self, use: Use, batch: Batch) -> Tensor:  # type: ignore[override]
+    def choice(self, use: Use, batch: Batch) -> Choice:  # type: ignore[override]
         return self.choose(use.layer, batch)

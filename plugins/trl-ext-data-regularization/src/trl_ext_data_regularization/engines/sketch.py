@@ -22,28 +22,35 @@ class Projections:
     def __init__(self, size: int, seed: int) -> None:
         self.size = size
         self.seed = seed
-        self._known: dict[tuple[str, int], Tensor] = {}
+        self._signs: dict[tuple[str, int], Tensor] = {}
+        self._known: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
     def apply(self, side: str, values: Tensor) -> Tensor:
         """(N, d) to (N, min(d, p)). `side` is "out" or "in"."""
         return values if values.shape[1] <= self.size else values @ self.matrix(side, values.shape[1], values)
 
     def rows(self, side: str, width: int, ids: Tensor) -> Tensor:
-        """(N, min(width, p)): the projections of the unit vectors `ids` (N,)."""
+        """(N, min(width, p)) float: the projections of the unit vectors `ids` (N,)."""
         if width <= self.size:
-            return torch.nn.functional.one_hot(ids, width)
-        return self.matrix(side, width, torch.empty(0, device=ids.device))[ids]
+            return torch.nn.functional.one_hot(ids, width).float()
+        return self._sign(side, width, ids.device)[ids].float().mul_(self.size**-0.5)
 
     def matrix(self, side: str, width: int, like: Tensor) -> Tensor:
         """(width, p) in the dtype and on the device of `like`."""
-        key = (side, width)
+        key = (side, width, like.dtype)
         if key not in self._known:
+            self._known[key] = self._sign(side, width, like.device).to(like.dtype) * self.size**-0.5
+        return self._known[key]
+
+    def _sign(self, side: str, width: int, device: torch.device) -> Tensor:
+        """(width, p) int8."""
+        key = (side, width)
+        if key not in self._signs:
             # Two sides need independent signs, or their product would be biased.
-            seed = self.seed * 1_000_003 + 2 * width + (side == "in")
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 2 * width + (side == "in"))
             signs = torch.randint(0, 2, (width, self.size), generator=generator, dtype=torch.int8)
-            self._known[key] = signs.to(like.device).mul_(2).sub_(1)
-        return self._known[key].to(like.dtype) * self.size**-0.5
+            self._signs[key] = signs.to(device).mul_(2).sub_(1)
+        return self._signs[key]
 
 
 class Sketch(Engine):
@@ -73,7 +80,7 @@ class Sketch(Engine):
         if use.kind == "embedding":
             # A Linear on one-hot inputs with the sides swapped: the weight is (V, H), as a tied head's.
             assert x is not None
-            rows = self.projections.rows("out", use.module.weight.shape[0], x).float()
+            rows = self.projections.rows("out", use.module.weight.shape[0], x)
             z = sums_of_products(rows, project("in", go).float(), index, batch)
         else:
             left = project("out", go).float()

@@ -37,6 +37,17 @@ class Rule:
         """Whether the solver wants the inner products among general samples."""
         return self.name in GRAM_RULES
 
+    @property
+    def equal(self) -> bool:
+        """Whether all samples that have a weight have the same one."""
+        return self.name in ("full", "target", "topk", "filter", "second-order")
+
+    def kept(self, n: int) -> int | None:
+        """Number of n samples that have a weight, where it does not depend on the scores."""
+        if self.name in ("topk", "second-order"):
+            return count(n, self.frac)
+        return {"full": n, "target": 0}.get(self.name)
+
     def solve(self, problem: Problem, squared_target_norm: Tensor, lr: float) -> Solution:
         """Apply the solver.
 
