@@ -13,8 +13,8 @@ from branches import largest_difference
 from mixing_runs import Recorder, Rolled, checksum_reward, demonstrations, grpo, mixed_reward
 from oracles import combine, completions, demonstration_nll, gradient, model_at, rl_gradient, token_log_probs
 from torch import Tensor
-from trl_ext_mixing import HPT, Chord, ParallelAveraging, PCGrad, ReLIFT
-from trl_ext_mixing.pcgrad import pcgrad_weights
+from trl_ext_mixing import HPT, Chord, ParallelAveraging, ReLIFT, Surgery
+from trl_ext_mixing.surgery import pcgrad_weights
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
@@ -58,7 +58,7 @@ def test_phi_weighs_tokens_by_p_times_one_minus_p(tmp_path: Path) -> None:
     assert largest_difference(seen.sft[0], gradient(model, -(p * (1 - p) * logps).mean())) < 1e-8
 
 
-# -- PCGrad ----------------------------------------------------------------------------------------------------------
+# -- surgery ----------------------------------------------------------------------------------------------------------
 
 
 def test_pcgrad_is_the_sum_of_the_projected_gradients() -> None:
@@ -67,7 +67,7 @@ def test_pcgrad_is_the_sum_of_the_projected_gradients() -> None:
     for _ in range(20):
         a, b = torch.randn(2, 3, generator=generator, dtype=torch.float64)
         dot = a @ b
-        x, y = pcgrad_weights(a @ a, b @ b, dot)
+        x, y = pcgrad_weights(torch.stack([a, b]) @ torch.stack([a, b]).T)
         d = torch.clamp(dot, max=0.0)
         expected = (a - d / (b @ b) * b) + (b - d / (a @ a) * a)  # the projections, written out
         torch.testing.assert_close(x * a + y * b, expected)
@@ -78,7 +78,7 @@ def test_pcgrad_is_the_sum_of_the_projected_gradients() -> None:
 @pytest.mark.parametrize("normalise", [True, False])
 def test_the_surgery_leaves_no_conflict_in_a_run(tmp_path: Path, normalise: bool) -> None:
     before, after = Recorder(), Late()
-    grpo(tmp_path, [PCGrad(normalise=normalise), after], recorder=before, max_steps=8).train()
+    grpo(tmp_path, [Surgery(normalise=normalise), after], recorder=before, max_steps=8).train()
     conflicts = 0
     for g_rl, g_sft, mixed in zip(before.rl, before.sft, after.rl, strict=True):
         a, b, got = (torch.cat([t.flatten() for t in v]) for v in (g_rl, g_sft, mixed))
@@ -91,6 +91,41 @@ def test_the_surgery_leaves_no_conflict_in_a_run(tmp_path: Path, normalise: bool
         # Weights are made of fp32 scalars.
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
     assert conflicts > 0, "no step of this run had a conflict; choose another seed"
+
+
+def least_norm(a: Tensor, b: Tensor) -> Tensor:
+    """MGDA for two (Sener and Koltun, arXiv:1810.04650, eq. 4): the shortest convex combination, by a fine grid."""
+    shares = torch.linspace(0, 1, 100_001, dtype=torch.float64)[:, None]
+    a, b = a.double(), b.double()
+    squared = shares**2 * (a @ a) + (1 - shares) ** 2 * (b @ b) + 2 * shares * (1 - shares) * (a @ b)
+    share = shares[squared.argmin()]
+    return share * a + (1 - share) * b
+
+
+@pytest.mark.parametrize("weighting", ["half-space", "mgda"])
+def test_the_weightings_of_the_projection_distribution_apply_to_the_two_gradients(
+    tmp_path: Path, weighting: str
+) -> None:
+    pytest.importorskip("trl_ext_data_regularization", reason="its weightings are used")
+    if weighting == "mgda":
+        pytest.importorskip("torchjd", reason="MGDA is torchjd's")
+    before, after = Recorder(), Late()
+    plugin = Surgery(weighting=weighting, normalise=False)
+    grpo(tmp_path, [plugin, after], recorder=before, max_steps=8).train()
+    conflicts = 0
+    for g_rl, g_sft, mixed in zip(before.rl, before.sft, after.rl, strict=True):
+        a, b, got = (torch.cat([t.flatten() for t in v]).double() for v in (g_rl, g_sft, mixed))
+        conflicts += int(a @ b < 0)
+        expected = a - torch.clamp(a @ b, max=0.0) / (b @ b) * b if weighting == "half-space" else least_norm(a, b)
+        # Weights are made of fp32 scalars; torchjd stops its iteration at 1e-3 of the norm.
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6 if weighting == "half-space" else 2e-3)
+    assert conflicts > 0, "no step of this run had a conflict; choose another seed"
+
+
+def test_a_weighting_that_is_none_is_refused() -> None:
+    pytest.importorskip("trl_ext_data_regularization", reason="its weightings are named")
+    with pytest.raises(ValueError, match="surgery: weighting='majority' is not one of half-space, pcgrad, upgrad"):
+        Surgery(weighting="majority")
 
 
 # -- demonstrations of the same prompts ------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from trl_ext_mixing.demonstrations import (
 from trl_ext_mixing.rewards import pass_rates
 
 ROLE = "sft"
-_MIXERS = frozenset({"parallel-averaging", "chord", "pcgrad"})
+_MIXERS = frozenset({"parallel-averaging", "chord", "surgery"})
 
 
 @dataclass(eq=False, kw_only=True)
