@@ -18,6 +18,7 @@ from transformers.distributed import DistributedConfig
 from trl_ext_data_regularization.rollouts import RolloutFilter
 from trl_ext_data_regularization.surgery import GradientSurgery
 
+from trl_ext import hookimpl
 from trl_ext.testing import save_model
 
 # Per case: the plugin's options. The stream's batch is per rank, so one rank draws twice as many.
@@ -32,20 +33,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 EXACT = {"plain": None, "everything": {"frac": 1.0}, "everything micro": {"frac": 1.0, "unit": "micro"}}
 GRPO = {"grpo plain": None, "grpo": {"frac": 0.0}, "grpo filter": {"frac": 1.0}}
-# On two ranks both sharded and not: plugin, its options, the run's.
-DERIVATIVE = {"scope": "global", "engine": "derivative", "frac": 0.5}
-ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3}
-SURGERY = {"general": "train"}
-SHARDED: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
-    "topk": (DataRegularization, {**DERIVATIVE, "position_steps": 1}, {}),
-    "topk, accumulated": (DataRegularization, DERIVATIVE, {"gradient_accumulation_steps": 2}),
-    "filter, with target": (DataRegularization, {**DERIVATIVE, "rule": "filter", "frac": 1.0, "with_target": True}, {}),
-    "target": (DataRegularization, {**DERIVATIVE, "rule": "target"}, {}),
-    "preconditioned": (DataRegularization, {**DERIVATIVE, "precondition": True}, ADAM),
-    "half-space": (GradientSurgery, SURGERY, {}),
-    "pcgrad by layer": (GradientSurgery, {**SURGERY, "method": "pcgrad", "scope": "layer"}, {}),
-    "pcgrad, preconditioned": (GradientSurgery, {**SURGERY, "method": "pcgrad", "precondition": True}, ADAM),
-}
 
 
 def run(case: str, world: int) -> Any:
@@ -65,7 +52,7 @@ def _train(plugin: Any, net: Any, rows: int, **options: Any) -> Any:
 
 
 def run_sharded(case: str, folder: Path, sharded: bool) -> dict[str, Any]:
-    """FSDP2 or DDP, on the same data."""
+    """FSDP2 or DDP, on the same data: parameters, logs, and the scores that choices were made of."""
     cls, options, settings = SHARDED[case]
     net = sharpened(model(layers=2))
     if sharded:
@@ -74,12 +61,46 @@ def run_sharded(case: str, folder: Path, sharded: bool) -> dict[str, Any]:
         dist.barrier()
         config = DistributedConfig(fsdp_size=dist.get_world_size())
         net = AutoModelForCausalLM.from_pretrained(str(folder / "model"), distributed_config=config)
-    trainer = _train(cls(stream_batch_size=2, **options), net, 2, **{"max_steps": 3, **settings})
-    return {
-        "parameters": parameters(trainer),
-        "logs": trainer.state.log_history,
-        "sharded": trainer.ext_weights.sharded,
-    }
+    plugin = cls(stream_batch_size=2, **options)
+    trainer = _train(plugin, net, 2, **{"max_steps": 3, **settings})
+    found = {"parameters": parameters(trainer), "logs": trainer.state.log_history}
+    return {**found, "sharded": trainer.ext_weights.sharded, "scores": getattr(plugin, "scores", [])}
+
+
+class Watched(DataRegularization):
+    """Keeps the scores of every step."""
+
+    @hookimpl
+    def setup(self, context: Any) -> None:
+        self.scores: list[torch.Tensor] = []
+        super().setup(context)
+
+    def _begin_step(self, samples: Any, target: Any) -> Any:
+        step = super()._begin_step(samples, target)
+        choose = step.choose
+
+        def watched(scores: Any) -> None:
+            self.scores.append(scores.s)
+            choose(scores)
+
+        step.choose = watched
+        return step
+
+
+# On two ranks both sharded and not: plugin, its options, the run's.
+DERIVATIVE = {"scope": "global", "engine": "derivative", "frac": 0.5}
+ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3}
+SURGERY = {"general": "train"}
+SHARDED: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
+    "topk": (Watched, {**DERIVATIVE, "position_steps": 1}, {}),
+    "topk, accumulated": (Watched, DERIVATIVE, {"gradient_accumulation_steps": 2}),
+    "filter, with target": (Watched, {**DERIVATIVE, "rule": "filter", "frac": 1.0, "with_target": True}, {}),
+    "target": (Watched, {**DERIVATIVE, "rule": "target"}, {}),
+    "preconditioned": (Watched, {**DERIVATIVE, "precondition": True}, ADAM),
+    "half-space": (GradientSurgery, SURGERY, {}),
+    "pcgrad by layer": (GradientSurgery, {**SURGERY, "method": "pcgrad", "scope": "layer"}, {}),
+    "pcgrad, preconditioned": (GradientSurgery, {**SURGERY, "method": "pcgrad", "precondition": True}, ADAM),
+}
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
