@@ -4,6 +4,7 @@ import pytest
 import torch
 from passes import batch_of, losses_of, model_of, sample_gradients, tapped, trainable, whole
 from trl_ext_data_regularization.engines import Direct, Ghost, Projections, Sketch, derivative_scores
+from trl_ext_data_regularization.layers import Batch, Layer, Use
 from trl_ext_data_regularization.visitors import ScorePass
 
 CPU = torch.device("cpu")
@@ -16,15 +17,17 @@ def target_gradient(model, batch):
     return [g.detach() for g in grads]
 
 
-def score(model, batches, make):
-    """One scoring pass over micro-batches of one window."""
+def score(model, batches, make, autocast=False):
+    """One scoring pass over micro-batches of one window, its forward in bf16 if so wanted."""
     parts = tapped(model)
     engine = make(parts.layers, sum(len(b["input_ids"]) for b in batches))
     offset = 0
     for batch in batches:
         here = whole(batch, offset)
         with parts.taps.active(ScorePass(engine), here):
-            losses_of(model, batch).sum().backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                losses = losses_of(model, batch)
+            losses.sum().backward()
         offset += here.samples
     parts.taps.remove()
     assert all(p.grad is None for p in model.parameters()), "scoring must leave no gradient behind"
@@ -113,8 +116,6 @@ def test_scores_for_several_targets_are_the_sum_over_any_split():
 
 def test_samples_of_a_packed_row_are_told_apart():
     """Padding-free: two samples in one row, told apart by position; each score as if the sample were alone."""
-    from trl_ext_data_regularization.layers import Batch
-
     model = model_of("full")
     model.config._attn_implementation = "eager"
     t = target_gradient(model, batch_of(2, 7, seed=9))
@@ -154,3 +155,34 @@ def test_sketches_are_unbiased_over_seeds():
         spread = values.std(0) / seeds**0.5
         # 4 standard errors: among some 200 numbers, one beyond is a 1 % event. Layers no wider than 8 are exact.
         assert (error <= 4 * spread + 1e-4 * getattr(exact, name).abs().max()).all()
+
+
+@pytest.mark.parametrize("engine", ["ghost", "direct", "sketch"])
+@pytest.mark.parametrize("kind", ["linear", "embedding", "scale"])
+def test_in_bf16_scores_are_summed_in_fp32(engine, kind):
+    """A thousand equal tokens: a sum of ones in bf16 would stop at 256."""
+    tokens, width = 1000, 4
+    module = torch.nn.Embedding(width, width) if kind == "embedding" else torch.nn.Linear(width, width, bias=False)
+    use = Use("layer", module, kind, 0)
+    t = torch.ones(width) if kind == "scale" else torch.ones(width, width)
+    layers, ones = [Layer("layer", 0, None, 1)], torch.ones(tokens, width, dtype=torch.bfloat16)
+    made = {
+        "ghost": lambda: Ghost(layers, [t], 1, CPU),
+        "direct": lambda: Direct(layers, [t], 1, CPU),
+        "sketch": lambda: Sketch(layers, [t], 1, CPU, Projections(8, 0)),
+    }[engine]()
+    x = {"linear": ones, "embedding": torch.zeros(tokens, dtype=torch.long), "scale": None}[kind]
+    index = torch.zeros(tokens, dtype=torch.long)
+    made.add(use, x, ones, index, Batch(index.unsqueeze(0), 1, 0, True))
+    scores = made.scores([0])
+    assert scores.s.dtype == torch.float32
+    assert scores.s.item() == tokens * width * (width if kind == "linear" else 1)
+
+
+def test_a_forward_in_bf16_gives_nearly_the_same_scores():
+    model, batch = model_of("full"), batch_of(3, 64, seed=1, padding=False)
+    t = target_gradient(model, batch_of(2, 7, seed=9))
+    runs = [score(model, [batch], lambda layers, n: Ghost(layers, t, n, CPU), autocast=a)[1].s for a in (False, True)]
+    assert runs[1].dtype == torch.float32
+    error = (runs[1] - runs[0]).abs() / runs[0].abs().amax(1, keepdim=True)
+    assert error.mean() <= 0.03  # 2^-8 an operation, and some ten of them one after the other

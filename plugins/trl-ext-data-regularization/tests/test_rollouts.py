@@ -203,6 +203,13 @@ def test_reward_loss_standardises_and_falls_back_where_rewards_hardly_spread():
     torch.testing.assert_close(reward_loss(torch.tensor([1.0, 1.0]), mask), torch.tensor([[0.25, 0.25], [0.25, 0.0]]))
 
 
+def test_reward_loss_of_a_rank_is_its_part_of_that_over_all():
+    rewards, mask = torch.tensor([0.0, 1.0, 3.0, 2.0]), torch.ones(4, 3)
+    whole = reward_loss(rewards, mask)
+    parts = [reward_loss(rewards[rows], mask[rows], rewards) for rows in (slice(0, 1), slice(1, 4))]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
 def test_losses_weigh_tokens_as_trl_does():
     advantages, mask = torch.tensor([2.0, -1.0]), torch.tensor([[1, 1, 0], [1, 0, 0]])
     torch.testing.assert_close(train_loss(advantages, mask, "grpo"), torch.tensor([[1.0, 1, 0], [-1, 0, 0]]))

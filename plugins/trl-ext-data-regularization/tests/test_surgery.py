@@ -6,6 +6,8 @@ from training import GENERAL, TARGET, train
 from trl_ext_data_regularization.surgery import GradientSurgery
 from trl_ext_data_regularization.weightings import CLOSED_FORMS, TORCHJD, half_space, pcgrad, weighting
 
+from trl_ext.records import StreamGradient
+
 
 def pair(seed: int, angle_sign: float):
     """t and g in R^6 with an inner product of the given sign."""
@@ -109,6 +111,37 @@ def test_the_plugin_combines_the_two_gradients(scope, general):
     for i, got in enumerate(found):
         weights = pcgrad(gram(*flat)) if scope == "global" else pcgrad(gram(t[i].flatten(), g[i].flatten()))
         torch.testing.assert_close(got, weights[0] * t[i] + weights[1] * g[i], rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_preconditioned_surgery_uses_inner_products_of_what_adam_would_make(scope):
+    """The Gram matrix of g / (sqrt(v / (1 - beta2^k)) + eps); the gradients that are combined are the raw ones."""
+    from trl_ext.gradients import GradientView
+
+    generator = torch.Generator().manual_seed(0)
+    params = [
+        torch.nn.Parameter(torch.randn(3, 2, generator=generator)),
+        torch.nn.Parameter(torch.randn(5, generator=generator)),
+    ]
+    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.9))
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator) * torch.logspace(-3, 1, p.numel()).view(p.shape)
+        optimizer.step()
+    t, g = ([torch.randn(p.shape, generator=generator) for p in params] for _ in range(2))
+    factors = [1 / ((optimizer.state[p]["exp_avg_sq"] / (1 - 0.9**3)).sqrt() + 1e-8) for p in params]
+    scaled = [[x * f for x, f in zip(v, factors, strict=True)] for v in (t, g)]
+    plugin = GradientSurgery(method="pcgrad", scope=scope, precondition=True)
+    plugin.wrap_optimizer(optimizer)
+    view = GradientView(["a", "b"], params, [x.clone() for x in t])
+    stream = StreamGradient(GradientView(["a", "b"], params, g), 0.0, 0.0, 1)
+    plugin.gradients_ready(view, {"general": stream})
+    for i in range(2):
+        rows = [
+            scaled[k][i].flatten() if scope == "layer" else torch.cat([x.flatten() for x in scaled[k]]) for k in (0, 1)
+        ]
+        a, b = pcgrad(gram(*rows))
+        torch.testing.assert_close(view.tensors[i], a * t[i] + b * g[i], rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_method_is_refused():

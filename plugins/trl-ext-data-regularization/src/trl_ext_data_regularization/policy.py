@@ -66,16 +66,18 @@ def token_policy_gradient(advantages: Tensor, mask: Tensor) -> Tensor:
     return train_loss(advantages, mask, "dapo") / mask.sum().clamp(min=1)
 
 
-def reward_loss(rewards: Tensor, mask: Tensor) -> Tensor:
+def reward_loss(rewards: Tensor, mask: Tensor, among: Tensor | None = None) -> Tensor:
     """(N, T) coefficients of -(1/N) sum_i z(R_i) sum_t log pi_t (arXiv:2605.07063).
 
     Args:
         rewards: (N,); z standardises them, or subtracts 0.5 where they hardly spread (standard deviation below 1e-6).
         mask: (N, T) 0/1.
+        among: rewards whose mean and spread standardise, those of all ranks; `rewards` where None.
     """
-    spread = rewards.std(unbiased=False)
-    z = torch.where(spread < 1e-6, rewards - 0.5, (rewards - rewards.mean()) / spread.clamp(min=1e-6))
-    return z.unsqueeze(1) * mask.float() / len(rewards)
+    every = rewards if among is None else among
+    spread = every.std(unbiased=False)
+    z = torch.where(spread < 1e-6, rewards - 0.5, (rewards - every.mean()) / spread.clamp(min=1e-6))
+    return z.unsqueeze(1) * mask.float() / len(every)
 
 
 def group_advantages(rewards: Tensor, group: int) -> Tensor:

@@ -139,15 +139,17 @@ class RolloutFilter:
         if self.target == "prompts":
             batches.append(self._fresh())
         elif self.target_loss != "train-loss":
-            own = rewards.total[rewards.local]
-            batches.append(_batch(rollouts, self._target_coefficients(own, advantages, rollouts.mask)))
+            own, every = rewards.total[rewards.local], rewards.total
+            batches.append(_batch(rollouts, self._target_coefficients(own, advantages, rollouts.mask, every)))
         vectors = self._vectors(batches)
         n, last = len(batches[0]), len(batches[-1])
         return [v[:n] for v in vectors], [v[-last:].sum(0) for v in vectors], sizes(rollouts.mask, loss_type)
 
-    def _target_coefficients(self, rewards: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    def _target_coefficients(
+        self, rewards: Tensor, advantages: Tensor, mask: Tensor, every: Tensor | None = None
+    ) -> Tensor:
         if self.target_loss == "reward":
-            return reward_loss(rewards, mask)
+            return reward_loss(rewards, mask, every)
         if self.target_loss == "token-pg":
             return token_policy_gradient(advantages, mask)
         return train_loss(advantages, mask, self._args.loss_type)

@@ -1,0 +1,76 @@
+"""Weighted backward passes: each layer's gradient is the weighted sum of its samples' gradients."""
+
+import pytest
+import torch
+from passes import batch_of, losses_of, model_of, sample_gradients, tapped, trainable, whole
+from trl_ext_data_regularization.layers import Batch
+from trl_ext_data_regularization.solvers import RULES, Problem, Rule
+from trl_ext_data_regularization.visitors import Choice, WeightedPass
+
+# Weights of four samples, whether those not zero are equal, and their number where it is told.
+CHOICES = {
+    "some kept, counted": ([0.0, 2.0, 2.0, 0.0], True, 2),
+    "some kept": ([0.0, 2.0, 0.0, 2.0], True, None),
+    "unequal": ([0.5, 0.0, -1.5, 2.0], False, None),
+    "all kept": ([1.0, 1.0, 1.0, 1.0], True, 4),
+    "none kept": ([0.0, 0.0, 0.0, 0.0], True, 0),
+    "counted, and zero": ([0.0, 0.0, 0.0, 0.0], True, 2),
+}
+
+
+def weighted_gradients(model, batch, weights, choice, by_row=True):
+    """Parameter gradients after a pass in which each layer has its own weights, rotated by its position."""
+    parts = tapped(model)
+    here = whole(batch)
+    here = here if by_row else Batch(here.index, here.samples, here.offset, False)
+
+    def choose(layer: int, _: Batch) -> Choice:
+        _, equal, count = choice
+        return Choice(weights.roll(layer), equal, count)
+
+    with parts.taps.active(WeightedPass(choose), here):
+        losses_of(model, batch).sum().backward()
+    parts.taps.remove()
+    return parts.layers, [p.grad for p in trainable(model).values()]
+
+
+@pytest.mark.parametrize("case", CHOICES)
+@pytest.mark.parametrize("kind", ["full", "tied", "lora"])
+def test_each_layers_gradient_is_the_weighted_sum_of_its_samples(kind, case):
+    model, batch = model_of(kind), batch_of(4, 8, seed=1)
+    weights = torch.tensor(CHOICES[case][0])
+    samples = sample_gradients(model, batch)
+    layers, found = weighted_gradients(model, batch, weights, CHOICES[case])
+    for position, layer in enumerate(layers):
+        for i in layer.parameters:
+            right = sum(w * sample[i] for w, sample in zip(weights.roll(position), samples, strict=True))
+            got = torch.zeros_like(right) if found[i] is None else found[i]
+            scale = max(float(sample[i].abs().max()) for sample in samples)
+            torch.testing.assert_close(
+                got, right, rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=layer.name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("case", ["some kept", "unequal"])
+def test_without_rows_of_their_own_samples_are_scaled(case):
+    """As where several samples share a row: nothing can be left out, and the gradient is the same."""
+    batch, weights = batch_of(4, 8, seed=1), torch.tensor(CHOICES[case][0])
+    by_row = weighted_gradients(model_of("full"), batch, weights, CHOICES[case])[1]
+    scaled = weighted_gradients(model_of("full"), batch, weights, CHOICES[case], by_row=False)[1]
+    for a, b in zip(by_row, scaled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_keeps_as_many_as_it_says(name):
+    generator = torch.Generator().manual_seed(0)
+    for n in range(1, 9):
+        G, t = torch.randn(n, 12, generator=generator), torch.randn(12, generator=generator)
+        problem = Problem((G @ t).double(), torch.randint(1, 9, (n,), generator=generator), (G @ G.T).double())
+        rule = Rule(name, 0.5)
+        weights = rule.solve(problem, (t @ t).double(), 0.1).weights
+        kept = weights[weights != 0]
+        assert rule.kept(n) in (None, len(kept))
+        if rule.equal and len(kept):
+            torch.testing.assert_close(kept, kept[:1].expand_as(kept))
+    assert (Rule(name, 0.5).kept(8) is None) == (name not in ("full", "target", "topk", "second-order"))
