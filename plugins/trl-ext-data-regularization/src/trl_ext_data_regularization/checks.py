@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trl_ext.records import RunDescription
+from trl_ext.records import RunDescription, SetupContext
+from trl_ext_data_regularization.layers import Layer
 from trl_ext_data_regularization.solvers import Rule
 
 if TYPE_CHECKING:
@@ -94,3 +96,25 @@ def refuse(plugin: DataRegularization, rule: Rule, engine: str, run: RunDescript
             f"rule={rule.name} chooses among one sample, which is plain training; raise per_device_train_batch_size, "
             "gradient_accumulation_steps or stream_batch_size, or use a rule that may drop it (filter)"
         )
+
+
+def one_pass(plugin: DataRegularization, layers: Sequence[Layer], context: SetupContext) -> bool:
+    """Whether layers choose in the middle of the training backward pass: where that is exact, and wanted.
+
+    Raises:
+        ValueError: one pass is asked for, and cannot be.
+    """
+    alone = context.gradient_accumulation_steps == 1 and context.world_size == 1
+    exact = plugin.scope == "layer" and (alone or plugin.unit == "micro" or plugin.general == "stream")
+    shared = [layer.name for layer in layers if layer.uses > 1]
+    if plugin.passes == "one" and not exact:
+        raise ValueError(
+            "passes=one needs gradient_accumulation_steps=1 on one rank, or unit=micro: a choice over the window "
+            "cannot be made in its middle; set passes=auto"
+        )
+    if shared and (plugin.passes == "one" or plugin.general == "stream"):
+        raise ValueError(
+            f"{shared[0]} is used by two modules (a tied embedding), whose scores are complete only after both: "
+            "too late for one pass. Freeze it, or set passes=two and general=train"
+        )
+    return exact and not shared and plugin.passes != "two"

@@ -86,3 +86,16 @@ class Observer:
         """Go on with the table and the plot of the run that wrote the checkpoint."""
         if self.plugin.table and state:
             self.recorder.load_state_dict(state)
+
+
+def summary(plugin: DataRegularization, engine: str, layers: Sequence[Layer], one_pass: bool) -> str:
+    """What was decided for a run, and which metrics that gives."""
+    passes = "one pass" if one_pass else "two passes"
+    where = f"{len(layers)} layers" if plugin.scope == "layer" else "all layers together"
+    if plugin.position_steps:
+        angles = f"cosine and position exactly, every {plugin.position_steps} steps"
+    elif engine in ("direct", "sketch") and plugin.unit == "step" and not plugin.precondition:
+        angles = f"cosine and position by engine={engine}, where it sees all samples of a step"
+    else:
+        angles = "no cosine and position (position_steps=N gives them)"
+    return f"engine {engine} over {where}, {passes}; metrics kept, update_cosine; {angles}"

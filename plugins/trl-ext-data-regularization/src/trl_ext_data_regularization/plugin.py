@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
 from trl_ext.records import RunDescription, SampleWeights, SetupContext, StreamGradient, StreamRequest, Window
-from trl_ext_data_regularization.checks import refuse, validate
+from trl_ext_data_regularization.checks import one_pass, refuse, validate
 from trl_ext_data_regularization.diagnostics import Recorder
 from trl_ext_data_regularization.engines import Direct, Engine, Ghost, Projections, Scores, Sketch
 from trl_ext_data_regularization.layers import Batch, Layer, Use, find_layers
-from trl_ext_data_regularization.observer import Observer
+from trl_ext_data_regularization.observer import Observer, summary
 from trl_ext_data_regularization.preconditioner import preconditioned
 from trl_ext_data_regularization.ranks import FailedElsewhere, together
 from trl_ext_data_regularization.selection import Samples, samples_of, samples_of_inputs
@@ -118,7 +118,7 @@ class DataRegularization:
             self._layers, uses = find_layers(context.model, context.names)
         elif any(p.dtype not in (torch.float32, torch.float64) for p in context.weights.parameters):
             raise ValueError("engine=derivative needs weights in fp32; load the model in fp32, or use engine=ghost")
-        self._one_pass = self._decide_passes(context)
+        self._one_pass = one_pass(self, self._layers, context)
         self._projections = Projections(self.sketch_size, self.seed)
         # Registered before the taps' own hooks, which ask whether the pass that begins is to be tapped.
         self._handles = [context.model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)]
@@ -132,25 +132,12 @@ class DataRegularization:
         if self.general == "stream":
             self._keep_own_gradients()
         if context.rank == 0:
-            print(f"data-regularization: {self._summary()}")
+            print(f"data-regularization: {summary(self, self._engine, self._layers, self._one_pass)}")
 
     @property
     def recorder(self) -> Recorder:
         """The diagnostics of the training under way, or of the last one."""
         return self._observer.recorder
-
-    def _summary(self) -> str:
-        """What was decided for this run, and which metrics that gives."""
-        passes = "one pass" if self._one_pass else "two passes"
-        where = f"{len(self._layers)} layers" if self.scope == "layer" else "all layers together"
-        has_gram = self._engine in ("direct", "sketch") and self.unit == "step" and not self.precondition
-        if self.position_steps:
-            angles = f"cosine and position exactly, every {self.position_steps} steps"
-        elif has_gram:
-            angles = f"cosine and position from engine={self._engine} where it sees the whole window's samples"
-        else:
-            angles = "no cosine and position (position_steps=N gives them)"
-        return f"engine {self._engine} over {where}, {passes}; metrics kept, update_cosine; {angles}"
 
     def _remove(self) -> None:
         """Undo an earlier `setup`: a second `train()` calls it again."""
@@ -158,22 +145,6 @@ class DataRegularization:
             self._taps.remove()
         for handle in self._handles:
             handle.remove()
-
-    def _decide_passes(self, context: SetupContext) -> bool:
-        alone = context.gradient_accumulation_steps == 1 and context.world_size == 1
-        exact = self.scope == "layer" and (alone or self.unit == "micro" or self.general == "stream")
-        shared = [layer.name for layer in self._layers if layer.uses > 1]
-        if self.passes == "one" and not exact:
-            raise ValueError(
-                "passes=one needs gradient_accumulation_steps=1 on one rank, or unit=micro: a choice over the window "
-                "cannot be made in its middle; set passes=auto"
-            )
-        if shared and (self.passes == "one" or self.general == "stream"):
-            raise ValueError(
-                f"{shared[0]} is used by two modules (a tied embedding), whose scores are complete only after both: "
-                "too late for one pass. Freeze it, or set passes=two and general=train"
-            )
-        return exact and not shared and self.passes != "two"
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -187,7 +158,7 @@ class DataRegularization:
     def _weigh(self, window: Window) -> SampleWeights | None:
         assert self._taps is not None
         taps, device = self._taps, self._context.device
-        taps.visitor, self._step = None, None
+        taps.visitor, self._step, self._waiting = None, None, []
         self._steps_done = window.step
         if self.general == "stream":
             self._own_gradients.clear()
