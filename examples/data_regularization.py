@@ -49,9 +49,10 @@ METHODS: dict[str, dict[str, Any]] = {
 TARGET_SAMPLES = 16
 SYNTHETIC: dict[str, Any] = {
     "general": 800,
-    "steps": 300,
-    "rate": 1e-3,
-    "base_steps": 600,
+    "target_batch": 4,
+    "steps": 400,
+    "rate": 3e-3,
+    "base_steps": 150,
     "base_rate": 5e-3,
     "base_batch": 32,
     "hidden": 32,
@@ -59,6 +60,7 @@ SYNTHETIC: dict[str, Any] = {
 }
 GSM8K: dict[str, Any] = {
     "general": 800,
+    "target_batch": 4,
     "steps": 60,
     "rate": 1e-3,
     "base_steps": 150,
@@ -152,7 +154,7 @@ def pretrain(seed: int, rows: Rows, options: argparse.Namespace) -> Any:
 def run(name: str, seed: int, data: tuple[Rows, Rows, Rows], start: Any, options: argparse.Namespace) -> dict[str, Any]:
     """One training: the held-out target loss by step, and what share of the kept was relevant."""
     general, target, held_out = (Dataset.from_list(rows) for rows in data)
-    plugin = DataRegularization(table=True, stream_batch_size=1, **METHODS[name])
+    plugin = DataRegularization(table=True, stream_batch_size=options.target_batch, **METHODS[name])
     with tempfile.TemporaryDirectory() as folder:
         args = arguments(
             folder,
@@ -202,7 +204,10 @@ def run_seed(seed: int, methods: list[str], journal: Path, options: argparse.Nam
     size = options.general
     *data, others = gsm8k(options.gsm8k, seed, size) if options.gsm8k else synthetic(seed, size)
     start = None if options.model else pretrain(seed, others, options)
+    parent = multiprocessing.parent_process()
     for name in methods:
+        if parent is not None and not parent.is_alive():
+            return seed  # whoever started this is gone, and may be starting again
         line = json.dumps(run(name, seed, (data[0], data[1], data[2]), start, options))
         with journal.open("a") as file:
             file.write(line + "\n")

@@ -5,6 +5,7 @@ import torch
 from passes import batch_of, losses_of, model_of, sample_gradients, tapped, trainable, whole
 from trl_ext_data_regularization.engines import Direct, Ghost, Projections, Sketch, derivative_scores
 from trl_ext_data_regularization.layers import Batch, Layer, Use
+from trl_ext_data_regularization.selection import samples_of_inputs
 from trl_ext_data_regularization.visitors import ScorePass
 
 CPU = torch.device("cpu")
@@ -186,3 +187,13 @@ def test_a_forward_in_bf16_gives_nearly_the_same_scores():
     assert runs[1].dtype == torch.float32
     error = (runs[1] - runs[0]).abs() / runs[0].abs().amax(1, keepdim=True)
     assert error.mean() <= 0.03  # 2^-8 an operation, and some ten of them one after the other
+
+
+def test_padding_at_the_end_of_a_packed_row_is_no_sample():
+    """Positions of 0 there would count as samples without labels, of which top-k keeps some."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 0]])
+    labels = torch.tensor([[-100, 5, 5, -100, 5, -100, -100, -100]])
+    batch, tokens = samples_of_inputs({"labels": labels, "position_ids": positions, "input_ids": labels})
+    assert batch.samples == 2
+    assert batch.index.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1]]
+    assert tokens.tolist() == [2, 1]

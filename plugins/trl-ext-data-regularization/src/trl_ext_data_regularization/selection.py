@@ -58,7 +58,10 @@ def samples_of_inputs(inputs: Mapping[str, Tensor], offset: int = 0) -> tuple[Ba
         samples = len(labels)
     else:
         assert positions is not None
-        index = (positions == 0).flatten().cumsum(0).view(positions.shape) - 1
+        flat = positions.flatten()
+        # Zeros at the very end are padding to a multiple of some length, and no samples.
+        inside = (flat != 0).flip(0).cumsum(0).flip(0) > 0
+        index = (((flat == 0) & inside).cumsum(0) - 1).clamp(min=0).view(positions.shape)
         samples = int(index[-1, -1]) + 1
     labelled = (labels[:, 1:] != -100).long()
     tokens = labels.new_zeros(samples).index_add_(0, index[:, 1:].reshape(-1), labelled.reshape(-1))
