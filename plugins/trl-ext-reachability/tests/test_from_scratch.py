@@ -411,3 +411,15 @@ def test_rates_that_diverge_are_not_chosen(settings: Settings, tmp_path: Path, m
         steps.close()
     assert procedure.chosen == {"pretrained": 0.01, "scratch": 0.01}
     assert [line["nll"] for line in lines(tmp_path, "search")][1::2] == [None, None]
+
+
+@pytest.mark.slow
+def test_the_example_runs_with_few_steps(tmp_path: Path) -> None:
+    script = Path(__file__).parents[3] / "examples" / "from_scratch.py"
+    command = [sys.executable, str(script), "--quick", "--output", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    summary = json.loads((tmp_path / "quick" / "control" / "from_scratch.json").read_text())
+    assert list(summary["arms"]) == ["pretrained", "scratch", "embeddings"]
+    assert {name: facts["contaminated"] for name, facts in summary["sets"].items()} == {"in": 0, "out": 0}
+    assert summary["conclusion"][0] in done.stdout

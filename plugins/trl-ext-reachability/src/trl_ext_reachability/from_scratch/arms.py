@@ -55,7 +55,7 @@ class Base:
 
         # As pre-trained weights are stored, so that a `dtype` of "auto" means the same for both.
         dtype = getattr(self.config, "dtype", None) or torch.float32
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):  # the weights are drawn on the CPU
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(
                 self.config, dtype=dtype, trust_remote_code=self.options["trust_remote_code"]

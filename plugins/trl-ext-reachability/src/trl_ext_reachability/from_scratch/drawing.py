@@ -46,7 +46,8 @@ def draw(summary: Mapping[str, Any]) -> bytes:
     gaps.set(ylabel="nll - nll of pre-trained (nats per token)", title=f"nll gap, {level} interval over seeds")
     for axes in (scores, shares, gaps):
         axes.set_xlabel("tokens trained on")
-    scores.legend(fontsize="small")
+        axes.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+    figure.legend(*scores.get_legend_handles_labels(), loc="outside lower center", ncols=len(summary["arms"]))
     file = io.BytesIO()
     # Without its date and version, the same measurement gives the same bytes.
     figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
