@@ -62,3 +62,16 @@ def draw_calibration(result: Mapping[str, Any], path: Path) -> None:
     counts.bar([(b["from"] + b["to"]) / 2 for b in bins], [b["prompts"] for b in bins], width=0.9 / 10)
     counts.set(xlabel="predicted probability", ylabel="prompts", xlim=(-0.02, 1.02))
     figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def draw_queries(alphas: Sequence[float], draws: Sequence[int], bins: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws until the first success against 1/alpha, of each prompt and on average; see `queries.query_ratios`."""
+    figure = Figure(figsize=(5.5, 5), layout="constrained")
+    axis = figure.subplots()
+    x, y = 1 / np.asarray(alphas), np.asarray(draws)
+    axis.loglog(x[y > 0], y[y > 0], ".", alpha=0.25, label="one prompt")
+    axis.loglog([b["expected"] for b in bins], [b["mean_draws"] for b in bins], "o", label="mean of a bin")
+    axis.loglog([1, x.max()], [1, x.max()], color="0.5", linestyle=":", label="1/alpha")
+    axis.set(xlabel="1/alpha", ylabel="draws until the first success", title="Queries to success")
+    axis.legend()
+    figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -80,3 +80,14 @@ def query_ratios(alphas: ArrayLike, draws: ArrayLike, limit: int, confidence: fl
             }
         )
     return found
+
+
+def describe_queries(bins: Sequence[Mapping[str, Any]]) -> str:
+    """The bins of `query_ratios` as a table in Markdown."""
+    lines = ["| 1/alpha | prompts | never solved | mean draws | expected | ratio (95 %) |", "|---" * 6 + "|"]
+    lines += [
+        f"| {b['from']:.3g} to {b['to']:.3g} | {b['prompts']} | {b['unsolved']} | {b['mean_draws']:.1f} "
+        f"| {b['expected']:.1f} | {b['ratio']:.2f} ({b['interval'][0]:.2f} to {b['interval'][1]:.2f}) |"
+        for b in bins
+    ]
+    return "\n".join(lines)

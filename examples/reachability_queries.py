@@ -1,0 +1,131 @@
+"""Two predictions about a base model: draws until a prompt is solved, and which prompts are solved in some draws.
+
+    python examples/reachability_queries.py [--seeds 3] [--output runs/reachability_queries] [--large]
+
+The base model and problems are those of `reachability_grpo.py`: words to copy, with all but the last letters given. A
+prompt that the model solves with probability alpha, known from teacher forcing, should take 1/alpha draws (arXiv
+2603.06957). And `trl-ext probe reachability` predicts from a few rollouts which held-out prompts are solved at least
+once in as many further ones; `--check-against` compares that with another measurement.
+
+Written: results.json, report.md, queries.png, and the calibration plot of each seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from reachability_grpo import LARGE, Row, Setup, likelihoods, probe, problems, quiet, spread, train_base
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of the measurements."""
+
+    most_draws: int = 1024
+    """Of each prompt until it is solved."""
+    rollouts: int = 16
+    """Of each prompt, to predict from and to compare with."""
+
+
+def queries(setup: Setup, sizes: Sizes, model: str, rows: Sequence[Row], seed: int) -> list[dict[str, float]]:
+    """Probability of the right answer and draws until it comes, of each prompt in reach of `most_draws`."""
+    from trl_ext_reachability.policy import Policy, Sampler
+    from trl_ext_reachability.queries import draws_until_solved
+    from trl_ext_reachability.rewards import exact
+
+    alphas = likelihoods(model, rows)
+    known = [i for i, alpha in enumerate(alphas) if alpha > 1 / sizes.most_draws]
+    policy = Policy(model, Sampler(setup.letters + 1), "float32")
+    calls = itertools.count(1_000_000 * seed)
+
+    def draw(places: list[int]) -> list[bool]:
+        hits: list[bool] = []
+        for start in range(0, len(places), 512):
+            batch = [rows[known[i]] for i in places[start : start + 512]]
+            drawn = policy.sample([policy.prompt_ids(row["prompt"]) for row in batch], next(calls))
+            texts = [policy.text(ids) for ids in drawn]
+            hits += [reward == 1 for reward in exact(texts, [row["answer"] for row in batch])]
+        return hits
+
+    counts = draws_until_solved(draw, len(known), sizes.most_draws)
+    return [{"alpha": float(alphas[i]), "draws": int(n)} for i, n in zip(known, counts, strict=True)]
+
+
+def run_seed(setup: Setup, sizes: Sizes, seed: int, output: Path) -> dict[str, Any]:
+    """One base model: draws until success, and predicted against observed on held-out prompts."""
+    from trl_ext_reachability.checking import check_against
+
+    rows = [row for n in setup.in_reach for row in problems(setup, n, setup.held_out, seed, "held_out")]
+    fixed = {"rollouts": sizes.rollouts, "max_rollouts": sizes.rollouts}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        base = train_base(setup, seed, folder)
+        probe(setup, base, rows, folder / "observed", seed=2 * seed + 1, **fixed)
+        probe(setup, base, rows, folder / "predicted", seed=2 * seed, **fixed)
+        calibration = check_against(folder / "predicted", folder / "observed")
+        shutil.copy(folder / "predicted" / "calibration.png", output / f"seed{seed}-calibration.png")
+        return {"seed": seed, "queries": queries(setup, sizes, base, rows, seed), "calibration": calibration}
+
+
+def report(sizes: Sizes, results: Sequence[Mapping[str, Any]], bins: Sequence[Mapping[str, Any]]) -> str:
+    """The tables in Markdown."""
+    from trl_ext_reachability.queries import describe_queries
+
+    lines = [
+        f"{len(results)} seeds.",
+        "",
+        f"Draws until the first right answer, at most {sizes.most_draws}; all seeds together:",
+        "",
+        describe_queries(bins),
+        "",
+        f"Prompts solved at least once in {sizes.rollouts} draws, predicted from as many others; mean [least, most]:",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    names = {
+        "prompts": "prompts",
+        "predicted_share": "predicted share",
+        "observed_share": "observed share",
+        "brier": "Brier score",
+        "brier_constant": "Brier score of the best constant",
+        "ece": "expected calibration error, ten bins of equal width",
+        "ece_if_calibrated": "its 95 % bound if calibrated",
+    }
+    lines += [f"| {text} | {spread([r['calibration'][name] for r in results])} |" for name, text in names.items()]
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("runs/reachability_queries"))
+    parser.add_argument("--large", action="store_true", help="the larger setup, on a GPU")
+    options = parser.parse_args()
+    setup, sizes = (LARGE, Sizes(8192, 64)) if options.large else (Setup(), Sizes())
+    quiet(setup)
+    options.output.mkdir(parents=True, exist_ok=True)
+    from trl_ext_reachability.drawing import draw_queries
+    from trl_ext_reachability.queries import query_ratios
+
+    results = [run_seed(setup, sizes, seed, options.output) for seed in range(options.seeds)]
+    found = [query for result in results for query in result["queries"]]
+    alphas, draws = [query["alpha"] for query in found], [query["draws"] for query in found]
+    bins = query_ratios(alphas, draws, sizes.most_draws)
+    content = {"setup": asdict(setup), "sizes": asdict(sizes), "query_ratios": bins, "results": results}
+    (options.output / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    (options.output / "report.md").write_text(report(sizes, results, bins))
+    draw_queries(alphas, draws, bins, options.output / "queries.png")
+    print((options.output / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
