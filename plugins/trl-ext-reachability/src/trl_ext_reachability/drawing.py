@@ -54,10 +54,9 @@ def draw_calibration(result: Mapping[str, Any], path: Path) -> None:
     curve.axhline(result["observed_share"], color="C1", linewidth=1, label="best constant")
     curve.set(
         ylabel="observed share solved",
-        title=f"Solved in {result['draws']} draws: Brier {result['brier']:.3f} (constant "
-        f"{result['brier_constant']:.3f}), calibration error {result['ece']:.3f}",
+        title=f"Solved in {result['draws']} draws; calibration error {result['ece']:.3f}\n"
+        f"Brier score {result['brier']:.3f} (best constant: {result['brier_constant']:.3f})",
     )
-    curve.title.set_fontsize(9)
     curve.legend()
     counts.bar([(b["from"] + b["to"]) / 2 for b in bins], [b["prompts"] for b in bins], width=0.9 / 10)
     counts.set(xlabel="predicted probability", ylabel="prompts", xlim=(-0.02, 1.02))
