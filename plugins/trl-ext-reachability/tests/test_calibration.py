@@ -154,9 +154,9 @@ def test_prediction_meets_the_first_round_of_another_measurement(tmp_path: Path)
 def test_measurements_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     counts = {"a": (1, 4)}
     mine = write_measurement(tmp_path / "mine", counts, [])
-    with pytest.raises(ValueError, match="has the seed of"):
+    with pytest.raises(ValueError, match="has the same seed"):
         check_against(mine, write_measurement(tmp_path / "same", counts, []))
-    with pytest.raises(ValueError, match=r"other settings \(temperature\)"):
+    with pytest.raises(ValueError, match="with another temperature; a comparison"):
         check_against(mine, write_measurement(tmp_path / "warm", counts, [], seed=1, temperature=0.5))
     with pytest.raises(ValueError, match="holds no finished measurement"):
         check_against(mine, tmp_path / "absent")
@@ -177,6 +177,9 @@ def test_command_compares_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     assert "# Reach of" in shown
     assert "# Predicted against observed" in shown
+    with pytest.raises(ValueError, match="has the same seed"):
+        reachability(path, str(data), output=tmp_path / "new", seed=1, check_against=tmp_path / "other", **common)
+    assert not (tmp_path / "new").exists()  # refused before anything is drawn
     result = json.loads((tmp_path / "mine" / "calibration.json").read_text())
     # 1 - 0.61^8 = 0.98 of the 10 in the middle, and all of the last 10.
     assert result["observed_share"] == pytest.approx(2 / 3, abs=0.07)

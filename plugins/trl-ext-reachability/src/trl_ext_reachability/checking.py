@@ -35,16 +35,9 @@ def check_against(folder: Path, other: Path) -> dict[str, Any]:
     Raises:
         ValueError: one of them is not finished, their seeds are the same, or successes mean another thing.
     """
-    mine, theirs = _summary(folder), _summary(other)
-    settings, observed_settings = mine["settings"], theirs["settings"]
-    differing = [name for name in ALIKE if settings[name] != observed_settings[name]]
-    if differing:
-        raise ValueError(
-            f"{other} was measured with other settings ({', '.join(differing)}) than {folder}; a comparison needs the "
-            "same"
-        )
-    if settings["seed"] == observed_settings["seed"]:
-        raise ValueError(f"{other} has the seed of {folder}, so that its rollouts may be the same; measure it again")
+    mine = _summary(folder)
+    settings = mine["settings"]
+    observed_settings = comparable(settings, other)
     probed = _counts(_records(folder))
     observed = _first_round(other)
     counts = np.array([probed.get(key, (0, 0)) for key in observed]).T
@@ -67,6 +60,24 @@ def check_against(folder: Path, other: Path) -> dict[str, Any]:
     else:
         draw_calibration(result, folder / "calibration.png")
     return result
+
+
+def comparable(settings: Mapping[str, Any], other: Path) -> dict[str, Any]:
+    """The settings of a finished measurement, if its rollouts are a test for one with the settings given.
+
+    Raises:
+        ValueError: they are not, and why.
+    """
+    theirs: dict[str, Any] = _summary(other)["settings"]
+    differing = [name for name in ALIKE if settings[name] != theirs[name]]
+    if differing:
+        raise ValueError(
+            f"{other} was measured with another {' and '.join(differing)}; a comparison needs the same, so that a "
+            "success is the same"
+        )
+    if settings["seed"] == theirs["seed"]:
+        raise ValueError(f"{other} has the same seed, so that its rollouts may be the same; measure it with another")
+    return theirs
 
 
 def describe_calibration(result: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -40,13 +41,15 @@ def reachability(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from trl_ext_reachability.checking import check_against as check
+    from trl_ext_reachability import checking
     from trl_ext_reachability.measuring import Settings, measure
 
     settings = Settings(
         model, dataset, reward, dataset_name, split, columns, limit, success, num_generations, epochs, rollouts,
         max_rollouts, confidence, max_completion_length, temperature, top_p, top_k, batch_size, seed, dtype,
     )  # fmt: skip
+    if check_against is not None:
+        checking.comparable(asdict(settings), check_against)  # now, not after the measurement
     with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
         tasks: dict[str, int] = {}
         for name, done, total in measure(settings, output):
@@ -55,7 +58,7 @@ def reachability(
             bar.update(tasks[name], completed=done, total=total)  # type: ignore[arg-type]
     names = ["reachability.md"]
     if check_against is not None:
-        check(output, check_against)
+        checking.check_against(output, check_against)
         names.append("calibration.md")
     for name in names:
         Console().print((output / name).read_text(), markup=False, highlight=False, soft_wrap=True)
