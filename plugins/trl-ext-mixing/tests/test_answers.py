@@ -42,8 +42,9 @@ def test_rewards_of_text_and_messages() -> None:
 
 
 @pytest.mark.slow
-def test_the_example_trains_from_one_yaml(tmp_path: Path) -> None:
-    """With rows in GSM8K's form where the data itself is not at hand."""
+@pytest.mark.parametrize("objective", ["", "dft"])
+def test_the_example_trains_from_one_yaml(tmp_path: Path, objective: str) -> None:
+    """With rows in GSM8K's form where the data itself is not at hand; as it is, and with an objective in addition."""
     data = tmp_path / "shared" / "data" / "gsm8k"
     data.mkdir(parents=True)
     rows = [
@@ -54,7 +55,10 @@ def test_the_example_trains_from_one_yaml(tmp_path: Path) -> None:
     model = save_model(tiny_llama(hidden=16), tiny_tokenizer(), tmp_path / "model")
     work = tmp_path / "checkout"
     work.mkdir()
-    command = [str(Path(sys.executable).with_name("trl-ext")), "grpo", "--config", str(EXAMPLE)]
+    config = tmp_path / "config.yaml"
+    more = f"plugins:\n  - name: {objective}\n" if objective else "plugins:\n"
+    config.write_text(EXAMPLE.read_text().replace("plugins:\n", more))
+    command = [str(Path(sys.executable).with_name("trl-ext")), "grpo", "--config", str(config)]
     small = "--max_steps 2 --max_completion_length 4 --gradient_accumulation_steps 1 --use_cpu --bf16 false"
     result = subprocess.run(
         [*command, "--model_name_or_path", model, *small.split(), "--gradient_checkpointing", "false"],
@@ -67,6 +71,6 @@ def test_the_example_trains_from_one_yaml(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     assert "parallel-averaging/update_cosine" in result.stdout
     run = json.loads((work / "runs/gsm8k-mixing/trl_ext_run.json").read_text())
-    assert [plugin["name"] for plugin in run["plugins"]] == ["parallel-averaging", "ema"]
+    assert [plugin["name"] for plugin in run["plugins"]] == [*filter(None, [objective]), "parallel-averaging", "ema"]
     assert run["streams"]["sft"]["samples"] == 24
     assert (work / "runs/gsm8k-mixing/model.safetensors").is_file()
