@@ -86,7 +86,7 @@ class OnlineAverage:
     method: ClassVar[str]
     follows: ClassVar[bool] = True
     """Whether the copies are updated after `start`."""
-    requires_api: ClassVar[str] = "1"
+    requires_api: ClassVar[str] = ">=1.1,<2"  # sampling_weights
     trainers: ClassVar[tuple[str, ...]] = ("sft", "grpo")
     state_version: ClassVar[int] = 1
 
