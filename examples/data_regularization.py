@@ -67,7 +67,7 @@ GSM8K: dict[str, Any] = {
     "base_rate": 5e-3,
     "base_batch": 16,
     "hidden": 64,
-    "max_length": 384,
+    "max_length": 512,
 }
 Rows = list[dict[str, Any]]
 
