@@ -224,3 +224,17 @@ def test_scores_that_are_not_finite_are_refused():
     problem = Problem(torch.tensor([1.0, float("nan")]), torch.ones(2), torch.eye(2))
     with pytest.raises(ArithmeticError, match="not finite"):
         Rule("cone", 1.0).solve(problem, torch.tensor(1.0), LR)
+
+
+@pytest.mark.parametrize("name", ["cone", "hull", "capped"])
+def test_samples_that_are_not_used_weigh_nothing_at_all(name):
+    """Rounding must not pass for a small weight: such samples would count as kept."""
+    for seed in range(20):
+        c = case(seed, 8, 5, unequal=True)
+        weights = solve(c, name).weights
+        assert ((weights == 0) | (weights > 1e-9)).all()
+    c = case(0, 8, 400)
+    opposed = replace(c, t=-c.G.sum(0))
+    assert (opposed.problem.s < 0).all()
+    if name == "cone":
+        assert torch.equal(solve(opposed, name).weights, torch.zeros(8, dtype=torch.float64))

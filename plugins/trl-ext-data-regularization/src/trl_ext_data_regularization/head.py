@@ -169,9 +169,8 @@ class _Scale(torch.autograd.Function):
         if choice is None:
             return v, ve, None
         weights = choice.weights
-        size = weights.abs().max()
-        floor = torch.where(size > 0, size, torch.ones_like(size)) * _NOTHING
-        rows = torch.where(weights == 0, floor, weights).float()[current.index]
+        floor = weights.abs().max().clamp(min=1) * _NOTHING
+        rows = torch.where(weights.abs() < floor, floor, weights).float()[current.index]
         current.undo = rows
         return None if v is None else v * rows, None if ve is None else ve * rows, None
 

@@ -11,6 +11,7 @@ from trl_ext_data_regularization.solvers.problem import Problem, Solution
 
 _EQUALITY = 5  # DAQP's code for an active, immutable constraint
 _UNBOUNDED = 1e30  # DAQP's infinity
+_DUST = 1e-12  # of weights scaled to about 1: what rounding leaves where the exact solution is 0
 # Far below the accuracy of scores in fp32; `eta_prox` ends the outer iterations for singular Gram matrices.
 _TOLERANCES = {"primal_tol": 1e-10, "eta_prox": 1e-12}
 
@@ -65,4 +66,5 @@ def _solve(K: np.ndarray, s: np.ndarray, upper: np.ndarray | None, simplex: bool
     solution, _, flag, _ = daqp.solve(np.ascontiguousarray(K / size), linear, rows, above, below, sense, **_TOLERANCES)
     if flag < 1:
         raise ArithmeticError(f"the quadratic program over {n} samples has no solution (DAQP: {flag})")
-    return np.clip(solution, 0, None if upper is None else upper) * factor
+    solution = np.clip(solution, 0, None if upper is None else upper)
+    return np.where(solution < _DUST, 0, solution) * factor
