@@ -36,29 +36,35 @@ class Recorder:
     Args:
         names: of the layers, or "all" in global scope.
         types: type of each layer.
+        keep: whether to keep the shares of every step, and not of the last one alone.
         limit: samples to keep track of; later ones are not counted.
     """
 
     names: Sequence[str]
     types: Sequence[str]
+    keep: bool = False
     limit: int = 100_000
     seen: dict[str, Seen] = field(default_factory=dict)
-    _history: list[tuple[int, Tensor]] = field(default_factory=list)
+    history: list[tuple[int, Tensor]] = field(default_factory=list)
+    """Step, and (L,) the share of this rank's samples that each layer kept; complete after `settle`."""
+    _new: list[tuple[int, Tensor]] = field(default_factory=list)
     _sums: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def record(self, step: int, weights: Tensor) -> None:
         """Note a step's weights (L, n)."""
         if weights.numel():
             share = (weights != 0).float().mean(1)
-            self._history.append((step, share))
+            if not self.keep:
+                self._new.clear()
+            self._new.append((step, share))
             self._sums["kept"].append(share.mean())
 
-    @property
-    def history(self) -> list[tuple[int, Tensor]]:
-        """Step, and (L,) the share of this rank's samples that each layer kept."""
-        # To the host only now: a long run would fill the device with small tensors.
-        self._history = [(step, share.cpu()) for step, share in self._history]
-        return self._history
+    def settle(self) -> None:
+        """Take to the host what is still on the device, which a long run would fill with small tensors."""
+        new, self._new = [(step, share.cpu()) for step, share in self._new], []
+        if new and not self.keep:
+            self.history.clear()
+        self.history.extend(new)
 
     def add(self, name: str, value: Tensor) -> None:
         """Note a number to be averaged until the next log."""
@@ -91,10 +97,10 @@ class Recorder:
         """Means since the last call, and the shares kept by type of layer at the last step."""
         out = {name: float(torch.stack(values).mean()) for name, values in self._sums.items()}
         self._sums.clear()
-        history = self.history
-        if history and len(self.types) > 1:
+        self.settle()
+        if self.history and len(self.types) > 1:
             by_type = defaultdict(list)
-            for kind, share in zip(self.types, history[-1][1].tolist(), strict=True):
+            for kind, share in zip(self.types, self.history[-1][1].tolist(), strict=True):
                 by_type[kind].append(share)
             out.update({f"kept/{kind}": sum(shares) / len(shares) for kind, shares in by_type.items()})
         return out
@@ -121,6 +127,7 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """Shares kept and samples counted so far, on this rank."""
+        self.settle()
         history, seen = self.history, self.seen.values()
         tokens = torch.full((len(seen), _SHOWN), -1, dtype=torch.int32)
         for row, one in zip(tokens, seen, strict=True):
@@ -145,7 +152,7 @@ class Recorder:
                 f"the checkpoint's diagnostics are of {len(state['layers'])} layers, this run has {len(self.names)} or "
                 "other ones; keep scope, engine and trainable parameters, or set reset_plugin_state=True"
             )
-        self._history = list(zip(state["steps"].tolist(), state["shares"].unbind(0), strict=True))
+        self.history = list(zip(state["steps"].tolist(), state["shares"].unbind(0), strict=True))
         self.seen = {
             name: Seen([t for t in tokens if t >= 0], int(times), kept, weight)
             for name, tokens, (times, kept, weight) in zip(

@@ -30,9 +30,8 @@ class Observer:
     def __init__(self, plugin: DataRegularization, context: SetupContext, layers: Sequence[Layer]) -> None:
         self.plugin = plugin
         self.context = context
-        self.recorder = Recorder(
-            [layer.name for layer in layers] or ["all"], [layer.type for layer in layers] or ["all"]
-        )
+        names, types = [layer.name for layer in layers], [layer.type for layer in layers]
+        self.recorder = Recorder(names or ["all"], types or ["all"], keep=plugin.table)
         self._types = [type_of(name.rpartition(".")[0]) for name in context.names]
         self._batches: Sequence[Mapping[str, Tensor]] | None = None
         self._general: GradientView | None = None

@@ -62,6 +62,7 @@ def samples_of(recorder: Recorder, tokenizer: Any = None) -> list[Sample]:
 
 def kept_of(recorder: Recorder) -> Kept:
     """A recorder's shares kept."""
+    recorder.settle()
     history = recorder.history
     return Kept(
         tuple(recorder.names),
