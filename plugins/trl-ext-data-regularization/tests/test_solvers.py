@@ -238,3 +238,19 @@ def test_samples_that_are_not_used_weigh_nothing_at_all(name):
     assert (opposed.problem.s < 0).all()
     if name == "cone":
         assert torch.equal(solve(opposed, name).weights, torch.zeros(8, dtype=torch.float64))
+
+
+def test_a_cone_of_rays_of_very_different_lengths_is_solved():
+    """As training leaves them: learnt samples have gradients 1e-5 as long. The conditions of optimality, ray by ray."""
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        n = 8
+        lengths = 10.0 ** -(6 * torch.rand(n, generator=generator))
+        common = torch.randn(12, generator=generator)
+        G = (torch.randn(n, 12, generator=generator) + common) * lengths.unsqueeze(1)
+        t = 1e-4 * (torch.randn(12, generator=generator) + common)
+        problem = Problem((G @ t).double(), torch.randint(4, 6, (n,), generator=generator), (G @ G.T).double())
+        weights = Rule("cone", 1.0).solve(problem, (t @ t).double(), LR).weights
+        slack = (problem.K @ weights - problem.s) / problem.K.diagonal().sqrt() / t.norm()  # >= 0, and 0 where w > 0
+        assert float(slack.min()) >= -1e-5, seed
+        assert float((slack * (weights > 0)).abs().max()) <= 1e-5, seed

@@ -11,6 +11,7 @@ from trl_ext_data_regularization.solvers.problem import Problem, Solution
 
 _EQUALITY = 5  # DAQP's code for an active, immutable constraint
 _UNBOUNDED = 1e30  # DAQP's infinity
+_RIDGES = (0.0, 1e-8, 1e-6)  # rounding in fp32 may leave a Gram matrix of unit size indefinite by 1e-7
 _DUST = 1e-12  # of weights scaled to about 1: what rounding leaves where the exact solution is 0
 # Far below the accuracy of scores in fp32; `eta_prox` ends the outer iterations for singular Gram matrices.
 _TOLERANCES = {"primal_tol": 1e-10, "eta_prox": 1e-12}
@@ -49,22 +50,31 @@ def minimise(problem: Problem, upper: Tensor | None, simplex: bool) -> Solution:
 def _solve(K: np.ndarray, s: np.ndarray, upper: np.ndarray | None, simplex: bool) -> np.ndarray:
     """(n,) the minimiser of v'Kv/2 - s'v over the bounds."""
     n = len(s)
-    # Of unit size, so that the solver's absolute tolerances mean the same whatever the size of gradients.
-    size = max(np.abs(np.diag(K)).max(), np.finfo(float).tiny)
     if not np.isfinite(K).all() or not np.isfinite(s).all():
         raise ArithmeticError("scores of the general samples are not finite")
+    # Of unit size, so that the solver's absolute tolerances mean the same whatever the size of gradients.
+    size = max(np.abs(np.diag(K)).max(), np.finfo(float).tiny)
     if simplex:
+        unit = np.ones(n)
+        K, linear = K / size, -s / size
         above = np.concatenate([np.full(n, 1.0) if upper is None else upper, [1.0]])
         below = np.concatenate([np.zeros(n), [1.0]])
         rows, sense = np.ones((1, n)), np.array([0] * n + [_EQUALITY], dtype=np.int32)
-        factor = 1.0
     else:
+        # A cone is the same whatever the lengths of its rays, which differ by many orders of magnitude once some
+        # samples are learnt; on rays of length 1 the solver does not cycle.
+        unit = 1 / np.sqrt(np.where(np.diag(K) > 0, np.diag(K), size))
+        K, linear = K * np.outer(unit, unit), -s * unit
+        length = np.abs(linear).max() or 1.0
+        linear, unit = linear / length, unit * length
         above, below = np.full(n, _UNBOUNDED), np.zeros(n)
         rows, sense = np.empty((0, n)), np.zeros(n, dtype=np.int32)
-        factor = np.abs(s).max() / size or 1.0  # a cone is unbounded: v is of the size of s / K
-    linear = np.ascontiguousarray(-s / (size * factor))
-    solution, _, flag, _ = daqp.solve(np.ascontiguousarray(K / size), linear, rows, above, below, sense, **_TOLERANCES)
-    if flag < 1:
-        raise ArithmeticError(f"the quadratic program over {n} samples has no solution (DAQP: {flag})")
-    solution = np.clip(solution, 0, None if upper is None else upper)
-    return np.where(solution < _DUST, 0, solution) * factor
+    for ridge in _RIDGES:
+        convex = np.ascontiguousarray(K + ridge * np.eye(n))
+        solution, _, flag, _ = daqp.solve(
+            convex, np.ascontiguousarray(linear), rows, above, below, sense.copy(), **_TOLERANCES
+        )
+        if flag > 0:
+            solution = np.clip(solution, 0, None if upper is None else upper)
+            return np.where(solution < _DUST, 0, solution) * unit
+    raise ArithmeticError(f"the quadratic program over {n} samples has no solution (DAQP: {flag})")
