@@ -2,7 +2,7 @@
 
 The forward pass is that of the module. In the backward pass the gradient of the input is left as it is, so that the
 layers below see what they would see in plain training, and only the rows that make up the parameters' gradient are
-scaled: one ordinary weight-gradient matmul, whatever the weights.
+scaled, or left out: at most one ordinary weight-gradient matmul, whatever the weights.
 """
 
 from __future__ import annotations
