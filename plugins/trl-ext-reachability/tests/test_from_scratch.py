@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from trl_ext.cli import main
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import Addition, exact_match, save_model, tiny_llama, tiny_tokenizer
 
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
 FILES = ("contamination.jsonl", "from_scratch.md", "from_scratch.png", "from_scratch.json", "journal.jsonl")
 
 
@@ -184,6 +186,24 @@ def test_scores_are_those_of_greedy_decoding_and_nll_that_of_the_model(settings:
     assert share != found["in"]["scores"][0]
 
 
+def test_conversations_are_evaluated_as_the_chat_template_renders_them(settings: Settings, tmp_path: Path) -> None:
+    plain = replace(settings, reward="trl_ext_reachability.rewards:exact", samples=0)
+    path = save_model(tiny_llama(hidden=16), tiny_tokenizer(), tmp_path / "model")
+    pairs = Addition(digits=1).dataset(3, conversational=True).to_list()
+    forms = {
+        "pairs": [{key: row[key] for key in ("prompt", "completion")} for row in pairs],
+        "messages": [{"messages": row["prompt"] + row["completion"]} for row in pairs],
+    }
+    found = {}
+    for name, rows in forms.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        loaded = load_set(plain, "--eval-in", str(tmp_path / f"{name}.jsonl"))
+        assert [row["answer"] for row in loaded] == [row["answer"] for row in pairs]
+        found[name] = Evaluator(plain, {"in": loaded}, loaded).evaluate(Path(path))
+    assert found["pairs"] == found["messages"]
+    assert found["pairs"]["in"]["nll"] == pytest.approx(5.55, abs=0.2)  # log 259, untrained
+
+
 def test_embeddings_are_the_pretrained_ones_and_nothing_else_is(settings: Settings, tmp_path: Path) -> None:
     torch.manual_seed(0)
     known = save_model(tiny_llama(hidden=16, layers=1, seed=3), tiny_tokenizer(), tmp_path / "known")
@@ -234,7 +254,7 @@ def same_files(folder: Path, measured: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
 
 
-@pytest.mark.parametrize("finished", [3, 7])
+@pytest.mark.parametrize("finished", [3, SLOW(7)])
 def test_interrupted_between_trainings(settings: Settings, measured: Path, tmp_path: Path, finished: int) -> None:
     interrupted = measure(settings, tmp_path)
     for _ in range(finished):
@@ -251,7 +271,7 @@ class Killed(BaseException):
     """Nothing may catch it."""
 
 
-@pytest.mark.parametrize("where", ["training_step", "save_model", "_save_checkpoint", "evaluate"])
+@pytest.mark.parametrize("where", ["training_step", SLOW("save_model"), SLOW("_save_checkpoint"), "evaluate"])
 def test_interrupted_within_a_training(
     settings: Settings, measured: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -416,7 +436,7 @@ def test_rates_that_diverge_are_not_chosen(settings: Settings, tmp_path: Path, m
 @pytest.mark.slow
 def test_the_example_runs_with_few_steps(tmp_path: Path) -> None:
     script = Path(__file__).parents[3] / "examples" / "from_scratch.py"
-    command = [sys.executable, str(script), "--quick", "--output", str(tmp_path)]
+    command = [sys.executable, str(script), "--quick", "--embeddings", "--output", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     summary = json.loads((tmp_path / "quick" / "control" / "from_scratch.json").read_text())
