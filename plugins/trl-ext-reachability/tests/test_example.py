@@ -74,6 +74,15 @@ def test_sequences_come_with_their_probability(example: Any, problem: Any) -> No
     assert float((shares - expected).abs().max()) < 0.015
 
 
+def test_rewards_of_the_arms(example: Any) -> None:
+    right = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert example.rewards(right, "outcome").tolist() == [[-1, -1, -1], [1, 1, 1]]
+    assert example.rewards(right, "outcome, 0/1").tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert example.rewards(right, "outcome, adaptive rate").tolist() == [[-1, -1, -1], [1, 1, 1]]
+    assert example.rewards(right, "process").tolist() == [[1, 1, -1], [1, 1, 1]]
+    assert example.rewards(right, "process, 0/1").tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
 def test_script_runs_with_few_steps(example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["script", "--steps", "2", "--seeds", "1", "--output", str(tmp_path)])
     monkeypatch.setitem(example.SIZES, "small", replace(example.SIZES["small"], base_steps=2, batch=16))
