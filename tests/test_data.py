@@ -102,3 +102,10 @@ def test_a_name_that_is_taken_is_refused(data):
 def test_a_streamed_data_set_is_renamed_too(data):
     renamed = rename_columns(data.to_iterable_dataset(), {"question": "prompt"})
     assert next(iter(renamed)) == {"prompt": "1+1", "answer": "2"}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_an_empty_file_is_refused(tmp_path, suffix):
+    (tmp_path / f"data{suffix}").write_text("")
+    with pytest.raises(ConfigurationError, match=rf"data set .*data\{suffix}.* (is empty|cannot be loaded: .+)"):
+        load_dataset_spec({"path": str(tmp_path / f"data{suffix}")})
