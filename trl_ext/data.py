@@ -53,9 +53,10 @@ def load_dataset_spec(spec: Mapping[str, Any]) -> Dataset:
             (the configuration), `split` ("train" by default), `data_files`, `data_dir`, and `columns` (a renaming).
 
     Raises:
-        ConfigurationError: The file, split or a column does not exist, or there is no row.
+        ConfigurationError: The file, split or a column does not exist, the file cannot be read, or has no row.
     """
     from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
 
     path, split = Path(spec["path"]).expanduser(), spec.get("split") or "train"
     builder = FILE_FORMATS.get(path.suffix.lower())
@@ -73,6 +74,8 @@ def load_dataset_spec(spec: Mapping[str, Any]) -> Dataset:
             dataset = load_dataset(str(path) if path.exists() else spec["path"], split=split, **options)
     except (OSError, KeyError, ValueError) as error:
         raise ConfigurationError(f"data set {dict(spec)!r} cannot be loaded: {error}") from error
+    except DatasetGenerationError as error:  # what is wrong with the file is in its cause
+        raise ConfigurationError(f"data set {dict(spec)!r} cannot be loaded: {error.__cause__ or error}") from error
     except StopIteration:  # what `datasets` makes of a file without a row
         raise ConfigurationError(f"data set {dict(spec)!r} is empty") from None
     return rename_columns(dataset, parse_columns(spec.get("columns"), "columns"))
