@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -34,22 +35,23 @@ class StepTimes(TrainerCallback):
         self.optimizer = optimizer
         self.seconds: list[float] = []
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds, on the device's clock."""
         if self.device == "cuda":
             torch.cuda.synchronize()
             return time.perf_counter()
         return time.process_time()
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = self._now()
+        self._start = self.now()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         if not self.optimizer:
-            self.seconds.append(self._now() - self._start)
+            self.seconds.append(self.now() - self._start)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.optimizer:
-            self.seconds.append(self._now() - self._start)
+            self.seconds.append(self.now() - self._start)
 
 
 def fastest_step(trainer: Any, device: str, warm_up: int = 1, optimizer: bool = True) -> float:
@@ -62,6 +64,26 @@ def fastest_step(trainer: Any, device: str, warm_up: int = 1, optimizer: bool = 
     trainer.train()
     trainer.remove_callback(clock)
     return min(clock.seconds[warm_up:])
+
+
+def timed_method(owner: type, name: str, device: str) -> list[float]:
+    """Replace a method by itself with a clock, and give the list that the seconds of each call go to.
+
+    What a plugin adds to a step is often far below the noise of whole steps.
+    """
+    seconds: list[float] = []
+    method, clock = getattr(owner, name), StepTimes(device)
+
+    @functools.wraps(method)
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = clock.now()
+        try:
+            return method(*args, **kwargs)
+        finally:
+            seconds.append(clock.now() - start)
+
+    setattr(owner, name, timed)
+    return seconds
 
 
 def peak_memory(train: Callable[[], Any], device: str) -> int:
