@@ -60,7 +60,10 @@ def test_the_run_file_says_who_does_what(tmp_path, kind):
     assert cited["options"] == {"rate": 0.5, "names": ["a", "b"]}
     assert cited["hooks"] == ["streams", "gradients_ready"]
     assert cited["citation"] == "A Paper, arXiv 2501.00001"
-    owners = {"deployed_weights": "ema"} | ({"per_token_loss": "power"} if kind == "sft" else {})
+    owners = {
+        "deployed_weights": "ema",
+        **({"per_token_loss": "power"} if kind == "sft" else {"sampling_weights": "ema"}),
+    }
     assert facts["exclusive"] == owners
     stream = {"samples": 9, "seed": 11, "batch_size": 2, "when": "before", "on_exhausted": "stop", "shuffle": True}
     assert facts["streams"]["general"].items() >= stream.items()

@@ -9,7 +9,7 @@ from typing import Any
 
 import trl_ext
 from trl_ext.activation import PluginSet
-from trl_ext.hookspecs import EXCLUSIVE, HOOKS
+from trl_ext.hookspecs import EXCLUSIVE, GRPO_ONLY, HOOKS, SFT_ONLY
 
 RUN_FILE = "trl_ext_run.json"
 _CARD_START = "<!-- trl_ext -->"
@@ -18,6 +18,7 @@ _CARD_START = "<!-- trl_ext -->"
 def run_facts(trainer: Any) -> dict[str, Any]:
     """Plugins with origin, options and hooks in their order, owners of exclusive hooks, streams and versions."""
     plugins: PluginSet = trainer.ext_plugins
+    called = [hook for hook in HOOKS if hook not in (GRPO_ONLY if trainer.ext_kind == "sft" else SFT_ONLY)]
     return {
         "trainer": trainer.ext_kind,
         "versions": {name: version(name) for name in ("trl", "transformers", "accelerate", "torch")}
@@ -27,12 +28,14 @@ def run_facts(trainer: Any) -> dict[str, Any]:
                 "name": p.name,
                 "origin": f"{p.distribution} {p.version}" if p.distribution else _class_of(p.instance),
                 "options": p.options,
-                "hooks": [h for h in HOOKS if any(owner == p.name for owner, _ in plugins.calls(h))],
+                "hooks": [h for h in called if any(owner == p.name for owner, _ in plugins.calls(h))],
                 "citation": p.citation,
             }
             for p in plugins
         ],
-        "exclusive": {hook: owner for hook in sorted(EXCLUSIVE) if (owner := plugins.owner(hook)) is not None},
+        "exclusive": {
+            hook: owner for hook in sorted(EXCLUSIVE.intersection(called)) if (owner := plugins.owner(hook)) is not None
+        },
         "streams": {
             role: {"samples": len(stream.dataset), "seed": stream.seed, **_request(stream.request)}
             for role, stream in trainer.ext_streams.items()

@@ -47,7 +47,7 @@ NO_ANSWER = '{"prompt": "1+1="}\n'
         ({"eval_in": None}, "", "chosen by validation nll: give --validation or --eval-in"),
         ({"eval_out": "none.jsonl"}, "", "--eval-out: .* there is no file 'none.jsonl'"),
         ({"eval_in": "prompts.jsonl"}, "", "--eval-in: rows without 'completion' have no nll"),
-        ({"eval_out": "empty.jsonl"}, "", "--eval-out: empty.jsonl has no rows"),
+        ({"eval_out": "empty.jsonl"}, "", "--eval-out: .*empty.jsonl.* is empty"),
         ({"columns": "prompt=question"}, "", "--eval-in: .* has no column 'prompt' but question"),
         ({"floor": "median"}, "", "--floor: 'median' is not majority, format or a number"),
         ({"samples": 4, "temperature": 0.0}, "", "--temperature 0.0: above 0 with --samples"),

@@ -30,8 +30,6 @@ def load_set(settings: Settings, option: str, path: str) -> Rows:
         loaded = load_dataset_spec({"path": path, "split": settings.eval_split, "columns": columns})
     except ConfigurationError as error:
         raise ConfigurationError(f"{option}: {error}") from error
-    except StopIteration:  # what datasets raises on an empty JSON file
-        raise ConfigurationError(f"{option}: {path} has no rows") from None
     rows = [evaluation_row(row) for row in loaded]
     if not rows:
         raise ConfigurationError(f"{option}: {path} has no rows")
