@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
-from trl_ext.hookspecs import EXCLUSIVE, GRPO_ONLY, HOOKS, SFT_ONLY
+from trl_ext.hookspecs import EXCLUSIVE, FOREIGN, GRPO_ONLY, HOOKS
 from trl_ext.records import AuxiliaryLoss, StreamRequest
 
 STEPS, ACCUMULATION, CLIP = 2, 2, 1e-3
@@ -289,7 +289,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize(
     ("hook", "kind"),
-    [(hook, kind) for hook in HOOKS for kind in MAKE if hook not in (GRPO_ONLY if kind == "sft" else SFT_ONLY)],
+    [(hook, kind) for hook in HOOKS for kind in MAKE if hook not in FOREIGN[kind]],
 )
 def test_hook_fires_at_its_moment(runs, hook, kind):
     assert hook in MOMENTS, f"add the moment at which '{hook}' fires to MOMENTS, and the hook to Spy"

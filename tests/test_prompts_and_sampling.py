@@ -79,6 +79,14 @@ def test_what_the_hook_returns_is_what_is_drawn(tmp_path):
     assert plugin.asked == [0, 1, 2]
 
 
+def test_a_second_training_asks_anew(tmp_path):
+    plugin = Order()
+    trainer = make_grpo(tmp_path / "run", plugins=[plugin], train=prompts(), **{**EPOCHS, "max_steps": 4})
+    trainer.train()
+    trainer.train()
+    assert plugin.asked == [0, 0]
+
+
 def test_orders_are_chained(tmp_path):
     first, second = Order(), type("Second", (Order,), {})()
     trainer = make_grpo(tmp_path / "run", plugins=[first, second], train=prompts(), **{**EPOCHS, "max_steps": 8})
@@ -266,3 +274,11 @@ def test_a_generation_back_end_is_given_the_weights_on_both_sides(tmp_path):
     trainer.train()
     assert loaded == [-1]
     assert trainer._last_loaded_step == -1
+
+
+def test_an_evaluation_without_other_weights_leaves_a_generation_back_end_alone(tmp_path):
+    trainer = make_grpo(tmp_path / "run", plugins=[Same()], max_steps=1)
+    trainer.train()
+    trainer._last_loaded_step = 1  # what TRL sets where it uses vLLM
+    trainer.evaluate(prompts())
+    assert trainer._last_loaded_step == 1

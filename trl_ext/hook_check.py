@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from trl_ext.errors import ConfigurationError
-from trl_ext.hookspecs import GRPO_ONLY, HOOKS, PROJECT, SFT_ONLY
+from trl_ext.hookspecs import FOREIGN, HOOKS, PROJECT
 
 _MARK = f"{PROJECT}_impl"
 _TRAINERS = ("sft", "grpo")
@@ -87,9 +87,8 @@ def refuse_other_trainer(plugin: Any, trainer: str, origin: str, line: str) -> N
         raise ConfigurationError(
             f"plugin {origin} is for the trainers {', '.join(supported)}, and this is {trainer}. Remove {line}"
         )
-    foreign = GRPO_ONLY if trainer == "sft" else SFT_ONLY
     hooks = set(marked_hooks(plugin)) - _BYSTANDERS
-    if hooks and hooks <= foreign:
+    if hooks and hooks <= FOREIGN[trainer]:
         raise ConfigurationError(
             f"plugin {origin} acts only through {', '.join(sorted(hooks))}, which {trainer} never calls. Remove {line}"
         )

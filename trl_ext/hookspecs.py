@@ -114,4 +114,6 @@ EXCLUSIVE: frozenset[str] = frozenset(
 )
 SFT_ONLY: frozenset[str] = frozenset({"sample_weights"})
 GRPO_ONLY: frozenset[str] = frozenset({"prompt_order", "sampling_weights", "advantages", "policy_loss"})
+FOREIGN: dict[str, frozenset[str]] = {"sft": GRPO_ONLY, "grpo": SFT_ONLY}
+"""The hooks that a trainer never calls."""
 GRADIENT_HOOKS: frozenset[str] = frozenset({"sample_weights", "gradients_ready"})

@@ -20,12 +20,9 @@ class PromptSampler(Sampler[int]):
     def __init__(self, sampler: RepeatSampler, choose: Callable[[list[int], int], list[int]]) -> None:
         self.choose = choose
         self.epoch = 0
-        rows = sampler.data_source
-        # One row at a time, once: TRL's permutation and nothing else. It draws a new one for every pass.
-        self._permutations = RepeatSampler(rows, mini_repeat_count=1, shuffle=sampler.shuffle, seed=sampler.seed)
-        self._drawn: list[list[int]] = []
+        self._own = sampler
         self._places = RepeatSampler(
-            rows,
+            sampler.data_source,
             mini_repeat_count=sampler.mini_repeat_count,
             batch_size=sampler.batch_size,
             repeat_count=sampler.repeat_count,
@@ -37,9 +34,12 @@ class PromptSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        while len(self._drawn) <= self.epoch:
-            self._drawn.append(list(self._permutations))
-        order = self.choose(self._drawn[self.epoch], self.epoch)
+        own = self._own
+        # One row at a time, once: TRL's permutation and nothing else. Every pass draws another one.
+        passes = RepeatSampler(own.data_source, mini_repeat_count=1, shuffle=own.shuffle, seed=own.seed)
+        for _ in range(self.epoch + 1):
+            permutation = list(passes)
+        order = self.choose(permutation, self.epoch)
         return (order[place] for place in self._places)
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import trl_ext
 from trl_ext.activation import PluginSet
-from trl_ext.hookspecs import EXCLUSIVE, GRPO_ONLY, HOOKS, SFT_ONLY
+from trl_ext.hookspecs import EXCLUSIVE, FOREIGN, HOOKS
 
 RUN_FILE = "trl_ext_run.json"
 _CARD_START = "<!-- trl_ext -->"
@@ -18,7 +18,7 @@ _CARD_START = "<!-- trl_ext -->"
 def run_facts(trainer: Any) -> dict[str, Any]:
     """Plugins with origin, options and hooks in their order, owners of exclusive hooks, streams and versions."""
     plugins: PluginSet = trainer.ext_plugins
-    called = [hook for hook in HOOKS if hook not in (GRPO_ONLY if trainer.ext_kind == "sft" else SFT_ONLY)]
+    called = [hook for hook in HOOKS if hook not in FOREIGN[trainer.ext_kind]]
     return {
         "trainer": trainer.ext_kind,
         "versions": {name: version(name) for name in ("trl", "transformers", "accelerate", "torch")}

@@ -31,13 +31,16 @@ class EvaluationMixin(Opened):
     def ext_deploy(self, context: AbstractContextManager[None]) -> Iterator[None]:
         """Enter one of the contexts; inside, nothing is swapped again (`evaluate` calls itself for several sets)."""
         before, self._ext_swapped = self._ext_swapped, True
+        swaps = not isinstance(context, nullcontext)
         try:
             with context:
-                self._ext_forget_generator()
+                if swaps:
+                    self._ext_forget_generator()
                 yield
         finally:
             self._ext_swapped = before
-            self._ext_forget_generator()
+            if swaps:
+                self._ext_forget_generator()
 
     def _ext_forget_generator(self) -> None:
         """Make GRPO send the weights to vLLM again before it samples: they are other ones now."""

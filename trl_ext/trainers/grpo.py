@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -47,6 +47,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         sampler = super()._get_train_sampler(dataset)
         if not self.ext_plugins.implements("prompt_order"):
             return sampler
+        self._ext_order = None  # a second `train()` begins with epoch 0 again
         rows = self.train_dataset if dataset is None else dataset
         return PromptSampler(sampler, partial(self._ext_choose_order, rows))
 
@@ -71,19 +72,15 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         with self._ext_sampling():
             return super()._generate(prompts)
 
-    @contextmanager
-    def _ext_sampling(self) -> Iterator[None]:
+    def _ext_sampling(self) -> AbstractContextManager[None]:
         """In training, the weights that a plugin wants to sample with; evaluation has swapped its own already."""
-        context = None
         if self.model.training and not self._ext_swapped:
             for plugin, call in self.ext_plugins.calls("sampling_weights"):
                 context = self.ext_guard.run("sampling_weights", plugin, call, None, weights=self.ext_weights)
                 self.ext_guard.agree()
-        if context is None:
-            yield
-            return
-        with self.ext_deploy(context):
-            yield
+                if context is not None:
+                    return self.ext_deploy(context)
+        return nullcontext()
 
     # -- advantages --------------------------------------------------------------------------------------------------
 
