@@ -1,12 +1,12 @@
 """What the layer and an objective cost: one run, ratios against plain TRL on the same data and weights.
 
-    python benchmarks/core.py [--device cuda] [--rounds 6] [--steps 8]
+    python benchmarks/core.py [--device cuda] [--steps 40]
 
 Arms: plain `trl.SFTTrainer` (nll); `trl_ext.SFTTrainer` without plugins; with `power`; TRL's deprecated
 `compute_loss_func` route with the same loss on full logits. Plain nll comes twice: how far the second is from 1 is what
-the other ratios are good for. Arms take turns, round by round; an arm's time is its fastest optimiser step. On CPU one
-thread, and the processor's time. Memory is the peak of training above the level before it, as the allocator counts it;
-each arm in a process of its own.
+the other ratios are good for. All arms train in one process, a step of each in turn; a ratio is the median over turns,
+with its 95 % interval. On CPU one thread, and the processor's time. Memory is the peak of training above the level
+before it, as the allocator counts it; each arm in a process of its own.
 
 The layer's own cost is far below the noise of whole steps, so it is measured on a model whose step takes next to
 nothing.
@@ -21,10 +21,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import trl
 from datasets import Dataset
-from measure import fastest_step, hardware, in_own_process, one_thread, peak_memory
+from measure import hardware, in_own_process, one_thread, peak_memory, ratio, settings, steps_in_turn
 from transformers import PrinterCallback, logging
 from transformers.utils.logging import disable_progress_bar
 
@@ -45,18 +46,13 @@ def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folde
     """A trainer of one arm; every arm has the same weights and data."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, shape["vocab"] - 3, (shape["batch"] * steps, shape["length"]), generator=generator)
-    common: dict[str, Any] = {
-        "max_steps": steps,
-        "per_device_train_batch_size": shape["batch"],
-        "max_length": shape["length"],
-        "bf16": device == "cuda",
-        "use_cpu": device == "cpu",
-        "activation_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": steps,
-        "disable_tqdm": True,
-    }
+    common = settings(
+        device,
+        steps,
+        per_device_train_batch_size=shape["batch"],
+        max_length=shape["length"],
+        activation_checkpointing=False,
+    )
     model = tiny_llama(shape["vocab"], hidden=shape["hidden"], layers=shape["layers"])
     given: dict[str, Any] = {
         "model": model,
@@ -73,15 +69,10 @@ def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folde
     return trainer
 
 
-def fastest(arms: tuple[str, ...], shape: dict[str, int], rounds: int, steps: int, device: str) -> dict[str, float]:
-    """Seconds of each arm's fastest step, arms in turn, round by round."""
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+def measure_times(arms: tuple[str, ...], shape: dict[str, int], steps: int, device: str) -> dict[str, np.ndarray]:
+    """Seconds of each arm's steps, in turn."""
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {arm: make_trainer(arm, shape, steps, device, folder) for arm in arms}
-        for _ in range(rounds + 1):  # the first round warms up
-            for arm, trainer in trainers.items():
-                seconds[arm].append(fastest_step(trainer, device))
-    return {arm: min(times[1:]) for arm, times in seconds.items()}
+        return steps_in_turn({arm: make_trainer(arm, shape, steps, device, folder) for arm in arms}, device)
 
 
 def measure_memory(arm: str, shape: dict[str, int], steps: int, device: str) -> int:
@@ -93,8 +84,7 @@ def measure_memory(arm: str, shape: dict[str, int], steps: int, device: str) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     parser.add_argument("--measure-memory", choices=ARMS, help=argparse.SUPPRESS)
@@ -116,28 +106,29 @@ def main() -> None:
     }  # Qwen2-0.5B's vocabulary and width
     small = {"vocab": 32_000, "hidden": 128, "layers": 2, "batch": 4, "length": 128}
     shape = big if options.device == "cuda" else small
-    times = fastest(ARMS, shape, options.rounds, options.steps, options.device)
+    times = measure_times(ARMS, shape, options.steps, options.device)
     plain = times["plain nll"]
     common = ["--device", options.device, "--shape", json.dumps(shape), "--steps", "3"]
     memory = {arm: in_own_process(__file__, *common, "--measure-memory", arm) / 2**20 for arm in ARMS}
     figures: dict[str, Any] = {"hardware": hardware(options.device), "shape": shape, "arms": {}}
     print(f"{figures['hardware']}, {shape}")
-    print(f"{'arm':20} {'ms a step':>10} {'time ratio':>11} {'peak MiB':>9} {'memory ratio':>13}")
+    print(f"{'arm':20} {'ms a step':>10} {'time ratio':>21} {'peak MiB':>9} {'memory ratio':>13}")
     for arm in ARMS:
         row = {
-            "step_ms": times[arm] * 1e3,
-            "time_ratio": times[arm] / plain,
+            "step_ms": np.median(times[arm]) * 1e3,
+            "time_ratio": str(ratio(times[arm], plain)),
             "peak_mib": memory[arm],
             "memory_ratio": memory[arm] / memory["plain nll"],
         }
         figures["arms"][arm] = row
-        print("{:20} {:10.2f} {:11.4f} {:9.0f} {:13.3f}".format(arm, *row.values()))
+        print("{:20} {:10.2f} {:>21} {:9.0f} {:13.3f}".format(arm, *row.values()))
 
     nothing = {"vocab": 64, "hidden": 8, "layers": 1, "batch": 1, "length": 8}
-    layer = fastest(("plain nll", "no plugins"), nothing, 4 * options.rounds, 40, options.device)
-    cost = layer["no plugins"] - layer["plain nll"]
-    figures["layer"] = {"us_per_step": cost * 1e6, "share_of_plain_step": cost / plain}
-    print(f"the layer without plugins: {cost * 1e6:.1f} us a step = {cost / plain:.4%} of plain nll")
+    layer = measure_times(("plain nll", "no plugins"), nothing, 1000, options.device)
+    cost = float(np.median(layer["no plugins"] - layer["plain nll"]))
+    share = cost / float(np.median(plain))
+    figures["layer"] = {"us_per_step": cost * 1e6, "share_of_plain_step": share}
+    print(f"the layer without plugins: {cost * 1e6:.1f} us a step = {share:.4%} of plain nll")
     if options.output:
         options.output.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -1,16 +1,16 @@
 """What data regularisation costs: one run, all arms on the same general and target batches and from the same weights.
 
-    python benchmarks/data_regularization.py [--device cuda --size large] [--rounds 5] [--steps 4]
+    python benchmarks/data_regularization.py [--device cuda --size large] [--steps 22]
 
 Arms: `plain`, TRL on the general batch of n = 8; `target`, TRL's forward and backward on the target batch of m = 1,
 without the optimiser; `two batches`, a plain step with the target's forward and backward beside it and nothing made of
 it; then global in two passes (ghost), global derivative, layer-wise exact in one pass and in two, layer-wise sketched,
 and half-space. To reach: half-space <= 1.02 of two batches; layer-wise sketched <= 1.15 of plain + target.
 
-Arms take turns, round by round; an arm's time is its fastest step, on CPU one thread's processor time. Plain comes
-twice: how far the second is from 1 is what the other ratios are good for. Memory is the peak of training above the
-level before it, each arm in a process of its own, and what an arm takes beyond plain in copies of the gradient; t
-itself is one.
+All arms train in one process, a step of each in turn; a ratio is the median over turns, with its 95 % interval. On CPU
+one thread's processor time. Plain comes twice: how far the second is from 1 is what the other ratios are good for.
+Memory is the peak of training above the level before it, each arm in a process of its own, and what an arm takes
+beyond plain in copies of the gradient; t itself is one.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import trl
 from datasets import Dataset, disable_progress_bars
-from measure import fastest_step, hardware, in_own_process, one_thread, peak_memory
+from measure import hardware, in_own_process, one_thread, peak_memory, ratio, settings, steps_in_turn
 from transformers import PrinterCallback, logging
 from transformers.utils.logging import disable_progress_bar
 from trl_ext_data_regularization.plugin import DataRegularization
@@ -41,7 +42,12 @@ from trl_ext.testing import tiny_llama, tiny_tokenizer
 GENERAL, TARGET = 8, 1
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {"vocab_size": 8192, "hidden": 256, "layers": 4, "length": 256},
-    "large": {"vocab_size": 32_000, "hidden": 2048, "layers": 16, "length": 512},  # about 1 B parameters
+    "large": {
+        "vocab_size": 32_000,
+        "hidden": 2048,
+        "layers": 16,
+        "length": 512,
+    },  # all arms at once: choose some with --only
 }
 
 
@@ -81,19 +87,14 @@ def make_trainer(arm: str, steps: int, options: argparse.Namespace) -> Any:
     length, rows = shape.pop("length"), TARGET if arm == ALONE else GENERAL
     ids = torch.randint(0, 250, (GENERAL * steps, length), generator=torch.Generator().manual_seed(0))
     data = Dataset.from_dict({"input_ids": ids.tolist()})
-    common: dict[str, Any] = {
-        "max_steps": steps,
-        "per_device_train_batch_size": rows,
-        "bf16": options.device == "cuda",
-        "use_cpu": options.device == "cpu",
-        "activation_checkpointing": False,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": steps,
-        "max_length": length,
-        "output_dir": options.folder,
-    }
+    common = settings(
+        options.device,
+        steps,
+        output_dir=options.folder,
+        per_device_train_batch_size=rows,
+        max_length=length,
+        activation_checkpointing=False,
+    )
     with torch.device(options.device):
         net = tiny_llama(**shape, max_position_embeddings=max(1024, length))
     given = {"train_dataset": data, "processing_class": tiny_tokenizer()}
@@ -107,24 +108,6 @@ def make_trainer(arm: str, steps: int, options: argparse.Namespace) -> Any:
     return trainer
 
 
-def measure_times(arms: list[str], options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each arm's fastest step, one per round. On CUDA one trainer at a time is in memory."""
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
-    trainers: dict[str, Any] = {}
-    for round_ in range(options.rounds + 1):
-        for arm in arms:
-            trainer = trainers.get(arm) or make_trainer(arm, options.steps + 1, options)
-            seconds = fastest_step(trainer, options.device, optimizer=arm != ALONE)
-            if options.device == "cpu":
-                trainers[arm] = trainer
-            else:
-                del trainer
-                torch.cuda.empty_cache()
-            if round_ > 0:  # the first round warms up, and so does the first step of each
-                times[arm].append(seconds)
-    return times
-
-
 def gradient_mib(options: argparse.Namespace) -> float:
     """One copy of the gradient, in MiB."""
     with torch.device("meta"):
@@ -136,8 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", choices=list(SHAPES), default="small")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="a round and arm, after one that is not counted")
+    parser.add_argument("--steps", type=int, default=22, help="of each arm; the first two do not count")
     parser.add_argument("--only", nargs="+", choices=list(ARMS), default=list(ARMS), help="beside the first four")
     parser.add_argument("--no-memory", action="store_true", help="times only")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
@@ -153,32 +135,30 @@ def main() -> None:
         if options.measure_memory:
             print(peak_memory(make_trainer(options.measure_memory, 3, options).train, options.device))
             return
-        times = measure_times(arms, options)
+        trainers = {arm: make_trainer(arm, options.steps, options) for arm in arms}
+        times = steps_in_turn(trainers, options.device, without_optimizer=[ALONE])
+        del trainers
     size = ["--device", options.device, "--size", options.size]
     measured = [] if options.no_memory else arms
     peaks = {arm: in_own_process(__file__, *size, "--measure-memory", arm) / 2**20 for arm in measured}
     report(times, peaks, options)
 
 
-def report(times: dict[str, list[float]], peaks: dict[str, float], options: argparse.Namespace) -> None:
+def report(times: dict[str, np.ndarray], peaks: dict[str, float], options: argparse.Namespace) -> None:
     """Print the table, and write the figures."""
-    fastest = {arm: min(seconds) for arm, seconds in times.items()}
-    apart = fastest[PLAIN] + fastest[ALONE]
-    bases = {"plain": fastest[PLAIN], "plain + target": apart, "two batches": fastest[BOTH]}
+    bases = {"plain": times[PLAIN], "plain + target": times[PLAIN] + times[ALONE], "two batches": times[BOTH]}
     copy = gradient_mib(options)
     print(f"\n{hardware(options.device)}; {options.size}: {SHAPES[options.size]}")
-    print(
-        f"n = {GENERAL}, m = {TARGET}; {options.rounds} rounds of {options.steps} steps; one gradient: {copy:.0f} MiB\n"
-    )
+    print(f"n = {GENERAL}, m = {TARGET}; {options.steps} steps; one gradient: {copy:.0f} MiB\n")
     print("| arm | ms a step | / plain | / (plain + target) | / two batches | peak MiB | beyond plain, gradients |")
     print("|---" * 7 + "|")
     figures: dict[str, Any] = {}
-    for arm, seconds in fastest.items():
-        ratios = {name: seconds / base for name, base in bases.items()}
-        figures[arm] = {"seconds": seconds, "ratios": ratios, "peak_mib": peaks.get(arm)}
-        cells = [f"{ratio:.3f}" for ratio in ratios.values()]
+    for arm, seconds in times.items():
+        ratios = {name: str(ratio(seconds, base)) for name, base in bases.items()}
+        ms = 1e3 * float(np.median(seconds))
+        figures[arm] = {"ms": ms, "ratios": ratios, "peak_mib": peaks.get(arm)}
         memory = [f"{peaks[arm]:.0f}", f"{(peaks[arm] - peaks[PLAIN]) / copy:.2f}"] if peaks else ["", ""]
-        print(f"| {arm} | {1e3 * seconds:.1f} | {' | '.join([*cells, *memory])} |")
+        print(f"| {arm} | {ms:.1f} | {' | '.join([*ratios.values(), *memory])} |")
     if options.output:
         facts = {"hardware": hardware(options.device), "shape": SHAPES[options.size], "gradient_mib": copy}
         options.output.write_text(json.dumps({**facts, "arms": figures}, indent=1) + "\n")

@@ -10,60 +10,117 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
+import numpy as np
 import torch
 import trl
+from scipy.stats import quantile_test
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback
 
 
-class StepTimes(TrainerCallback):
-    """Seconds of each optimiser step, from `on_step_begin` to `on_step_end`.
+def settings(device: str, steps: int, **more: Any) -> dict[str, Any]:
+    """What all trainings here have in common: `steps` steps, nothing evaluated, saved or reported."""
+    common = {"max_steps": steps, "logging_steps": steps, "save_strategy": "no", "report_to": "none"}
+    return {**common, "use_cpu": device == "cpu", "bf16": device == "cuda", "disable_tqdm": True, **more}
 
-    On CPU the processor's time, of all threads: other processes do not count. On CUDA the wall's.
+
+def seconds_now(device: str) -> float:
+    """Seconds: on CPU the processor's, of all threads, so that other processes do not count; on CUDA the wall's."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+class Turns(TrainerCallback):
+    """Holds a training up between its steps until its turn comes, and takes the time of each step.
 
     Args:
         device: "cpu" or "cuda".
+        mine, next_one: locks; `mine` is released when this training may go on, and it releases `next_one`.
         optimizer: whether the optimiser's own part counts; without it a step is its forward, backward and clipping.
     """
 
-    def __init__(self, device: str, optimizer: bool = True) -> None:
-        self.device = device
-        self.optimizer = optimizer
+    def __init__(self, device: str, mine: Semaphore, next_one: Semaphore, optimizer: bool) -> None:
+        self.device, self.mine, self.next_one, self.optimizer = device, mine, next_one, optimizer
         self.seconds: list[float] = []
 
-    def now(self) -> float:
-        """Seconds, on the device's clock."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.process_time()
-
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = self.now()
+        self._start = seconds_now(self.device)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        if not self.optimizer:
-            self.seconds.append(self.now() - self._start)
+        self._without = seconds_now(self.device) - self._start
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.optimizer:
-            self.seconds.append(self.now() - self._start)
+        whole = seconds_now(self.device) - self._start
+        self.seconds.append(whole if self.optimizer else self._without)
+        self.next_one.release()
+        self.mine.acquire()
 
 
-def fastest_step(trainer: Any, device: str, warm_up: int = 1, optimizer: bool = True) -> float:
-    """Train, and give the seconds of the fastest step after the first `warm_up`.
+def steps_in_turn(
+    trainers: Mapping[str, Any], device: str, warm_up: int = 2, without_optimizer: Collection[str] = ()
+) -> dict[str, np.ndarray]:
+    """Train all together, one step of each in turn, in one process.
 
-    All steps do the same work, and whatever else a machine does only ever adds to one.
+    A machine's speed drifts by several per cent within minutes; the steps of one turn are neighbours and share it.
+
+    Args:
+        trainers: by arm; all of the same number of steps.
+        device: "cpu" or "cuda".
+        warm_up: first steps that do not count.
+        without_optimizer: arms whose steps end before the optimiser's.
+
+    Returns:
+        seconds of each arm's steps, (steps - warm_up,), the same index in the same turn.
     """
-    clock = StepTimes(device, optimizer)
-    trainer.add_callback(clock)
-    trainer.train()
-    trainer.remove_callback(clock)
-    return min(clock.seconds[warm_up:])
+    turns = [Semaphore(0) for _ in trainers]
+    clocks: dict[str, Turns] = {}
+
+    def train(trainer: Any, clock: Turns) -> None:
+        clock.mine.acquire()
+        try:
+            trainer.train()
+        finally:
+            clock.next_one.release()
+
+    with ThreadPoolExecutor(len(trainers)) as pool:
+        runs = []
+        for index, (arm, trainer) in enumerate(trainers.items()):
+            next_one = turns[(index + 1) % len(turns)]
+            clocks[arm] = Turns(device, turns[index], next_one, arm not in without_optimizer)
+            trainer.add_callback(clocks[arm])
+            runs.append(pool.submit(train, trainer, clocks[arm]))
+        turns[0].release()
+        for run in runs:
+            run.result()
+    return {arm: np.array(clock.seconds[warm_up:]) for arm, clock in clocks.items()}
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median over turns of an arm's time over another's in the same turn, and its 95 % confidence interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def ratio(seconds: np.ndarray, base: np.ndarray) -> Ratio:
+    """Of two arms' seconds, (turns,) each. The interval is the exact one for a median, from order statistics."""
+    ratios = seconds / base
+    interval = quantile_test(ratios, q=1, p=0.5).confidence_interval()
+    return Ratio(float(np.median(ratios)), float(interval.low), float(interval.high))
 
 
 def timed_method(owner: type, name: str, device: str) -> list[float]:
@@ -72,15 +129,15 @@ def timed_method(owner: type, name: str, device: str) -> list[float]:
     What a plugin adds to a step is often far below the noise of whole steps.
     """
     seconds: list[float] = []
-    method, clock = getattr(owner, name), StepTimes(device)
+    method = getattr(owner, name)
 
     @functools.wraps(method)
     def timed(*args: Any, **kwargs: Any) -> Any:
-        start = clock.now()
+        start = seconds_now(device)
         try:
             return method(*args, **kwargs)
         finally:
-            seconds.append(clock.now() - start)
+            seconds.append(seconds_now(device) - start)
 
     setattr(owner, name, timed)
     return seconds

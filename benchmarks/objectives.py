@@ -1,11 +1,12 @@
 """What every objective costs: one run, ratios against plain TRL's nll on the same data and weights.
 
-    python benchmarks/objectives.py [--device cuda] [--rounds 5] [--steps 6] [--only power,iw-sft-cached]
+    python benchmarks/objectives.py [--device cuda] [--steps 22] [--only power,iw-sft-cached]
 
-Arms take turns, round by round, so that a slow moment of the machine meets all of them. An arm's time is its fastest
-step: all steps of all arms have the same shapes, and what else a machine does only ever adds. Plain nll is measured
-twice: how far the second is from 1.000x is what the other ratios are good for. On CPU one thread, and the processor's
-time (other processes do not count); on CUDA the wall's. Activation checkpointing is on, as TRL has it by default.
+All arms train in one process, a step of each in turn, so that a slow moment of the machine meets all of them; a ratio
+is the median over turns, with its 95 % interval. Plain nll is measured twice: how far the second is from 1 is what the
+other ratios are good for. On CPU one thread, and the processor's time (other processes do not count); on CUDA the
+wall's, and memory for all arms at once: choose some with --only. Activation checkpointing is on, as TRL has it by
+default.
 Memory is the peak of training above the level before it, each arm in a process of its own; a reference's weights
 count, since they are taken when training starts.
 """
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import trl
 from datasets import Dataset
-from measure import fastest_step, hardware, in_own_process, one_thread, peak_memory
+from measure import hardware, in_own_process, one_thread, peak_memory, ratio, settings, steps_in_turn
 from peft import LoraConfig
 from transformers import PrinterCallback, logging
 from transformers.utils.logging import disable_progress_bar
@@ -77,17 +78,7 @@ def make_model(shape: dict[str, int]) -> Any:
 def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folder: Path) -> Any:
     """A trainer of one arm; every arm has the same weights and data."""
     plugin, lora = ARMS[arm], arm.endswith("LoRA")
-    common: dict[str, Any] = {
-        "max_steps": steps,
-        "per_device_train_batch_size": shape["batch"],
-        "max_length": shape["length"],
-        "bf16": device == "cuda",
-        "use_cpu": device == "cpu",
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": steps,
-        "disable_tqdm": True,
-    }
+    common = settings(device, steps, per_device_train_batch_size=shape["batch"], max_length=shape["length"])
     given: dict[str, Any] = {
         "model": make_model(shape),
         "train_dataset": Dataset.load_from_disk(str(folder / "data")),
@@ -103,26 +94,6 @@ def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folde
     return trainer
 
 
-def measure_times(
-    arms: list[str], shape: dict[str, int], options: argparse.Namespace, folder: Path
-) -> dict[str, list[float]]:
-    """Seconds a step of each arm, one per round. On CUDA one trainer at a time is in memory."""
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
-    trainers: dict[str, Any] = {}
-    for round_ in range(options.rounds + 1):
-        for arm in arms:
-            trainer = trainers.get(arm) or make_trainer(arm, shape, options.steps, options.device, folder)
-            seconds = fastest_step(trainer, options.device)
-            if options.device == "cpu":
-                trainers[arm] = trainer
-            else:
-                del trainer
-                torch.cuda.empty_cache()
-            if round_ > 0:  # the first round warms up
-                times[arm].append(seconds)
-    return times
-
-
 def measure_memory(arm: str, shape: dict[str, int], steps: int, device: str, folder: Path) -> int:
     """Peak bytes of an arm's training, in this process."""
     return peak_memory(make_trainer(arm, shape, steps, device, folder).train, device)
@@ -131,8 +102,7 @@ def measure_memory(arm: str, shape: dict[str, int], steps: int, device: str, fol
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=22)
     parser.add_argument("--only", help="arms to measure beside plain nll, with commas and without blanks in names")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     parser.add_argument("--measure-memory", choices=ARMS, help=argparse.SUPPRESS)
@@ -152,7 +122,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         prepare(shape, options.steps, folder)
-        times = measure_times(arms, shape, options, folder)
+        trainers = {arm: make_trainer(arm, shape, options.steps, options.device, folder) for arm in arms}
+        times = steps_in_turn(trainers, options.device)
+        del trainers
         common = ["--device", options.device, "--folder", str(folder)]
         memory = {arm: in_own_process(__file__, *common, "--measure-memory", arm) / 2**20 for arm in arms}
     figures: dict[str, Any] = {"hardware": hardware(options.device), "shape": shape, "arms": {}}
@@ -161,13 +133,13 @@ def main() -> None:
     for arm in arms:
         plain = PLAIN_LORA if arm.endswith("LoRA") and PLAIN_LORA in arms else PLAIN
         row = {
-            "step_ms": min(times[arm]) * 1e3,
-            "time_ratio": min(times[arm]) / min(times[plain]),
+            "step_ms": np.median(times[arm]) * 1e3,
+            "time_ratio": str(ratio(times[arm], times[plain])),
             "peak_mib": memory[arm],
             "memory_ratio": memory[arm] / memory[plain],
         }
         figures["arms"][arm] = row
-        print("| {} | {:.1f} | {:.3f}x | {:.0f} | {:.3f}x |".format(arm, *row.values()))
+        print("| {} | {:.1f} | {} | {:.0f} | {:.3f} |".format(arm, *row.values()))
     if options.output:
         options.output.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -351,6 +352,56 @@ def test_streams_continue_at_their_position_after_a_resume(tmp_path, kind):
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert rest.nll == whole.nll[3:]
     assert_equal_bits(parameters(resumed), parameters(uninterrupted))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_gradient_that_is_not_kept_is_gone_in_the_windows_own_passes(tmp_path, kind, keep):
+    """Seen by weak references to its tensors, in the window's own backward pass and in `gradients_ready`."""
+
+    @dataclass(eq=False)
+    class Early(Plugin):
+        there: list[bool] = field(default_factory=list)
+        roles: list[set[str]] = field(default_factory=list)
+
+        @hookimpl
+        def setup(self, context):
+            self.tensors: list[Any] = []
+            for parameter in context.weights.parameters:
+                parameter.register_post_accumulate_grad_hook(self.look)
+
+        def look(self, parameter):
+            if self.tensors:  # not in the stream's own backward pass
+                self.there.append(any(tensor() is not None for tensor in self.tensors))
+
+        @hookimpl
+        def streams(self):
+            return [StreamRequest("general", batch_size=2, when="before", keep=keep)]
+
+        @hookimpl
+        def gradients_ready(self, gradients, streams):
+            self.roles.append(set(streams))
+            self.tensors.clear()
+
+    plugin = Early()
+    trainer = MAKE[kind](tmp_path / "run", plugins=[plugin], streams={"general": additions(9)}, max_steps=2)
+    original = trainer._ext_stream_gradients
+
+    def noted(model: Any, when: str) -> Any:
+        found = original(model, when)
+        for one in found.values():
+            plugin.tensors.extend(weakref.ref(tensor) for tensor in one.gradients._tensors)
+        return found
+
+    trainer._ext_stream_gradients = noted
+    trainer.train()
+    assert set(plugin.there) == {keep}
+    assert plugin.roles == [{"general"} if keep else set()] * 2
+
+
+def test_a_gradient_taken_after_the_backward_is_kept():
+    with pytest.raises(ValueError, match="keep=False: a gradient taken after"):
+        StreamRequest("general", keep=False)
 
 
 def test_streams_named_in_the_config_are_loaded(tmp_path):

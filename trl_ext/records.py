@@ -86,6 +86,9 @@ class StreamRequest:
     select: Callable[[], Sequence[int]] | None = None
     """Gives the rows of this rank's next batch, in place of the seeded order; none at all is allowed. For data that
     belongs to the step, such as demonstrations of the prompts just rolled out. `batch_size` is not used then."""
+    keep: bool = True
+    """With when="before": whether the gradient is still there in `gradients_ready`. Where it is not, its memory is free
+    during the window's own passes (new in 1.1)."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -96,6 +99,8 @@ class StreamRequest:
         ):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+        if not self.keep and self.when == "after":
+            raise ValueError("keep=False: a gradient taken after the main backward is there for gradients_ready alone")
 
 
 @dataclass(frozen=True)

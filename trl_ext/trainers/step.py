@@ -37,6 +37,8 @@ class StepMixin(Opened):
         if self.ext_plugins and self.ext_micro_step == 0:
             model.train()  # as TRL is about to; after an evaluation it is not yet
             self.ext_begin_window(model)
+            kept = {role for role, stream in self.ext_streams.items() if stream.request.keep}
+            self._ext_before = {role: g for role, g in self._ext_before.items() if role in kept}
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.ext_plugins and self.accelerator.sync_gradients:
             self.ext_end_window(model)

@@ -113,6 +113,8 @@ def test_the_start_says_which_metrics_come(capsys):
         ({}, "one pass; metrics kept, update_cosine; no cosine and position"),
         ({"rule": "cone"}, "engine direct over"),
         ({"scope": "global", "position_steps": 5}, "exactly, every 5 steps"),
+        ({"engine": "sketch"}, "metrics kept; cosine and position by engine=sketch"),
+        ({"engine": "sketch", "with_target": True}, "metrics kept, update_cosine; cosine and position by engine"),
     ):
         train(DataRegularization(**options), max_steps=1)
         assert said in capsys.readouterr().out

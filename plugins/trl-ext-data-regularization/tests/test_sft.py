@@ -316,3 +316,20 @@ def test_preconditioned_scores_follow_adams_second_moments():
 def test_precondition_refuses_an_optimizer_without_second_moments():
     with pytest.raises(Exception, match="second moments"):
         train(DataRegularization(precondition=True), optim="sgd", optim_args="momentum=0.9", max_steps=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"scope": "global"}, {"rule": "cone"}])
+def test_sketched_target_is_dropped_and_the_choice_stays(options):
+    """`position_steps` asks for t at the end of the step, so there it is kept: the updates must be the same."""
+    plugin = {name: options[name] for name in ("scope", "rule") if name in options}
+    config = {name: value for name, value in options.items() if name not in plugin}
+    kept, dropped = (
+        train(DataRegularization(engine="sketch", sketch_size=8, position_steps=n, **plugin), model(), **config)
+        for n in (100, 0)
+    )
+    logged = [
+        {key.rpartition("/")[2] for log in trainer.state.log_history for key in log} for trainer in (kept, dropped)
+    ]
+    assert ["update_cosine" in keys for keys in logged] == [True, False]
+    assert all("kept" in keys for keys in logged)
+    assert differences(kept, dropped) == 0

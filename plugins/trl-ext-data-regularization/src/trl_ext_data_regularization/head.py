@@ -139,6 +139,7 @@ class _Pass:
                 go.scatter_add_(1, self.labels.flatten()[rows].unsqueeze(1), v / self.tap.temperature)
             hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
             self.visitor.score(self.tap.use, hidden, go.to(hidden.dtype), self.index.flatten()[rows], self.batch)
+        del self.hidden, self.log_probs  # the kernel's backward pass, which follows, is where memory is scarcest
 
     def _log_softmax(self, rows: Tensor) -> Tensor:
         """(len(rows), V) float."""

@@ -50,19 +50,20 @@ class Observer:
         """Take note of the general samples of a step."""
         self._batches = batches if self.plugin.table else None
 
-    def step(self, number: int, step: Step, update: GradientView, target: GradientView) -> None:
+    def step(self, number: int, step: Step, update: GradientView, target: GradientView | None) -> None:
         """After a choice. Collective under FSDP2.
 
         Args:
             number: of the optimiser step, from 1.
             step: the choice.
             update: u.
-            target: t.
+            target: t; None where it was dropped once it had been sketched.
         """
         recorder = self.recorder
         recorder.record(number, step.weights)
-        recorder.add("update_cosine", update.cosine(target))
-        if self._general is not None:
+        if target is not None:
+            recorder.add("update_cosine", update.cosine(target))
+        if self._general is not None and target is not None:
             recorder.geometry(self._types, view_terms(update, target, self._general))
             self._general = None
         elif not self.plugin.position_steps and not self.plugin.precondition:
@@ -97,4 +98,5 @@ def summary(plugin: DataRegularization, engine: str, layers: Sequence[Layer], on
         angles = f"cosine and position by engine={engine}, where it sees all samples of a step"
     else:
         angles = "no cosine and position (position_steps=N gives them)"
-    return f"engine {engine} over {where}, {passes}; metrics kept, update_cosine; {angles}"
+    metrics = "kept, update_cosine" if plugin.keeps_target else "kept"
+    return f"engine {engine} over {where}, {passes}; metrics {metrics}; {angles}"

@@ -78,7 +78,7 @@ class DataRegularization:
     table: bool = False
     report_steps: int = 0
 
-    requires_api: ClassVar[str] = "1"
+    requires_api: ClassVar[str] = ">=1.1,<2"  # StreamRequest.keep
     trainers: ClassVar[tuple[str, ...]] = ("sft",)
     citation: ClassVar[str] = "Hu, Liu, Mao and Ma, Dr. Post-Training, arXiv:2605.07063"
 
@@ -100,7 +100,8 @@ class DataRegularization:
     @hookimpl
     def streams(self) -> list[StreamRequest]:
         if self.general == "train":
-            return [StreamRequest("target", self.stream_batch_size or 1, "before", max_length=self.stream_max_length)]
+            size, longest, keep = self.stream_batch_size or 1, self.stream_max_length, self.keeps_target
+            return [StreamRequest("target", size, "before", max_length=longest, keep=keep)]
         return [StreamRequest("general", self.stream_batch_size or 8, "after", max_length=self.stream_max_length)]
 
     @hookimpl
@@ -139,6 +140,12 @@ class DataRegularization:
         """The diagnostics of the training under way, or of the last one."""
         return self._observer.recorder
 
+    @property
+    def keeps_target(self) -> bool:
+        """Whether the target's gradient is needed once it has been sketched."""
+        in_update = self.with_target or self._rule.name in ("target", "ball")
+        return self._engine != "sketch" or in_update or self.position_steps > 0
+
     def _remove(self) -> None:
         """Undo an earlier `setup`: a second `train()` calls it again."""
         if self._taps is not None:
@@ -167,6 +174,8 @@ class DataRegularization:
 
         def local() -> tuple[Step, Scores | None]:
             step = self._begin_step(samples_of(window), list(window.streams["target"].gradients.tensors))
+            if not self.keeps_target:
+                step.forget_target()
             return step, None if self._one_pass else step.score(window, taps, self._context)
 
         step, scores = together(local, device)
@@ -232,14 +241,15 @@ class DataRegularization:
         step, self._step = self._step, None
         if step.failure is not None:
             raise step.failure
-        if self.general == "train":
-            target = streams["target"].gradients
-        else:
+        target: GradientView | None = None
+        if self.general == "stream":
             target = gradients.clone()
             gradients.copy_(streams["general"].gradients)
-        if self._rule.name in ("target", "ball"):
+        elif self.keeps_target:
+            target = streams["target"].gradients
+        if target is not None and self._rule.name in ("target", "ball"):
             self._add_target(gradients, target, step.target_share())
-        if self.with_target:
+        if target is not None and self.with_target:
             gradients.axpy_(1.0, target)
         self._observer.step(self._steps_done + 1, step, gradients, target)
 

@@ -65,6 +65,11 @@ class Step:
             return torch.stack(square).sum().unsqueeze(0)
         return torch.stack([sum((square[i] for i in layer.parameters), zero) for layer in self.layers])
 
+    def forget_target(self) -> None:
+        """Let go of the target's gradient, where scores no longer need it, and keep its norms."""
+        _ = self.squared_target_norms
+        self.target = ()
+
     # -- two passes --------------------------------------------------------------------------------------------------
 
     def score(self, window: Window, taps: Taps, context: SetupContext) -> Scores:

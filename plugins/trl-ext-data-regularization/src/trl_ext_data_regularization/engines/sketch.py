@@ -56,6 +56,8 @@ class Projections:
 class Sketch(Engine):
     """z_i = (P go)' (Q x) summed over tokens: E<z_i, z_t> = <g_i, t> (arXiv:2605.07063, "compressed").
 
+    The target is sketched at once, and not held on to.
+
     Args:
         projections: P and Q of every width.
     """
@@ -70,8 +72,9 @@ class Sketch(Engine):
         device: torch.device,
         projections: Projections,
     ) -> None:
-        super().__init__(layers, target, samples, device)
+        super().__init__(layers, (), samples, device)
         self.projections = projections
+        self._target = {i: self._sketched(gradient) for i, gradient in enumerate(target) if gradient is not None}
         self._z: dict[int, Tensor] = {}
         self._bias: dict[int, Tensor] = {}
 
@@ -102,7 +105,8 @@ class Sketch(Engine):
         found, target = self.layers[layer], [torch.zeros(0, device=self.device)]
         for store, i in ((self._z, found.weight), (self._bias, found.bias)):
             if layer in store and i is not None:
-                target.append(self._target(self.target[i], store[layer]))
+                nothing = torch.zeros(store[layer].shape[1], device=self.device)
+                target.append(self._target.get(i, nothing))
         return self.vectors(layer), torch.cat(target)
 
     def vectors(self, layer: int) -> Tensor:
@@ -110,10 +114,8 @@ class Sketch(Engine):
         parts = [store[layer] for store in (self._z, self._bias) if layer in store]
         return torch.cat(parts, 1) if parts else torch.zeros(self.samples, 0, device=self.device)
 
-    def _target(self, gradient: Tensor | None, like: Tensor) -> Tensor:
-        """(d,) float: the target's gradient (O, I) or (O,) in the coordinates of `like` (n, d)."""
-        if gradient is None:
-            return like.new_zeros(like.shape[1])
+    def _sketched(self, gradient: Tensor) -> Tensor:
+        """(d,) float: a parameter's gradient (O, I) or (O,) in the coordinates of the samples' sketches."""
         if gradient.dim() == 1:
             return self.projections.apply("out", gradient.float().unsqueeze(0))[0]
         left = self.projections.apply("out", gradient.t()).t()
