@@ -2,13 +2,13 @@
 
 Contexts come from a mixture of Gaussians in d dimensions; each centre has one correct sequence of N tokens out of k.
 The policy is p(y_i | x, y_<i) = softmax(W_i (x * s(y_{i-1}))) with frozen random signs s, so a wrong token changes what
-follows. The base model is trained on demonstrations in which centres are unequally frequent; then policy gradients see
-all centres alike, with a reward for the whole sequence (outcome) or for each right prefix (process), +1 or -1 or, by
-arm, 1 or 0, without a baseline.
+follows. The base model is trained on demonstrations in which a few centres are rare; then policy gradients see all
+centres alike, with a reward for the whole sequence (outcome) or for each right prefix (process), +1 or -1 or, by arm,
+1 or 0, without a baseline.
 
-What the notes on the paper leave open is chosen here: the centres sqrt(d) e_c, so that what is learned at one says
-nothing about another; how frequent they are in the demonstrations (a geometric series from 1 to `rarest`); the signs.
-So compare the shape of the curves with the paper's, not the digits.
+What the notes on the paper leave open is chosen here: the signs; the centres, random directions of one norm; how many
+are rare and how rare. The norm is such that the base model's error is the paper's 0.57, the rare centres such that it
+puts some of them off its support.
 
     python examples/base_model_barrier.py                # a small setting, 3 seeds
     python examples/base_model_barrier.py --size full    # N=128, d=k=32: about 4 minutes for each seed
@@ -30,7 +30,6 @@ from torch import Tensor
 from trl_ext_reachability.pg import adaptive_rate
 from trl_ext_reachability.statistics import likelihood_quantile
 
-OFF_SUPPORT = 1e-12
 ARMS = ("outcome", "process", "outcome, 0/1", "process, 0/1", "outcome, constant rate", "outcome, adaptive rate")
 
 
@@ -44,17 +43,25 @@ class Setting:
     base_steps: int
     steps: int
     batch: int
+    norm: float
+    """Of the centres."""
+    rare: int
+    """Centres that are rare in the demonstrations."""
+    rarity: float
+    """Frequency of a rare centre, relative to that of another one."""
+    off_support: float
+    """Likelihood under the base model below which a context counts as off its support."""
     base_batch: int = 256
     sigma: float = 0.05
     rate: float = 0.1
-    rarest: float = 1e-4
-    """Frequency of the rarest centre in the demonstrations, relative to the most frequent one."""
     evaluate_every: int = 20
 
 
 SIZES = {
-    "small": Setting(length=24, tokens=12, centres=12, base_steps=150, steps=300, batch=384),
-    "full": Setting(length=128, tokens=32, centres=32, base_steps=1000, steps=400, batch=1024),
+    "small": Setting(48, 16, 16, base_steps=500, steps=400, batch=512, norm=2.7, rare=3, rarity=0.04, off_support=1e-6),
+    "full": Setting(
+        128, 32, 32, base_steps=1000, steps=400, batch=1024, norm=2.55, rare=6, rarity=0.018, off_support=1e-12
+    ),
 }
 
 
@@ -65,10 +72,12 @@ class Problem:
         self.setting = setting
         self.generator = torch.Generator().manual_seed(seed)
         n, k, c = setting.length, setting.tokens, setting.centres
-        self.centres = math.sqrt(c) * torch.eye(c)
+        directions = torch.randn(c, c, generator=self.generator)
+        self.centres = setting.norm * directions / directions.norm(dim=1, keepdim=True)
         self.answers = torch.randint(k, (c, n), generator=self.generator)
         self.signs = torch.randint(2, (k + 1, c), generator=self.generator).float() * 2 - 1
-        self.shares = torch.logspace(0, math.log10(setting.rarest), c)
+        self.shares = torch.ones(c)
+        self.shares[: setting.rare] = setting.rarity
 
     def draw(self, size: int, shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Contexts (size, d) and their centres (size,), all alike or by shares."""
@@ -149,7 +158,7 @@ def train_policy(problem: Problem, base: Tensor, arm: str, test: tuple[Tensor, T
     setting = problem.setting
     weights = base.clone()
     optimizer = Adagrad(weights, setting.rate)
-    off = likelihoods(problem, base, test).exp() < OFF_SUPPORT
+    off = likelihoods(problem, base, test).exp() < setting.off_support
     curve = []
     for step in range(setting.steps + 1):
         if step % setting.evaluate_every == 0 or step == setting.steps:
@@ -164,11 +173,12 @@ def train_policy(problem: Problem, base: Tensor, arm: str, test: tuple[Tensor, T
         if "rate" not in arm:
             optimizer.step(ascent(weights, features, residual, reward))
             continue
-        norms = squared_norms(features, residual)
-        # The constant rate is that of the longest gradient with features of unit length, 1 / (4 + 2 * 2N).
+        # The rates are for features of unit length: with features scaled down, gradients shrink by the norm and weights
+        # grow by it. The constant rate is that of the longest gradient, 1 / (4 + 2 * 2N).
+        norms = squared_norms(features, residual) / setting.norm**2
         longest = torch.full_like(norms, 2.0 * setting.length)
-        rate = adaptive_rate(norms if "adaptive" in arm else longest)
-        # Centres are orthogonal, so that each has a step of this rate from the mean over its own part of the batch.
+        rate = adaptive_rate(norms if "adaptive" in arm else longest) / setting.norm**2
+        # Each centre has a step of this rate from the mean over its own part of the batch.
         weights += setting.centres * ascent(weights, features, residual, reward * rate[:, None])
     return curve
 
@@ -189,7 +199,7 @@ def run(setting: Setting, seed: int, arms: Sequence[str]) -> dict[str, object]:
     result: dict[str, object] = {
         "seed": seed,
         "base_error": float(1 - np.exp(log_q).mean()),
-        "off_support_share": float((log_q < math.log(OFF_SUPPORT)).mean()),
+        "off_support_share": float((log_q < math.log(setting.off_support)).mean()),
         "log_quantiles": likelihood_quantile(log_q, np.linspace(0, 1, 21)).tolist(),
     }
     for arm in arms:
@@ -228,10 +238,12 @@ def draw(results: Sequence[dict], arms: Sequence[str], path: Path) -> None:
         for arm in arms:
             steps = [point["step"] for point in results[0][arm]]
             values = np.array([[point[name] for point in result[arm]] for result in results])
+            if name == "off_support":
+                values = np.log10(values.clip(1e-300))
             (line,) = axis.plot(steps, values.mean(0), label=arm)
             axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
     axes[0].set(xlabel="step of the policy gradient", ylabel="1 - E p(y*|x)", title="Test error")
-    axes[1].set(xlabel="step of the policy gradient", title="Mean likelihood where the base has < 1e-12", yscale="log")
+    axes[1].set(xlabel="step of the policy gradient", title="log10 of the mean likelihood off the base's support")
     axes[0].legend(title=f"{len(results)} seeds: mean and range")
     figure.savefig(path, dpi=120)
 
