@@ -87,7 +87,7 @@ def make_trainer(variant: str, device: str, steps: int, folder: str) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--steps", type=int, default=22, help="of each variant; the first two do not count")
+    parser.add_argument("--steps", type=int, default=62, help="of each variant; the first two do not count")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--measure-memory", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -73,15 +73,17 @@ class HeadTap:
 
     def _hidden(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._pass is not None:
-            self._pass.hidden = output.last_hidden_state.detach()[:, :-1]
+            if self._pass.visitor.scoring:
+                self._pass.hidden = output.last_hidden_state.detach()[:, :-1]
             output.last_hidden_state = _Undo.apply(output.last_hidden_state, self._pass)
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         vars(self.base).pop("get_output_embeddings", None)
         current, self._pass = self._pass, None
         if current is not None:
-            current.log_probs = output.log_probs.detach().float()
-            current.check()
+            if current.visitor.scoring:
+                current.log_probs = output.log_probs.detach().float()
+                current.check()
             output.log_probs, output.entropy = _Scale.apply(output.log_probs, output.entropy, current)
 
 
@@ -108,7 +110,7 @@ class _Pass:
 
     def check(self) -> None:
         """Refuse a head that does more than a product, once: its scores would be wrong."""
-        if self.tap._checked or not self.visitor.scoring:
+        if self.tap._checked:
             return
         rows = (self.labels != -100).flatten().nonzero().flatten()[:8]
         mine = torch.log_softmax(self.logits(rows), -1).gather(1, self.labels.flatten()[rows].unsqueeze(1)).squeeze(1)
