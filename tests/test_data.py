@@ -5,7 +5,7 @@ import json
 import pytest
 from datasets import Dataset, DatasetDict
 
-from trl_ext.data import load_dataset_spec, rename_columns
+from trl_ext.data import load_dataset_spec, refuse_missing_columns, rename_columns
 from trl_ext.errors import ConfigurationError
 
 ROWS = [{"question": "1+1", "answer": "2"}, {"question": "2+2", "answer": "4"}]
@@ -109,3 +109,17 @@ def test_an_empty_file_is_refused(tmp_path, suffix):
     (tmp_path / f"data{suffix}").write_text("")
     with pytest.raises(ConfigurationError, match=rf"data set .*data\{suffix}.* (is empty|cannot be loaded: .+)"):
         load_dataset_spec({"path": str(tmp_path / f"data{suffix}")})
+
+
+def test_a_reward_function_gets_the_columns_that_it_wants():
+    def ours(prompts, completions, *, answer, scale=1.0, **kwargs):
+        """Never called."""
+
+    refuse_missing_columns(ours, ["prompt", "answer", "level"], "ours")
+    refuse_missing_columns(lambda **columns: [], [], "any")
+    with pytest.raises(
+        ConfigurationError, match=r"reward ours wants the column\(s\) answer, .* it has prompt, level\."
+    ):
+        refuse_missing_columns(ours, ["prompt", "level"], "ours")
+    with pytest.raises(ConfigurationError, match="answer"):  # TRL passes `completions` in place of this column
+        refuse_missing_columns(lambda completion, answer: [], ["completion"], "ours")

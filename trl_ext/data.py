@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,37 @@ def _read_text(text: str, setting: str, example: str) -> Any:
             raise ConfigurationError(f"{setting}: {text!r} names {key.strip()!r} twice")
         pairs[key.strip()] = unquote(item)
     return pairs
+
+
+def refuse_missing_columns(
+    function: Callable[..., Any],
+    columns: Collection[str],
+    name: str,
+    given: Collection[str] = ("prompts", "completions", "completion_ids"),
+) -> None:
+    """Refuse a reward function that cannot be called with a data set's columns, before a model loads.
+
+    Args:
+        function: of TRL's form: called with `given` and the data set's other columns, by name.
+        columns: of the data set.
+        name: what to call the function in the error.
+        given: arguments that come from elsewhere.
+
+    Raises:
+        ConfigurationError: it has an argument without default that nothing gives.
+    """
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    wanted = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in named and parameter.default is parameter.empty
+    ]
+    there = {*given, *columns} - {"prompt", "completion"}
+    if missing := [argument for argument in wanted if argument not in there]:
+        raise ConfigurationError(
+            f"reward {name} wants the column(s) {', '.join(missing)}, which the data set lacks; it has "
+            f"{', '.join(columns)}. Rename one, or choose another reward function"
+        )
 
 
 def _parse_stream(name: str, spec: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from trl_ext_mixing.estimators import pass_at_k
 from trl_ext_mixing.passk import Settings, estimate, load_rows, read_ks, sample
 from trl_ext_mixing.sampling import complete, load_reward
 
+from trl_ext.errors import ConfigurationError
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
 
 TASK = Addition(digits=1)
@@ -105,6 +106,9 @@ def test_bad_input_is_refused_with_the_flag_to_change(tmp_path: Path) -> None:
         load_rows(replace(SETTINGS, dataset=str(tmp_path / "d.jsonl")))
     with pytest.raises(ValueError, match=r"no\.such\.reward"):
         load_reward("no.such.reward")
+    lacking = [{"prompt": row["prompt"], "level": 1} for row in ROWS]
+    with pytest.raises(ConfigurationError, match=r"reward r wants the column\(s\) answer, .* it has prompt, level\."):
+        next(step for step in sample(SETTINGS, lacking, tmp_path / "new.jsonl", reward=thirds) if step)
 
 
 # -- drift -----------------------------------------------------------------------------------------------------------

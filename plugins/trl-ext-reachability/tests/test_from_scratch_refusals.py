@@ -41,6 +41,11 @@ NO_ANSWER = '{"prompt": "1+1="}\n'
         ({"eval_in": None, "eval_out": None}, "", "nothing to evaluate on: give --eval-in, --eval-out or both"),
         ({"seeds": 2}, "", "--seeds 2: a spread needs 3 seeds or more"),
         ({"reward": "scratch_runs:nothing"}, "", "--reward: .* has no function 'nothing'"),
+        (
+            {"reward": "trl_ext_reachability.rewards:final_number", "columns": "answer=solution"},
+            "",
+            "--eval-in: .* answer,",
+        ),
         ({"learning_rates": "1e-3", "lr_multipliers": "1"}, "", "--learning-rates and --lr-multipliers contradict"),
         ({"learning_rates": "fast"}, "", "--learning-rates 'fast': numbers with commas"),
         ({"learning_rates": None, "lr_multipliers": "0,1"}, "", "--lr-multipliers '0,1': above 0"),

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 import trl
-from runs import SETTINGS, TASK, checksum_reward, prompts
 from trl_ext_reachability.keys import prompt_key
 from trl_ext_reachability.measuring import Measurement, Settings, load_rows, measure
 from trl_ext_reachability.policy import Policy, Sampler
 from trl_ext_reachability.results import summarize
 from trl_ext_reachability.rewards import exact, final_number
 
+from runs import SETTINGS, TASK, checksum_reward, prompts
+from trl_ext.errors import ConfigurationError
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
 
 FILES = ("prompts.jsonl", "reachability.md", "reachability.png", "reachability.json")
@@ -265,6 +266,13 @@ def test_settings_out_of_range_are_refused(uniform: Settings, change: dict[str, 
 def test_data_without_prompts_is_refused(uniform: Settings, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no column 'prompt' but question, solution, answer; name it by --columns"):
         next(measure(replace(uniform, columns=None), tmp_path))
+
+
+def test_reward_that_lacks_a_column_is_refused_before_the_model_loads(uniform: Settings, tmp_path: Path) -> None:
+    settings = replace(uniform, model="none", reward="trl_ext_reachability.rewards:final_number")
+    settings = replace(settings, columns=f"{settings.columns},answer=result")
+    with pytest.raises(ConfigurationError, match=r"final_number wants the column\(s\) answer, .* it has prompt, "):
+        next(measure(settings, tmp_path))
 
 
 def test_final_number_reads_gsm8k_answers() -> None:

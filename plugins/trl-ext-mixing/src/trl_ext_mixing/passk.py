@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from trl_ext.data import refuse_missing_columns
 from trl_ext_mixing.estimators import Estimate, mean_with_interval, pass_at_k
 from trl_ext_mixing.sampling import RewardFunction, batches, complete, load_model, load_reward
 
@@ -160,6 +161,7 @@ def sample(
     if len(held) == total:
         return
     reward = reward or load_reward(settings.reward)
+    refuse_missing_columns(reward, rows[0], settings.reward)
     model, tokenizer = loaded or load_model(settings.model, settings.dtype)
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("a") as file:

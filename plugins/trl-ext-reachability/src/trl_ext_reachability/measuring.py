@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from trl_ext.data import refuse_missing_columns
 from trl_ext_reachability.dotted import load_function
 from trl_ext_reachability.journal import Journal
 from trl_ext_reachability.judging import judge
@@ -115,6 +116,7 @@ class Measurement:
         done = iter(list(journal.lines))
         policy: Policy | None = None
         reward = load_function(settings.reward)
+        refuse_missing_columns(reward, self.rows[0], settings.reward)
         for name, batches, work in self._parts():
             for i, batch in enumerate(batches):
                 line = next(done, None)

@@ -21,9 +21,9 @@ def load_set(settings: Settings, option: str, path: str) -> Rows:
     """An evaluation set in memory.
 
     Raises:
-        ConfigurationError: it cannot be loaded, is empty, or lacks what the built-in reward needs; names the option.
+        ConfigurationError: it cannot be loaded, is empty, or lacks what the reward needs; names the option.
     """
-    from trl_ext.data import load_dataset_spec, parse_columns
+    from trl_ext.data import load_dataset_spec, parse_columns, refuse_missing_columns
 
     columns = parse_columns(settings.columns, "--columns")
     try:
@@ -45,6 +45,11 @@ def load_set(settings: Settings, option: str, path: str) -> Rows:
                 f"{option}: {path} has neither 'answer' nor 'completion', which the built-in reward compares with; "
                 "name it by --columns, or give another --reward"
             )
+    elif option != "--validation":
+        try:
+            refuse_missing_columns(settings.load_reward(), rows[0], settings.reward)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{option}: {error}") from None
     return rows
 
 
