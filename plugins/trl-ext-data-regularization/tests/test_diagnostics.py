@@ -110,11 +110,14 @@ def test_asking_for_the_position_changes_nothing_but_the_log():
 
 def test_the_start_says_which_metrics_come(capsys):
     for options, said in (
-        ({}, "one pass; metrics kept, update_cosine; no cosine and position"),
+        ({}, "one pass; metrics kept, agreeing, update_cosine; no cosine and position"),
         ({"rule": "cone"}, "engine direct over"),
         ({"scope": "global", "position_steps": 5}, "exactly, every 5 steps"),
-        ({"engine": "sketch"}, "metrics kept; cosine and position by engine=sketch"),
-        ({"engine": "sketch", "with_target": True}, "metrics kept, update_cosine; cosine and position by engine"),
+        ({"engine": "sketch"}, "metrics kept, agreeing; cosine and position by engine=sketch"),
+        (
+            {"engine": "sketch", "with_target": True},
+            "metrics kept, agreeing, update_cosine; cosine and position by engine",
+        ),
     ):
         train(DataRegularization(**options), max_steps=1)
         assert said in capsys.readouterr().out

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from training import GENERAL, TARGET, DataRegularization, model, train
+from transformers import AutoModelForCausalLM, Gemma2Config, OPTConfig
 from trl_ext_data_regularization.layers import find_layers
 
 from trl_ext.errors import ConfigurationError, PluginError
@@ -26,6 +27,11 @@ from trl_ext.records import RunDescription
         ({"general": "stream", "position_steps": 2}, "position_steps"),
         ({"position_steps": -1}, "position_steps"),
         ({"report_steps": 2}, "table=true"),
+        ({"engine": "skecth"}, "engine='skecth' is not one of auto, ghost"),
+        ({"frac": 0.5, "rule": "cone"}, "frac=0.5 has no effect"),
+        ({"radius": 2.0}, "radius=2.0 has no effect"),
+        ({"sketch_size": 8}, "sketch_size=8 has no effect"),
+        ({"rule": "target", "with_target": True}, "leave with_target"),
     ],
 )
 def test_options_that_contradict_one_another(options, reason):
@@ -179,3 +185,18 @@ def test_a_trainable_parameter_that_the_forward_leaves_out_stays_and_disturbs_no
 def test_one_sample_is_kept_or_dropped_by_filter():
     trainer = train(DataRegularization(rule="filter"), data=GENERAL, per_device_train_batch_size=1, max_steps=2)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["gemma", "opt"])
+def test_modules_that_do_more_than_torchs_own_are_refused(architecture):
+    """Gemma's embedding scales, OPT's positions take an offset: a tap for torch's own would train another net."""
+    small = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if architecture == "gemma":
+        config = Gemma2Config(**small, head_dim=8, num_key_value_heads=2, intermediate_size=32)
+    else:
+        config = OPTConfig(**small, ffn_dim=32, word_embed_proj_dim=16, max_position_embeddings=32)
+    net = AutoModelForCausalLM.from_config(config)
+    names = [name for name, _ in net.named_parameters()]
+    expected = "embed_tokens" if architecture == "gemma" else "embed_positions"
+    with pytest.raises(ConfigurationError, match=f"or norm of torch's own kind .*{expected}"):
+        find_layers(net, names)

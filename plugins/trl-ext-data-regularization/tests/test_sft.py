@@ -1,6 +1,7 @@
 """The plugin in SFT: updates against per-sample gradients by plain autograd, and against plain TRL."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft import LoraConfig
 from training import GENERAL, TARGET, DataRegularization, differences, model, parameters, train
 from trl.trainer.utils import add_fused_lm_head
 from trl_ext_data_regularization.layers import find_layers
+from trl_ext_data_regularization.surgery import GradientSurgery
 
 from trl_ext.testing import tiny_qwen2
 
@@ -313,9 +315,44 @@ def test_preconditioned_scores_follow_adams_second_moments():
     torch.testing.assert_close(found, expected)
 
 
-def test_precondition_refuses_an_optimizer_without_second_moments():
-    with pytest.raises(Exception, match="second moments"):
-        train(DataRegularization(precondition=True), optim="sgd", optim_args="momentum=0.9", max_steps=2)
+@pytest.mark.parametrize("plugin", [DataRegularization, GradientSurgery])
+@pytest.mark.parametrize("options", [{}, {"optim_args": "momentum=0.9"}])
+def test_precondition_refuses_an_optimizer_without_second_moments(plugin, options):
+    with pytest.raises(Exception, match="second moments, and SGD has none"):
+        train(
+            plugin(general="train", precondition=True), optim="sgd", max_steps=1, streams={"target": TARGET}, **options
+        )
+
+
+def test_preconditioned_choice_is_that_of_the_definition():
+    """In the second step of Adam: the best by <g_i, t / (sqrt(v) + eps)>, with weights and moments as they were."""
+
+    class Spy(DataRegularization):
+        def _weigh(self, window):
+            named = dict(self._context.model.named_parameters())
+            self.before = {name: p.detach().clone() for name, p in named.items()}
+            self.moments = {name: copy.deepcopy(self._optimizer.state.get(p)) for name, p in named.items()}
+            out = super()._weigh(window)
+            rows, kept = window.micro_batches[0]["input_ids"].tolist(), self._step.weights[0].tolist()
+            self.kept = {tuple(row) for row, weight in zip(rows, kept, strict=True) if weight > 0}
+            return out
+
+    net, plugin = sharpened(model(layers=1)), Spy(precondition=True, scope="global", frac=0.25)
+    few = {"data": GENERAL.select(range(8)), "streams": {"target": TARGET.select([0])}}
+    trainer = train(plugin, net, **few, per_device_train_batch_size=8, max_steps=2)
+    net.load_state_dict(plugin.before, strict=False)
+    reference = Reference(net, list(trainer.train_dataset), list(trainer.ext_streams["target"].dataset))
+    raw = reference.scores(list(reference.t))
+    for name, t in reference.t.items():
+        moments = plugin.moments[name]
+        second = moments["exp_avg_sq"] / (1 - 0.999 ** float(moments["step"]))
+        reference.t[name] = t / (second.sqrt() + 1e-8)
+    best, plain = (
+        torch.tensor(scores).topk(2).indices.tolist() for scores in (reference.scores(list(reference.t)), raw)
+    )
+    assert set(best) != set(plain), "else the test could not tell the two apart"
+    ids = [tuple(row["input_ids"]) for row in trainer.train_dataset]
+    assert {row[: len(one)] for row in plugin.kept for one in ids if row[: len(one)] == one} == {ids[i] for i in best}
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}, {"scope": "global"}, {"rule": "cone"}])
@@ -333,3 +370,25 @@ def test_sketched_target_is_dropped_and_the_choice_stays(options):
     assert ["update_cosine" in keys for keys in logged] == [True, False]
     assert all("kept" in keys for keys in logged)
     assert differences(kept, dropped) == 0
+
+
+@pytest.mark.parametrize("passes", ["one", "two"])
+@pytest.mark.parametrize("with_target", [False, True])
+def test_a_sketched_target_takes_no_memory_in_the_windows_own_pass(passes, with_target):
+    """Unless the update needs it."""
+    alive, tensors = [], []
+
+    class Spy(DataRegularization):
+        def _begin_step(self, samples, target):
+            tensors.extend(weakref.ref(t.untyped_storage()) for t in target if t is not None)
+            return super()._begin_step(samples, target)
+
+    def look(module, args, output):
+        if module.training and tensors:
+            alive.append(sum(reference() is not None for reference in tensors))
+
+    net = model(layers=1)
+    net.register_forward_hook(look)
+    train(Spy(engine="sketch", sketch_size=4, passes=passes, with_target=with_target), net, max_steps=1)
+    assert alive[-1] == (len(tensors) if with_target else 0)
+    assert tensors

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from trl_ext.records import RunDescription, SetupContext
 from trl_ext_data_regularization.layers import Layer
@@ -15,12 +15,37 @@ if TYPE_CHECKING:
 _COUNTED = ("topk", "second-order")
 
 
+def refuse_unknown_choices(plugin: Any) -> None:
+    """Refuse, from Python too, what is not among an option's literals.
+
+    Raises:
+        ValueError: naming the option and what is allowed.
+    """
+    for name, kind in get_type_hints(type(plugin)).items():
+        if get_origin(kind) is Literal and getattr(plugin, name) not in get_args(kind):
+            raise ValueError(f"{name}={getattr(plugin, name)!r} is not one of {', '.join(map(str, get_args(kind)))}")
+
+
 def validate(plugin: DataRegularization, rule: Rule, engine: str) -> None:
     """Check options against one another.
 
     Raises:
         ValueError: naming the option and what is allowed.
     """
+    refuse_unknown_choices(plugin)
+    for option, idle, use in (
+        (
+            "frac",
+            plugin.frac is None or rule.name in (*_COUNTED, "filter", "capped"),
+            "rule=topk, second-order, capped or filter",
+        ),
+        ("radius", plugin.radius == 1 or rule.name == "ball", "rule=ball"),
+        ("sketch_size", plugin.sketch_size == 64 or engine == "sketch", "engine=sketch"),
+    ):
+        if not idle:
+            raise ValueError(f"{option}={getattr(plugin, option)} has no effect here; leave it, or set {use}")
+    if plugin.with_target and rule.name in ("target", "ball"):
+        raise ValueError(f"rule={rule.name} has the target's gradient in its update already; leave with_target")
     low = 0 if rule.name == "filter" else 1e-9
     if not low <= rule.frac <= 1:
         raise ValueError(f"frac={plugin.frac}: allowed is {'[0, 1]' if low == 0 else '(0, 1]'} for rule={rule.name}")

@@ -90,9 +90,13 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[list[Layer], li
     layers: list[Layer] = []
     uses: list[Use] = []
     by_weight: dict[int, int] = {}
+    untapped: set[int] = set()
     for name, module in model.named_modules():
         kind = "head" if module is head else _kind(module)
         weight = getattr(module, "weight", None)
+        if kind is None:
+            # A tied weight may be covered elsewhere, and its use here would still keep the full batch's gradient.
+            untapped.update(position[id(p)] for p in module.parameters(recurse=False) if id(p) in position)
         if kind is None or id(weight) not in position:
             continue
         w, b = position[id(weight)], position.get(id(getattr(module, "bias", None)))
@@ -106,13 +110,13 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[list[Layer], li
         i = by_weight[w]
         layers[i] = replace(layers[i], bias=layers[i].bias if b is None else b, uses=layers[i].uses + 1)
         uses.append(Use(name, module, kind, i, shift))
-    covered = {i for layer in layers for i in layer.parameters}
+    covered = {i for layer in layers for i in layer.parameters} - untapped
     if missing := [name for i, name in enumerate(names) if i not in covered]:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ConfigurationError(
-            f"data-regularization: {len(missing)} trainable parameter(s) belong to no Linear, Embedding or norm and "
-            f"would keep the full batch's gradient: {shown}. Freeze them, or choose for all layers at once with "
-            "scope=global,engine=derivative, which works with any layer"
+            f"data-regularization: {len(missing)} trainable parameter(s) belong to no Linear, Embedding or norm of "
+            f"torch's own kind and would keep the full batch's gradient: {shown}. Freeze them, or choose for all "
+            "layers at once with scope=global,engine=derivative, which works with any layer"
         )
     return layers, uses
 
@@ -126,11 +130,14 @@ def _head(model: nn.Module) -> nn.Module | None:
 
 
 def _kind(module: nn.Module) -> Kind | None:
-    if isinstance(module, nn.Linear):
+    """What a tap can stand in for: torch's own modules, since a subclass may do more, and norms that end in RMSNorm."""
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
         return "linear"
-    if isinstance(module, nn.Embedding):
+    if forward is nn.Embedding.forward:
         plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
         return "embedding" if plain else None
     weight = getattr(module, "weight", None)
-    is_norm = isinstance(module, nn.LayerNorm | nn.RMSNorm) or type(module).__name__.endswith("RMSNorm")
-    return "scale" if is_norm and isinstance(weight, Tensor) and weight.dim() == 1 else None
+    torchs = forward in (nn.LayerNorm.forward, nn.RMSNorm.forward)
+    named = type(module).__name__.endswith("RMSNorm") and getattr(module, "bias", None) is None
+    return "scale" if (torchs or named) and isinstance(weight, Tensor) and weight.dim() == 1 else None

@@ -61,6 +61,7 @@ class Observer:
         """
         recorder = self.recorder
         recorder.record(number, step.weights)
+        recorder.add("agreeing", step.agreeing())
         if target is not None:
             recorder.add("update_cosine", update.cosine(target))
         if self._general is not None and target is not None:
@@ -98,5 +99,7 @@ def summary(plugin: DataRegularization, engine: str, layers: Sequence[Layer], on
         angles = f"cosine and position by engine={engine}, where it sees all samples of a step"
     else:
         angles = "no cosine and position (position_steps=N gives them)"
-    metrics = "kept, update_cosine" if plugin.keeps_target else "kept"
+    metrics = "kept, agreeing"
+    if plugin.keeps_target or plugin.general == "stream":
+        metrics += ", update_cosine"
     return f"engine {engine} over {where}, {passes}; metrics {metrics}; {angles}"

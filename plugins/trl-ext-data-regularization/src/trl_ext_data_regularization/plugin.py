@@ -17,7 +17,7 @@ from trl_ext_data_regularization.diagnostics import Recorder
 from trl_ext_data_regularization.engines import Direct, Engine, Ghost, Projections, Scores, Sketch
 from trl_ext_data_regularization.layers import Batch, Layer, Use, find_layers
 from trl_ext_data_regularization.observer import Observer, summary
-from trl_ext_data_regularization.preconditioner import preconditioned
+from trl_ext_data_regularization.preconditioner import preconditioned, refuse_without_second_moments
 from trl_ext_data_regularization.ranks import FailedElsewhere, together
 from trl_ext_data_regularization.selection import Samples, samples_of, samples_of_inputs
 from trl_ext_data_regularization.solvers import Rule
@@ -50,14 +50,14 @@ class DataRegularization:
         passes: "one" chooses in the middle of the backward pass, "two" scores first. "auto" is one where it is exact.
         sketch_size: the projections' width per side.
         radius: ball: its radius relative to the mean general gradient.
-        precondition: inner products of what Adam would make of the gradients (topk and filter).
+        precondition: scores are <g_i, P t>, with the target's gradient as Adam would scale it (topk and filter).
         seed: of the projections.
         position_steps: every so many steps, take the mean general gradient itself (one more forward and backward of
             the window) for the metrics `cosine` and `position`. 0: they come free with direct and sketch, and not at
             all with ghost and derivative.
-        table: count how often each sample is kept, and write it, with the share kept by layer, to the output folder at
-            the end (`trl_ext_data_regularization.report`).
-        report_steps: write every so many steps, too.
+        table: count how often each sample is kept (the first 100,000), and write it, with the share kept by layer, to
+            the output folder after the last step of the run as planned (`trl_ext_data_regularization.report`).
+        report_steps: write every so many steps, too; a run that is stopped early leaves the last of these.
     """
 
     scope: Literal["layer", "global"] = "layer"
@@ -106,6 +106,8 @@ class DataRegularization:
 
     @hookimpl
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        if self.precondition:
+            refuse_without_second_moments(optimizer)
         self._optimizer = optimizer  # only read: its learning rate and second moments
         return optimizer
 
@@ -201,7 +203,6 @@ class DataRegularization:
             samples=samples,
             target=target,
             engine=self._make_engine(target, len(samples)),
-            recorder=self._observer.recorder,
         )
 
     def _make_engine(self, target: list[Tensor | None], samples: int) -> Engine | None:
@@ -239,19 +240,43 @@ class DataRegularization:
         if self._step is None:
             return
         step, self._step = self._step, None
-        if step.failure is not None:
-            raise step.failure
+        try:
+            share = self._target_share(step)
+        except FailedElsewhere:
+            return
+        update: GradientView = gradients
         target: GradientView | None = None
         if self.general == "stream":
-            target = gradients.clone()
-            gradients.copy_(streams["general"].gradients)
+            update, target = streams["general"].gradients, gradients
         elif self.keeps_target:
             target = streams["target"].gradients
-        if target is not None and self._rule.name in ("target", "ball"):
-            self._add_target(gradients, target, step.target_share())
-        if target is not None and self.with_target:
-            gradients.axpy_(1.0, target)
-        self._observer.step(self._steps_done + 1, step, gradients, target)
+        if target is not None and (self.with_target or share is not None):
+            update = update if self.general == "train" else update.clone()
+            if share is not None:
+                self._add_target(update, target, share)
+            else:
+                update.axpy_(1.0, target)
+        self._observer.step(self._steps_done + 1, step, update, target)
+        if self.general == "stream":
+            gradients.copy_(update)
+
+    def _target_share(self, step: Step) -> Tensor | None:
+        """(L,) float: the target's coefficient where the rule gives it one, which is collective; None elsewhere.
+
+        Raises:
+            Exception: what went wrong in this rank's backward pass.
+            FailedElsewhere: something did in another's, and the exchange would wait for it.
+        """
+
+        def healthy() -> None:
+            if step.failure is not None:
+                raise step.failure
+
+        if self._rule.name not in ("target", "ball"):
+            healthy()
+            return None
+        together(healthy, self._context.device)
+        return step.target_share()
 
     def _add_target(self, gradients: GradientView, target: GradientView, share: Tensor) -> None:
         """Add the target's gradient, by layer."""

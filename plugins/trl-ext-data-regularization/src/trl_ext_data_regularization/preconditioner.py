@@ -10,6 +10,19 @@ from torch import Tensor, nn
 from trl_ext.gradients import local_tensor
 
 
+def refuse_without_second_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse, before the first step, an optimiser that is no Adam.
+
+    Raises:
+        ValueError: it has no `betas` and `eps`.
+    """
+    if any("betas" not in group or "eps" not in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"precondition=True needs second moments, and {type(optimizer).__name__} has none; set optim=adamw_torch, "
+            "or leave precondition"
+        )
+
+
 def preconditioned(
     optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
 
 import torch
 from torch import Tensor
 
 from trl_ext.records import SetupContext, Window
-from trl_ext_data_regularization.diagnostics import Recorder, gram_terms
+from trl_ext_data_regularization.diagnostics import gram_terms
 from trl_ext_data_regularization.engines import Engine, Scores, derivative_scores, forget_gathered
 from trl_ext_data_regularization.layers import Batch, Layer
 from trl_ext_data_regularization.ranks import total_over_ranks, world_size
@@ -33,12 +33,13 @@ class Step:
     target: Sequence[Tensor | None]
     """The target's gradient per parameter, as scores see it."""
     engine: Engine | None
-    """None for the derivative engine."""
-    recorder: Recorder
+    """None for the derivative engine, and once the whole window has been chosen from."""
     weights: Tensor = field(init=False)
     """(L, n) float."""
     failure: Exception | None = field(init=False, default=None)
     """What went wrong in the middle of a training backward pass."""
+    _agreeing: list[Tensor] = field(init=False, default_factory=list)
+    """Shares of positive scores."""
     _target_tokens: Tensor = field(init=False)
     """(L,) coefficients of the target, each times the label tokens of the unit it was chosen over."""
     _solved: list[tuple[slice, Problem, Solution]] = field(init=False, default_factory=list)
@@ -58,7 +59,8 @@ class Step:
     def squared_target_norms(self) -> Tensor:
         """(L,) float64 |t|^2 of each layer, or of all."""
         present = {i: t for i, t in enumerate(self.target) if t is not None}
-        norms = dict(zip(present, torch._foreach_norm(list(present.values()), 2, dtype=torch.float32), strict=True))
+        dtype = reduce(torch.promote_types, (t.dtype for t in present.values()), torch.float32)
+        norms = dict(zip(present, torch._foreach_norm(list(present.values()), 2, dtype=dtype), strict=True))
         zero = self._target_tokens.new_zeros(())
         square = [norms[i].double() ** 2 if i in norms else zero for i in range(len(self.target))]
         if not self.layerwise:
@@ -87,7 +89,7 @@ class Step:
 
     def choose(self, scores: Scores) -> None:
         """Set the weights of the whole window. Collective on several ranks, unless micro-batches choose."""
-        self.recorder.add("agreeing", (scores.s > 0).float())
+        self._agreeing.append((scores.s > 0).float().mean())
         if self.per_micro_batch:
             for batch in self.samples.batches:
                 self._choose_unit(slice(None), batch, scores, self.samples.tokens[batch.window].sum())
@@ -98,6 +100,7 @@ class Step:
         self.weights = solution.weights[:, mine].float()
         self._target_tokens = solution.target.double() * self.samples.tokens.sum()
         self._solved.append((slice(None), problem, solution))
+        self.engine = None
 
     def _losses(self, window: Window) -> Tensor:
         """(n,) float64 summed losses of the samples."""
@@ -120,7 +123,9 @@ class Step:
             # The training loss divides by the window's tokens per rank, a unit's share by the unit's.
             tokens = self.samples.tokens[batch.window].sum()
             try:
-                self._choose_unit(slice(layer, layer + 1), batch, engine.scores([layer]), tokens * world / total)
+                scores = engine.scores([layer])
+                self._agreeing.append((scores.s[:, batch.window] > 0).float().mean())
+                self._choose_unit(slice(layer, layer + 1), batch, scores, tokens * world / total)
             except Exception as error:
                 # The other ranks wait for this backward pass; the plugin raises after it.
                 self.failure = self.failure or error
@@ -135,6 +140,10 @@ class Step:
         alone = self.per_micro_batch or (batch.samples == len(self.samples) and world_size() == 1)
         kept = self.rule.kept(batch.samples) if alone else None
         return Choice(self.weights[layer, batch.window], self.rule.equal, kept)
+
+    def agreeing(self) -> Tensor:
+        """() the share of positive scores."""
+        return torch.stack(self._agreeing).mean()
 
     def target_share(self) -> Tensor:
         """(L,) float: the coefficient of the target's gradient in the update. Collective on several ranks."""

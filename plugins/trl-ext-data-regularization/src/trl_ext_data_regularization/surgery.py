@@ -13,7 +13,7 @@ from torch import Tensor
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
 from trl_ext.records import StreamGradient, StreamRequest
-from trl_ext_data_regularization.preconditioner import preconditioned
+from trl_ext_data_regularization.preconditioner import preconditioned, refuse_without_second_moments
 from trl_ext_data_regularization.weightings import CLOSED_FORMS, TORCHJD, weighting
 
 
@@ -62,6 +62,8 @@ class GradientSurgery:
 
     @hookimpl
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        if self.precondition:
+            refuse_without_second_moments(optimizer)
         self._optimizer = optimizer  # only read: its second moments
         return optimizer
 
