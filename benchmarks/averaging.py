@@ -89,9 +89,9 @@ def main() -> None:
             copy = 4 * sum(p.numel() for p in trainer.model.parameters())
             print(json.dumps([peak_memory(trainer.train, options.device), copy]))
             return
+        updates = timed_method(OnlineAverage, "weights_updated", options.device)
         trainers = {variant: make_trainer(variant, options.device, options.steps, folder) for variant in VARIANTS}
         averaged = [variant for variant, plugins in VARIANTS.items() if plugins]
-        updates = timed_method(OnlineAverage, "weights_updated", options.device)
         seconds = steps_in_turn(trainers, options.device)
         del trainers
     arguments = ["--device", options.device, "--measure-memory"]

@@ -1,6 +1,7 @@
 """Runs the cases of `test_ranks.py` on this rank: `torchrun ranks.py OUT`. Each rank saves what it found."""
 
 import sys
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
-from test_rollouts import TASK, noisy_reward
+from test_rollouts import TASK, Before, Witness, noisy_reward, only_norms
 from test_rollouts import run as run_grpo
 from test_sft import sharpened
-from training import TOKENIZER, DataRegularization, model, parameters, train
+from training import GENERAL, TOKENIZER, DataRegularization, model, parameters, train
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from trl_ext_data_regularization.rollouts import RolloutFilter
@@ -30,18 +31,24 @@ CASES: dict[str, dict[str, Any]] = {
     "derivative": {"scope": "global", "engine": "derivative", "frac": 0.5, "position_steps": 1},
     "ball": {"rule": "ball", "engine": "sketch", "sketch_size": 512},
     "reverse": {"general": "stream", "rule": "full"},
+    "micro": {"unit": "micro", "frac": 0.5},
+    "micro direct": {"unit": "micro", "rule": "cone", "engine": "direct"},
 }
 EXACT = {"plain": None, "everything": {"frac": 1.0}, "everything micro": {"frac": 1.0, "unit": "micro"}}
-GRPO = {"grpo plain": None, "grpo": {"frac": 0.0}, "grpo filter": {"frac": 1.0}}
+GRPO = {"grpo plain": None, "grpo": {"frac": 0.0}}
+TARGET_LOSSES = ("train-loss", "token-pg", "reward")
 
 
 def run(case: str, world: int) -> Any:
     rows = 4 // world
+    if case.startswith("micro"):  # the micro-batches stay what they are, and one rank has all of them
+        rows, accumulation = 2, 4 // world
+    else:
+        accumulation = 2 if case in ("accumulated", *EXACT) else 1
     if case in GRPO:
         plugins = [] if GRPO[case] is None else [RolloutFilter(**GRPO[case])]
         return run_grpo(plugins, model(layers=1), per_device_train_batch_size=rows * 2)
     options = {**CASES, **EXACT}[case]
-    accumulation = 2 if case in ("accumulated", *EXACT) else 1
     plugin = None if options is None else DataRegularization(stream_batch_size=4 // world, **options)
     return _train(plugin, sharpened(model(layers=1)), rows, gradient_accumulation_steps=accumulation)
 
@@ -49,6 +56,41 @@ def run(case: str, world: int) -> Any:
 def _train(plugin: Any, net: Any, rows: int, **options: Any) -> Any:
     sgd = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 2, "per_device_train_batch_size": rows}
     return train(plugin, net, **{**sgd, **options})
+
+
+class Short(RolloutFilter):
+    """As if the loss saw only one token of each completion on the second rank, so that ranks differ in tokens."""
+
+    @hookimpl
+    def advantages(self, rollouts: Any, rewards: Any, advantages: Any) -> Any:
+        return super().advantages(short(rollouts), rewards, advantages)
+
+
+def short(rollouts: Any) -> Any:
+    seen = rollouts.mask.clone()
+    seen[:, 1 if dist.get_rank() == 1 else seen.shape[1] :] = 0
+    return replace(rollouts, mask=seen)
+
+
+def filtered(target_loss: str) -> dict[str, Any]:
+    """This rank's completions of one step, and their advantages before and after the filter."""
+    before, after = Before(), Witness()
+    plugins = [before, Short(target_loss=target_loss, engine="direct"), after]
+    options = {"max_steps": 1, "temperature": 0.9, "loss_type": "dapo", "per_device_train_batch_size": 8}
+    run_grpo(plugins, only_norms(model(layers=1)), **options)
+    (rollouts, rewards, raw), (_, _, advantages) = before.seen[0], after.seen[0]
+    return {"rollouts": short(rollouts), "rewards": rewards, "raw": raw, "advantages": advantages}
+
+
+def reverse() -> dict[str, Any]:
+    """One step in which each rank chooses from its own batch of the general stream."""
+    plugin = DataRegularization(general="stream", frac=0.5, stream_batch_size=4)
+    options = {"data": GENERAL.select(range(4)), "max_steps": 1, "lr_scheduler_type": "constant"}
+    trainer = _train(plugin, sharpened(model(layers=1)), 2, **options)
+    stream = trainer.ext_streams["general"]
+    stream.position = 0
+    general = [stream.dataset[i] for i in stream.next_indices()]
+    return {"parameters": parameters(trainer), "general": general, "target": list(trainer.train_dataset)}
 
 
 def run_sharded(case: str, folder: Path, sharded: bool) -> dict[str, Any]:
@@ -95,7 +137,7 @@ SHARDED: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
     "topk": (Watched, {**DERIVATIVE, "position_steps": 1}, {}),
     "topk, accumulated": (Watched, DERIVATIVE, {"gradient_accumulation_steps": 2}),
     "filter, with target": (Watched, {**DERIVATIVE, "rule": "filter", "frac": 1.0, "with_target": True}, {}),
-    "target": (Watched, {**DERIVATIVE, "rule": "target"}, {}),
+    "target": (Watched, {**DERIVATIVE, "rule": "target", "frac": None}, {}),
     "preconditioned": (Watched, {**DERIVATIVE, "precondition": True}, ADAM),
     "half-space": (GradientSurgery, SURGERY, {}),
     "pcgrad by layer": (GradientSurgery, {**SURGERY, "method": "pcgrad", "scope": "layer"}, {}),
@@ -149,8 +191,11 @@ def fault(name: str, folder: Path) -> dict[str, Any]:
         if name == "advantages":
             trainer = run_grpo([_filter(folder)], model(layers=1), max_steps=3)
         else:
-            cls = FailsInBackward if name == "gradients_ready" else FailsInScoring
-            options: dict[str, Any] = {"unit": "micro"} if name == "gradients_ready" else {"engine": "sketch"}
+            backward = name.startswith("gradients_ready")
+            cls = FailsInBackward if backward else FailsInScoring
+            options: dict[str, Any] = {"unit": "micro"} if backward else {"engine": "sketch"}
+            if name.endswith("rule=target"):
+                options["rule"] = "target"
             trainer = _train(cls(stream_batch_size=2, **options), sharpened(model(layers=1)), 2, max_steps=3)
         error = f"none; {trainer.state.global_step} steps"
     except Exception as caught:
@@ -159,7 +204,7 @@ def fault(name: str, folder: Path) -> dict[str, Any]:
     return {"error": error}
 
 
-FAULTS = ("sample_weights", "gradients_ready", "advantages")
+FAULTS = ("sample_weights", "gradients_ready", "gradients_ready, rule=target", "advantages")
 
 
 # -- resume ----------------------------------------------------------------------------------------------------------
@@ -191,6 +236,9 @@ def main(folder: Path) -> None:
             other = parameter.clone()
             dist.broadcast(other, 0)
             assert torch.equal(other, parameter), f"{name}: ranks differ"
+    for target_loss in TARGET_LOSSES:
+        found[f"filter by {target_loss}"] = filtered(target_loss)
+    found["reverse by rank"] = reverse()
     for name in SHARDED:
         found[f"fsdp2 {name}"] = run_sharded(name, folder, sharded=True)
         found[f"ddp {name}"] = run_sharded(name, folder, sharded=False)

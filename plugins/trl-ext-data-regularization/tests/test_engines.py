@@ -87,21 +87,10 @@ def test_derivative_along_the_target_gives_the_global_scores(kind):
         [sum((g * x).sum() for g, x in zip(row, t, strict=True)) for row in sample_gradients(model, batch)]
     )
     assert_agree(found.unsqueeze(0), right.double().unsqueeze(0))
-    assert (rough - right).abs().max() <= 1e-3 * right.abs().max()  # two points: the third derivative shows
+    # Two points leave the third derivative times the step squared, here up to 3e-4 of the largest score; a much shorter
+    # step would let fp32 rounding in.
+    assert (rough - right).abs().max() <= 1e-3 * right.abs().max()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "parameters must come back"
-
-
-def test_pairwise_ghost_agrees():
-    """<g_i, t> as a double sum over tokens, sum_tu (go_t . go'_u)(x_t . x'_u), for a plain Linear."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(3, 5, 6, generator=generator), torch.randn(2, 4, 6, generator=generator)
-    go, gy = torch.randn(3, 5, 7, generator=generator), torch.randn(2, 4, 7, generator=generator)
-    pairwise = torch.einsum("nto,muo,nti,mui->n", go, gy, x, y)
-    t = torch.einsum("muo,mui->oi", gy, y)
-    direct = torch.einsum("nto,nti,oi->n", go, x, t)
-    ghost = ((x @ t.T) * go).sum((1, 2))
-    torch.testing.assert_close(ghost, pairwise, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(direct, pairwise, rtol=1e-4, atol=1e-4)
 
 
 def test_scores_for_several_targets_are_the_sum_over_any_split():

@@ -31,6 +31,8 @@ from trl_ext.records import RunDescription
         ({"frac": 0.5, "rule": "cone"}, "frac=0.5 has no effect"),
         ({"radius": 2.0}, "radius=2.0 has no effect"),
         ({"sketch_size": 8}, "sketch_size=8 has no effect"),
+        ({"points": 4}, "points=4 has no effect"),
+        ({"points": 3, "scope": "global", "engine": "derivative"}, "points=3 is not one of 2, 4"),
         ({"rule": "target", "with_target": True}, "leave with_target"),
     ],
 )

@@ -69,23 +69,25 @@ class Before(Witness):
     label = "before"
 
 
-def autograd_scores(net, rollouts, coefficients, target_coefficients):
-    """<g_i, t> from the gradient of each completion's own loss."""
-    names = {name: p for name, p in net.named_parameters() if p.requires_grad}
+def only_norms(net):
+    """In few dimensions, gradients of few completions can oppose their sum."""
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    return net
 
-    def gradients(coefs):
-        out = []
-        for i in range(len(coefs)):
-            real = rollouts.prompt_mask[i].bool()
-            prompt = rollouts.prompt_ids[i][real]
-            ids = torch.cat([prompt, rollouts.completion_ids[i]]).unsqueeze(0)
-            logits = net(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-            log_p = torch.log_softmax(logits / 0.9, -1).gather(1, rollouts.completion_ids[i].unsqueeze(1)).squeeze(1)
-            grads = torch.autograd.grad(-(log_p * coefs[i]).sum(), list(names.values()))
-            out.append(torch.cat([g.flatten() for g in grads]))
-        return torch.stack(out)
 
-    return gradients(coefficients) @ gradients(target_coefficients).sum(0)
+def gradients_of(net, rollouts, coefficients):
+    """(N, P) the gradient of each completion's own loss, at a temperature of 0.9."""
+    trained, out = [p for p in net.parameters() if p.requires_grad], []
+    for i in range(len(coefficients)):
+        real = rollouts.prompt_mask[i].bool()
+        prompt = rollouts.prompt_ids[i][real]
+        ids = torch.cat([prompt, rollouts.completion_ids[i]]).unsqueeze(0)
+        logits = net(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+        log_p = torch.log_softmax(logits / 0.9, -1).gather(1, rollouts.completion_ids[i].unsqueeze(1)).squeeze(1)
+        grads = torch.autograd.grad(-(log_p * coefficients[i]).sum(), trained)
+        out.append(torch.cat([g.flatten() for g in grads]))
+    return torch.stack(out)
 
 
 CASES = [("dapo", "train-loss"), ("grpo", "reward"), ("dr_grpo", "token-pg")]
@@ -98,12 +100,7 @@ REST = [
     ("loss_type", "target_loss"), [*CASES, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in REST)]
 )
 def test_filter_drops_what_opposes_the_rollout_itself_and_rescales(loss_type, target_loss):
-    before, after, net = Before(), Witness(), model(layers=1)
-    for (
-        name,
-        parameter,
-    ) in net.named_parameters():  # in few dimensions, gradients of few completions can oppose their sum
-        parameter.requires_grad_("norm" in name)
+    before, after, net = Before(), Witness(), only_norms(model(layers=1))
     plugin = RolloutFilter(target_loss=target_loss, engine="direct")
     run([before, plugin, after], net, max_steps=1, loss_type=loss_type, temperature=0.9, per_device_train_batch_size=8)
     (rollouts, rewards, raw), (_, _, filtered) = before.seen[0], after.seen[0]
@@ -116,7 +113,7 @@ def test_filter_drops_what_opposes_the_rollout_itself_and_rescales(loss_type, ta
         "token-pg": raw.unsqueeze(1) * mask / mask.sum(),
         "reward": ((rewards.total - rewards.total.mean()) / spread).unsqueeze(1) * mask / len(raw),
     }[target_loss]
-    scores = autograd_scores(net, rollouts, general, target)
+    scores = gradients_of(net, rollouts, general) @ gradients_of(net, rollouts, target).sum(0)
     kept = scores >= 0
     assert 0 < kept.sum() < len(kept), "the case must tell completions apart"
     size = mask.sum(1) if loss_type == "dapo" else torch.ones(len(raw))
@@ -143,9 +140,9 @@ def held_out():
     return file.name
 
 
-def fresh(held_out, **options):
+def fresh(held_out, cls=RolloutFilter, **options):
     options = {"prompts_per_step": 2, "generations": 2, "reward": "test_rollouts:noisy_reward"} | options
-    return RolloutFilter(target="prompts", prompts=held_out, **options)
+    return cls(target="prompts", prompts=held_out, **options)
 
 
 @pytest.mark.parametrize(
@@ -168,14 +165,27 @@ def test_without_dropping_anything_training_is_plain_trl_to_the_bit(options, tar
     assert any("rollout-filter/kept" in log for log in filtered.state.log_history)
 
 
-@pytest.mark.parametrize("target_loss", ["reward"])
-def test_held_out_prompts_as_target_filter_and_train(held_out, target_loss):
-    after = Witness()
-    trainer = run([fresh(held_out, target_loss=target_loss), after], per_device_train_batch_size=8)
-    kept = [log["rollout-filter/kept"] for log in trainer.state.log_history if "rollout-filter/kept" in log]
-    assert kept
-    assert all(0 <= share <= 1 for share in kept)
-    assert any("rollout-filter/target_reward" in log for log in trainer.state.log_history)
+class Remembers(RolloutFilter):
+    """Keeps its fresh rollouts."""
+
+    def _fresh(self):
+        self.batch = super()._fresh()
+        return self.batch
+
+
+@pytest.mark.parametrize("target_loss", ["train-loss", "token-pg", "reward"])
+def test_filter_drops_what_opposes_fresh_rollouts_on_held_out_prompts(held_out, target_loss):
+    before, after, net = Before(), Witness(), only_norms(model(layers=1))
+    plugin = fresh(held_out, cls=Remembers, target_loss=target_loss, engine="direct")
+    trainer = run([before, plugin, after], net, max_steps=1, temperature=0.9, per_device_train_batch_size=8)
+    (rollouts, _, raw), (_, _, filtered) = before.seen[0], after.seen[0]
+    target = gradients_of(net, plugin.batch, plugin.batch.coefficients).sum(0)
+    kept = gradients_of(net, rollouts, raw.unsqueeze(1) * rollouts.mask) @ target >= 0
+    assert 0 < kept.sum() < len(kept), "the case must tell completions apart"
+    tokens = rollouts.mask.sum(1)
+    torch.testing.assert_close(filtered, raw * kept * tokens.sum() / tokens[kept].sum(), rtol=1e-4, atol=1e-5)
+    assert trainer.state.log_history[0]["Remembers/kept"] == pytest.approx(float(kept.float().mean()))
+    assert "Remembers/target_reward" in trainer.state.log_history[0]
 
 
 def test_held_out_prompts_cycle_and_resume_where_they_were(held_out):
@@ -210,11 +220,19 @@ def test_reward_loss_of_a_rank_is_its_part_of_that_over_all():
     torch.testing.assert_close(torch.cat(parts), whole)
 
 
+def test_token_policy_gradient_of_a_rank_is_its_part_of_that_over_all():
+    """Ranks have different numbers of tokens: 1 and 4."""
+    advantages, mask = torch.tensor([1.0, 1.0]), torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]])
+    whole = token_policy_gradient(advantages, mask)
+    parts = [token_policy_gradient(advantages[rows], mask[rows]) for rows in (slice(0, 1), slice(1, 2))]
+    torch.testing.assert_close(torch.cat(parts), whole)
+
+
 def test_losses_weigh_tokens_as_trl_does():
     advantages, mask = torch.tensor([2.0, -1.0]), torch.tensor([[1, 1, 0], [1, 0, 0]])
     torch.testing.assert_close(train_loss(advantages, mask, "grpo"), torch.tensor([[1.0, 1, 0], [-1, 0, 0]]))
     torch.testing.assert_close(train_loss(advantages, mask, "dapo"), torch.tensor([[2.0, 2, 0], [-1, 0, 0]]))
-    torch.testing.assert_close(token_policy_gradient(advantages, mask) * 3, torch.tensor([[2.0, 2, 0], [-1, 0, 0]]))
+    torch.testing.assert_close(token_policy_gradient(advantages, mask), torch.tensor([[2.0, 2, 0], [-1, 0, 0]]))
     torch.testing.assert_close(group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2).sum(), torch.tensor(0.0))
 
 
@@ -239,11 +257,26 @@ def test_inputs_put_labels_on_the_tokens_of_the_loss():
         ({"generations": 0}, "generations"),
         ({"target": "prompts"}, "reward"),
         ({"prompts": "x.jsonl"}, "target=prompts"),
+        ({"target": "prompt"}, "target='prompt' is not one of rollout, prompts"),
+        ({"target_loss": "rewards"}, "target_loss='rewards' is not one of train-loss, token-pg, reward"),
+        ({"engine": "ghost"}, "engine='ghost' is not one of sketch, direct"),
     ],
 )
 def test_bad_options_are_refused(options, reason):
     with pytest.raises(ValueError, match=reason):
         RolloutFilter(**options)
+
+
+@pytest.mark.parametrize("target_loss", ["train-loss", "token-pg"])
+def test_advantages_within_groups_of_one_are_refused(held_out, target_loss):
+    """They are all zero, and so would be the target: nothing would ever be dropped."""
+    with pytest.raises(ValueError, match=r"generations=1 .* set generations to 2 or more, or target_loss=reward"):
+        fresh(held_out, target_loss=target_loss, generations=1)
+
+
+def test_rewards_as_target_do_with_one_completion_a_prompt(held_out):
+    fresh(held_out, target_loss="reward", generations=1)
+    RolloutFilter(generations=1)  # the rollout itself as target: groups are the trainer's
 
 
 def test_too_few_held_out_prompts_are_refused(held_out):

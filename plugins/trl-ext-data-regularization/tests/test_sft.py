@@ -392,3 +392,13 @@ def test_a_sketched_target_takes_no_memory_in_the_windows_own_pass(passes, with_
     train(Spy(engine="sketch", sketch_size=4, passes=passes, with_target=with_target), net, max_steps=1)
     assert alive[-1] == (len(tensors) if with_target else 0)
     assert tensors
+
+
+@pytest.mark.parametrize("points", [2, 4])
+def test_derivative_takes_as_many_forwards_as_it_is_told(points):
+    forwards = []
+    net = model(layers=1)
+    net.register_forward_hook(lambda module, args, output: forwards.append(torch.is_grad_enabled()))
+    train(DataRegularization(scope="global", engine="derivative", points=points), net, max_steps=1)
+    assert forwards.count(False) == points
+    assert forwards.count(True) == 2  # the target's and the window's own

@@ -76,6 +76,15 @@ def test_second_order_is_the_greedy_choice(family):
 
 
 @families
+def test_second_order_is_topk_where_a_warm_up_begins(family):
+    """At lr = 0 nothing that was chosen moves the weights, and the scores alone tell samples apart."""
+    for seed in range(5):
+        c = FAMILIES[family](seed)
+        first = Rule("second-order", 0.5).solve(c.problem, c.norm, 0.0)
+        assert torch.equal(first.weights, solve(c, "topk").weights)
+
+
+@families
 def test_span_leaves_a_residual_orthogonal_to_every_general_gradient(family):
     for seed in range(5):
         c = FAMILIES[family](seed)

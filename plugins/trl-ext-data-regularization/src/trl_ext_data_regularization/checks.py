@@ -40,6 +40,7 @@ def validate(plugin: DataRegularization, rule: Rule, engine: str) -> None:
             "rule=topk, second-order, capped or filter",
         ),
         ("radius", plugin.radius == 1 or rule.name == "ball", "rule=ball"),
+        ("points", plugin.points == 2 or engine == "derivative", "engine=derivative"),
         ("sketch_size", plugin.sketch_size == 64 or engine == "sketch", "engine=sketch"),
     ):
         if not idle:

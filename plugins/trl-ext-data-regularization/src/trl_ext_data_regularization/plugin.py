@@ -48,6 +48,7 @@ class DataRegularization:
             rules that need <g_i, g_j>.
         unit: what one choice is made over: "step" is the accumulation window over all ranks, "micro" each micro-batch.
         passes: "one" chooses in the middle of the backward pass, "two" scores first. "auto" is one where it is exact.
+        points: derivative: forward passes of the window, 2 or 4; 2 leave the third derivative in the scores.
         sketch_size: the projections' width per side.
         radius: ball: its radius relative to the mean general gradient.
         precondition: scores are <g_i, P t>, with the target's gradient as Adam would scale it (topk and filter).
@@ -70,6 +71,7 @@ class DataRegularization:
     engine: Literal["auto", "ghost", "direct", "sketch", "derivative"] = "auto"
     unit: Literal["step", "micro"] = "step"
     passes: Literal["auto", "one", "two"] = "auto"
+    points: Literal[2, 4] = 2
     sketch_size: int = 64
     radius: float = 1.0
     precondition: bool = False
@@ -199,6 +201,7 @@ class DataRegularization:
             lr=float(self._optimizer.param_groups[0]["lr"]),
             layerwise=self.scope == "layer",
             per_micro_batch=self.unit == "micro",
+            points=self.points,
             layers=self._layers,
             samples=samples,
             target=target,

@@ -62,8 +62,11 @@ def train_loss(advantages: Tensor, mask: Tensor, loss_type: str) -> Tensor:
 
 
 def token_policy_gradient(advantages: Tensor, mask: Tensor) -> Tensor:
-    """(N, T) coefficients of the token-mean policy gradient, A_i / total tokens."""
-    return train_loss(advantages, mask, "dapo") / mask.sum().clamp(min=1)
+    """(N, T) coefficients of the token-mean policy gradient, A_i, but for its denominator: the tokens of all ranks.
+
+    No rank knows these alone, and a choice by signs and order does not depend on them.
+    """
+    return train_loss(advantages, mask, "dapo")
 
 
 def reward_loss(rewards: Tensor, mask: Tensor, among: Tensor | None = None) -> Tensor:

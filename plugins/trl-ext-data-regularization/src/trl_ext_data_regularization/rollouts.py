@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext
+from trl_ext_data_regularization.checks import refuse_unknown_choices
 from trl_ext_data_regularization.engines import Direct, Projections, Sketch
 from trl_ext_data_regularization.fresh_rollouts import load_function, load_prompts, rewards_of, roll_out
 from trl_ext_data_regularization.layers import Batch, find_layers
@@ -44,7 +45,7 @@ class RolloutFilter:
         prompts: target=prompts: data set of held-out prompts, path or hub id, with the columns that the reward needs.
         reward: target=prompts: reward function in TRL's form, as "package.module:function".
         prompts_per_step: target=prompts: held-out prompts per rank and generation batch, in order, cycling.
-        generations: target=prompts: completions per held-out prompt.
+        generations: target=prompts: completions per held-out prompt; at least 2 unless target_loss=reward.
         sketch_size: the projections' width per side.
         seed: of the projections and of the fresh rollouts.
     """
@@ -65,6 +66,7 @@ class RolloutFilter:
     citation: ClassVar[str] = "Hu, Liu, Mao and Ma, Dr. Post-Training, arXiv:2605.07063 (policy gradient, IIF)"
 
     def __post_init__(self) -> None:
+        refuse_unknown_choices(self)
         if not 0 <= self.frac <= 1:
             raise ValueError(f"frac={self.frac}: allowed is [0, 1]")
         for name in ("prompts_per_step", "generations", "sketch_size"):
@@ -74,6 +76,12 @@ class RolloutFilter:
             raise ValueError("target=prompts needs prompts=<path or hub id> and reward=<package.module:function>")
         if self.target == "rollout" and (self.prompts is not None or self.reward is not None):
             raise ValueError("prompts and reward belong to target=prompts; set that, or leave them out")
+        if self.target == "prompts" and self.target_loss != "reward" and self.generations < 2:
+            raise ValueError(
+                f"generations={self.generations} with target_loss={self.target_loss}: a completion alone in its group "
+                "has an advantage of zero, and nothing would be dropped; set generations to 2 or more, or "
+                "target_loss=reward"
+            )
         self._rule = Rule("filter", self.frac)
         self._kept: list[Tensor] = []
         self._target_rewards: list[Tensor] = []

@@ -28,6 +28,8 @@ class Step:
     lr: float
     layerwise: bool
     per_micro_batch: bool
+    points: int
+    """Of the derivative engine."""
     layers: Sequence[Layer]
     samples: Samples
     target: Sequence[Tensor | None]
@@ -79,7 +81,9 @@ class Step:
         if self.engine is None:
             moved = partial(forget_gathered, context.model)
             parameters = context.weights.parameters
-            s = derivative_scores(lambda: self._losses(window), parameters, self.target, moved=moved)
+            s = derivative_scores(
+                lambda: self._losses(window), parameters, self.target, points=self.points, moved=moved
+            )
             return Scores(s.unsqueeze(0), None)
         for i, batch in enumerate(self.samples.batches):
             with taps.active(ScorePass(self.engine), batch):
