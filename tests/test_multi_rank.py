@@ -158,6 +158,8 @@ RAISING = {
     "prompt_order": ("prompt_order", 1),
     "sampling_weights": ("sampling_weights", 2),
     "advantages": ("advantages", 2),
+    "advantages, before a gather": ("advantages", 2),
+    "gradients_ready, before a gather": ("gradients_ready", 2),
     "policy_loss": ("policy_loss", 2),
     "auxiliary_losses, GRPO": ("auxiliary_losses", 2),
     "gradients_ready, GRPO": ("gradients_ready", 2),

@@ -73,12 +73,14 @@ class Guard:
             return fallback
 
     def run_all(self, hook: str, **arguments: Any) -> None:
-        """Call every implementation of a hook whose results are ignored."""
-        for plugin, call in self.plugins.calls(hook):
+        """Call every implementation of a hook whose results are ignored. Collective if there are several."""
+        for i, (plugin, call) in enumerate(self.plugins.calls(hook)):
+            if i:
+                self.agree()  # a rank that failed would be missed in the collectives of the next plugin
             self.run(hook, plugin, call, None, **arguments)
 
     def chain(self, hook: str, argument: str, value: T, check: Callable[[T], None], **arguments: Any) -> T:
-        """Call every implementation in order, each on the result of the one before.
+        """Call every implementation in order, each on the result of the one before. Collective if there are several.
 
         Args:
             hook: the hook.
@@ -87,7 +89,9 @@ class Guard:
             check: raises on a wrong result.
             **arguments: the hook's other arguments.
         """
-        for plugin, call in self.plugins.calls(hook):
+        for i, (plugin, call) in enumerate(self.plugins.calls(hook)):
+            if i:
+                self.agree()
 
             def checked(call: Callable[..., T] = call, **kwargs: Any) -> T:
                 result = call(**kwargs)

@@ -28,6 +28,8 @@ class OnRankOne(Plugin):
     """Base: acts at a hook's second call, on the second rank alone."""
 
     calls: int = 0
+    followers: tuple[Plugin, ...] = ()
+    """Plugins named after this one."""
 
     def strike(self, at: int = 2) -> bool:
         self.calls += 1
@@ -178,6 +180,37 @@ class Advantages(OnRankOne):
 
 
 @dataclass(eq=False)
+class GathersAdvantages(Plugin):
+    """A collective of its own, in a chain after a plugin that may have failed."""
+
+    @hookimpl
+    def advantages(self, advantages):
+        dist.all_reduce(advantages.abs().mean())
+        return advantages
+
+
+@dataclass(eq=False)
+class GathersGradients(Plugin):
+    @hookimpl
+    def gradients_ready(self, gradients):
+        dist.all_reduce(gradients.tensors[0].norm())
+
+
+@dataclass(eq=False)
+class GradientsReadyBeforeGather(OnRankOne):
+    followers: tuple[Plugin, ...] = field(default_factory=lambda: (GathersGradients(),))
+
+    @hookimpl
+    def gradients_ready(self):
+        self.raise_there()
+
+
+@dataclass(eq=False)
+class AdvantagesBeforeGather(Advantages):
+    followers: tuple[Plugin, ...] = field(default_factory=lambda: (GathersAdvantages(),))
+
+
+@dataclass(eq=False)
 class PolicyLoss(OnRankOne):
     @hookimpl
     def policy_loss(self, tokens):
@@ -286,6 +319,8 @@ SCENARIOS: dict[str, Scenario] = {
     "prompt_order differs": ("grpo", PromptOrderDiffers, {}),
     "sampling_weights": ("grpo", SamplingWeights, {}),
     "advantages": ("grpo", Advantages, {}),
+    "advantages, before a gather": ("grpo", AdvantagesBeforeGather, {}),
+    "gradients_ready, before a gather": ("sft", GradientsReadyBeforeGather, {}),
     "policy_loss": ("grpo", PolicyLoss, {}),
     "auxiliary_losses, GRPO": ("grpo", AuxiliaryLosses, {}),
     "gradients_ready, GRPO": ("grpo", GradientsReady, {}),
@@ -313,7 +348,7 @@ def run(folder: Path, scenario: Scenario, resume: bool = False) -> dict[str, Any
     config = {**config, "model": sharded_model(folder)} if config.get("model") == "sharded" else config
     config = {"max_steps": 4, "ddp_timeout": 60, **config}
     held_out = {"eval_dataset": additions(4)} if "eval_steps" in config else {}
-    trainer = MAKE[kind](folder / "run", plugins=[Idle(), plugin], trainer=held_out, **config)
+    trainer = MAKE[kind](folder / "run", plugins=[Idle(), plugin, *plugin.followers], trainer=held_out, **config)
     error = None
     try:
         trainer.train(resume_from_checkpoint=resume)

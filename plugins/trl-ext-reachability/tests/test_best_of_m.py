@@ -12,6 +12,8 @@ from test_pg import Record, sequence_gradients
 from trl_ext_reachability.best_of_m import BestOfM, first_correct
 from trl_ext_reachability.statistics import expected_queries
 
+from trl_ext.errors import ConfigurationError
+
 
 def stop_at_the_first(correct: list[bool]) -> tuple[int | None, int]:
     """A sampler that really stops: place of the accepted draw, and draws."""
@@ -91,3 +93,12 @@ def test_what_no_function_judged_is_not_correct(tmp_path: Path) -> None:
     record = Record()
     grpo(tmp_path, ["best-of-m:success=0"], instances=[record], reward=silent, max_steps=1).train()
     assert record.advantages_seen[0].tolist() == [0, 4, 0, 0]
+
+
+def test_other_advantages_are_not_thrown_away(tmp_path: Path) -> None:
+    process = {"name": "process-reward", "verifier": "runs:constant_verifier"}
+    with pytest.raises(ConfigurationError, match=r"those of process-reward, .*keep one of the two"):
+        grpo(tmp_path, [process, "best-of-m"])
+    with pytest.raises(ConfigurationError, match=r"those of best-of-m, .* or add to them by outcome=1"):
+        grpo(tmp_path, ["best-of-m", process])
+    grpo(tmp_path, ["best-of-m", {**process, "outcome": 1.0}])

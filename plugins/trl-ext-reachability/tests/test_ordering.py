@@ -23,7 +23,7 @@ from trl_ext.errors import ConfigurationError, PluginError
 
 @given(st.data())
 def test_an_epoch_has_as_many_groups_whatever_is_drawn(data: st.DataObject) -> None:
-    """Full length, only rows that are kept, each as often as it should, sorted where asked."""
+    """Full length, only rows that are kept, each as often as it should, what is drawn sorted where asked."""
     n = data.draw(st.integers(1, 24))
     batch = data.draw(st.integers(1, 6))
     several = data.draw(st.integers(1, batch))
@@ -43,7 +43,7 @@ def test_an_epoch_has_as_many_groups_whatever_is_drawn(data: st.DataObject) -> N
         expected[rows[place % len(rows)]] += min(groups[rows[place % len(rows)]], room)
         place += 1
     assert Counter(laid) == expected
-    singles = [row for row in laid if groups[row] == 1]
+    singles = [row for row in laid[: n // batch * batch] if groups[row] == 1]
     if by != "data":
         values = [rates[row] for row in singles]
         assert values == sorted(values, reverse=by == "easy-first")
@@ -57,9 +57,19 @@ def test_groups_of_a_row_lie_in_one_batch_while_others_can_fill_the_gap(data: st
     several = data.draw(st.integers(2, batch))
     groups = data.draw(st.lists(st.sampled_from([1, several]), min_size=n, max_size=n))
     laid = draw_order(range(n), [True] * n, groups, [0.0] * n, "data", batch)
-    for edge in range(batch, n, batch):
+    drawn = n // batch * batch
+    for edge in range(batch, drawn, batch):
         if laid[edge - 1] == laid[edge]:
-            assert all(groups[row] > 1 for row in laid[edge:])
+            assert all(groups[row] > 1 for row in laid[edge:drawn])
+
+
+@pytest.mark.parametrize("by", ["easy-first", "hard-first"])
+def test_what_fills_no_batch_is_what_the_trainers_order_has_last(by: Any) -> None:
+    """The sampler leaves out an incomplete batch: sorted, that would be the same prompts in every epoch."""
+    rates = [0.1 * row for row in range(7)]
+    for order in ([3, 0, 6, 5, 1, 2, 4], [0, 6, 2, 1, 4, 3, 5]):
+        laid = draw_order(order, [True] * 7, [1] * 7, rates, by, 3)
+        assert laid == [*sorted(order[:6], reverse=by == "easy-first"), order[6]]
 
 
 def test_order_by_hand() -> None:
@@ -201,8 +211,10 @@ def test_groups_that_cannot_be_larger_are_refused(
 def test_advantages_of_another_plugin_are_not_overwritten(tmp_path: Path) -> None:
     plugin = Reachability(write_probe(tmp_path / "probe", ["marginal"] * len(PROMPTS)), marginal_groups=2)
     trainer = grpo(tmp_path / "run", ["pg:rewards=raw"], instances=[plugin], per_device_train_batch_size=16)
-    with pytest.raises(PluginError, match="name this plugin before it, or set marginal_groups=1"):
+    with pytest.raises(PluginError, match="a plugin before this one has changed; set marginal_groups=1"):
         trainer.train()
+    with pytest.raises(ConfigurationError, match="own advantages, which best-of-m replaces; set marginal_groups=1"):
+        grpo(tmp_path / "run", ["best-of-m"], instances=[plugin], per_device_train_batch_size=16)
 
 
 def test_a_filter_that_leaves_nothing_is_refused(tmp_path: Path) -> None:

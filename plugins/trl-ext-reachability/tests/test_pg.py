@@ -128,6 +128,7 @@ def test_adaptive_lr_scales_the_step(tmp_path: Path) -> None:
         (lambda: PG(rewards="dense"), "rewards='dense' is not one of binary, sign, raw, given"),  # type: ignore[arg-type]
         (lambda: PG(baseline="mean"), "baseline='mean' is not one of none, group"),  # type: ignore[arg-type]
         (lambda: PG(rewards="given", baseline="group"), "no rewards to work on"),
+        (lambda: PG(rewards="raw", threshold=0.4), r"threshold=0\.4: rewards='raw' has none"),
         (lambda: AdaptiveLr(constant=0.0), r"constant=0\.0: above 0"),
         (lambda: AdaptiveLr(slope=-1.0), r"slope=-1\.0: at least 0"),
     ],
@@ -140,3 +141,40 @@ def test_options_out_of_range_are_refused(make: Any, message: str) -> None:
 def test_stale_rollouts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"num_iterations=2 .* set num_iterations=1"):
         grpo(tmp_path, ["pg"], num_iterations=2)
+
+
+@pytest.mark.parametrize("generation", [2, 4])
+def test_generating_for_more_than_a_step_is_refused(tmp_path: Path, generation: int) -> None:
+    """Micro-steps of the next optimiser step would train on what older weights drew."""
+    message = rf"steps_per_generation={generation} with gradient_accumulation_steps=3 trains on rollouts of older"
+    with pytest.raises(ConfigurationError, match=message):
+        grpo(tmp_path, ["pg"], gradient_accumulation_steps=3, steps_per_generation=generation)
+    grpo(tmp_path, ["pg"], gradient_accumulation_steps=4, steps_per_generation=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", [1, 0, 0, 0]),
+        (":rewards=sign", [1, 0, -1, 0]),
+        (":rewards=raw,baseline=group", [0.375, 0, -0.375, 0]),
+    ],
+)
+def test_what_no_function_judged_has_no_advantage(tmp_path: Path, options: str, expected: list[float]) -> None:
+    """Not even in the mean of its group; a group without any verdict is left out."""
+
+    def silent(completions: list[str], **columns: Any) -> list[float | None]:
+        return [1.0, None, 0.25, None, *[None] * 4]
+
+    record = Record()
+    settings: dict[str, Any] = {"per_device_train_batch_size": 8, "max_steps": 1}
+    grpo(tmp_path, [f"pg{options}"], instances=[record], reward=silent, **settings).train()
+    assert record.advantages_seen[0].tolist() == [*expected, 0, 0, 0, 0]
+
+
+def test_process_rewards_are_not_thrown_away(tmp_path: Path) -> None:
+    process = {"name": "process-reward", "verifier": "runs:constant_verifier"}
+    with pytest.raises(ConfigurationError, match=r"those of process-reward, .* set pg:rewards=given to train on them"):
+        grpo(tmp_path, [process, "pg"])
+    with pytest.raises(ConfigurationError, match=r"those of best-of-m, .* set pg:rewards=given to train on them"):
+        grpo(tmp_path, ["best-of-m", "pg"])

@@ -59,7 +59,7 @@ def uniform(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         epochs=4.0,
         rollouts=8,
         max_rollouts=64,
-        max_completion_length=2,
+        max_completion_length=3,
         batch_size=20,
         seed=1,
     )
@@ -139,6 +139,7 @@ def test_summary_counts_what_the_prompts_say(uniform: Settings, measured: Path) 
     assert summary["success_rate"] == pytest.approx(np.mean(rates))
     assert np.exp(summary["log_quantiles"]["rollouts"][50]) == pytest.approx(sorted(rates)[6])
     assert 0 < summary["predicted_solved_share"] < 1
+    assert summary["predicted_solved_share"] == pytest.approx(np.mean([record["at_least_one"] for record in found]))
     assert found[3]["key"] == prompt_key("03")
     demonstrations = (measured / "demonstrations.jsonl").read_text().splitlines()
     assert len(demonstrations) == summary["routes"]["demonstration"]
@@ -253,6 +254,7 @@ def test_demonstrations_may_be_wrong_missing_or_certain(uniform: Settings, tmp_p
     ("change", "message"),
     [
         ({"max_rollouts": 4}, "rollouts=8, max_rollouts=4"),
+        ({"rollouts": 0, "max_rollouts": None}, "rollouts=0: at least 1"),
         ({"confidence": 1.0}, r"confidence=1\.0"),
         ({"temperature": 0.0}, "greedy completions have no success rate"),
         ({"num_generations": 1}, "num_generations=1"),
@@ -261,6 +263,83 @@ def test_demonstrations_may_be_wrong_missing_or_certain(uniform: Settings, tmp_p
 def test_settings_out_of_range_are_refused(uniform: Settings, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(uniform, **change)
+
+
+@pytest.mark.parametrize("limit", [None, 64])
+def test_failures_alone_close_a_route_unless_the_limit_forbids_it(
+    uniform: Settings, tmp_path: Path, limit: int | None
+) -> None:
+    """8 generations and 3 epochs take 125 failures; no token at all succeeds here."""
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "a", "answer": "0"}, {"prompt": "b", "answer": "0"}])
+    plan: dict[str, Any] = {"dataset": data, "columns": None, "epochs": 3.0, "max_rollouts": limit}
+    settings = replace(uniform, **plan, max_completion_length=1)
+    interrupted = measure(settings, tmp_path / "out")
+    next(interrupted)
+    interrupted.close()
+    list(measure(settings, tmp_path / "out"))
+    header = json.loads((tmp_path / "out" / "journal.jsonl").read_text().splitlines()[0])
+    summary = json.loads((tmp_path / "out" / "reachability.json").read_text())
+    text = (tmp_path / "out" / "reachability.md").read_text()
+    used = limit or 125
+    assert header["settings"]["max_rollouts"] == summary["settings"]["max_rollouts"] == used
+    assert summary["rounds"] == [8, 16, 32, 64, 125][: 4 + (limit is None)]
+    assert f"Limit: {used} rollouts a prompt" in text
+    assert summary["routes"]["out_of_reach"] == (0 if limit else 2)
+    assert ("Warning: 64 failures in 64 rollouts do not show" in text) == (limit is not None)
+    assert ("set --max-rollouts 125, or leave it out" in text) == (limit is not None)
+
+
+def test_demonstration_that_cannot_be_drawn_is_not_used(uniform: Settings, tmp_path: Path) -> None:
+    """Two bytes and EOS are three tokens; a completion of two has no bound from them and takes no step of them."""
+    list(measure(replace(uniform, max_completion_length=2), tmp_path))
+    summary = json.loads((tmp_path / "reachability.json").read_text())
+    assert (summary["demonstrations_too_long"], summary["demonstrations_refused"]) == (12, 0)
+    assert list(summary["log_quantiles"]) == ["rollouts"]
+    for record in records(tmp_path):
+        assert (record["worst_steps"], record["demonstration_correct"]) == (None, None)
+        assert record["low"] == 0 or record["successes"] > 0
+        assert record["route"] not in ("process_reward", "demonstration")
+    text = (tmp_path / "reachability.md").read_text()
+    assert "12 demonstrations have more tokens than a completion (2)" in text
+    assert "Raise --max-completion-length" in text
+
+
+def test_ends_of_a_completion_are_those_of_plain_trl(tmp_path: Path) -> None:
+    """The model's own ends and the tokenizer's; a text demonstration ends as SFT would have it."""
+    tokenizer = tiny_tokenizer()
+    own = tokenizer.convert_tokens_to_ids("!")
+    for name, ends in (("one", own), ("both", [own, tokenizer.eos_token_id]), ("none", None)):
+        model = tiny_llama(hidden=16, layers=1)
+        model.config.eos_token_id = model.generation_config.eos_token_id = ends
+        path = save_model(model, tokenizer, tmp_path / name)
+        trainer = trl.GRPOTrainer(
+            model=path,
+            reward_funcs=checksum_reward,
+            args=trl.GRPOConfig(str(tmp_path), **SETTINGS),
+            train_dataset=prompts(),
+        )
+        policy = Policy(path, Sampler())
+        assert policy.eos_ids == policy.model.generation_config.eos_token_id == trainer.eos_token_ids
+        assert policy.demonstration_ids("x", "ab")[-1] == tokenizer.eos_token_id
+
+
+def test_another_model_under_the_same_name_is_refused(uniform: Settings, tmp_path: Path) -> None:
+    model = tiny_llama(hidden=16, layers=1)
+    settings = replace(uniform, model=save_model(model, tiny_tokenizer(), tmp_path / "model"))
+    interrupted = measure(settings, tmp_path / "out")
+    next(interrupted)
+    interrupted.close()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    save_model(model, tiny_tokenizer(), tmp_path / "model")
+    with pytest.raises(ConfigurationError, match=r"other settings \(the model's files\)"):
+        next(measure(settings, tmp_path / "out"))
+
+
+def test_several_processes_are_refused(uniform: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigurationError, match="probe reachability runs in one process; start it without a launch"):
+        next(measure(uniform, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_without_prompts_is_refused(uniform: Settings, tmp_path: Path) -> None:
@@ -286,7 +365,8 @@ def test_killed_command_resumes_to_the_same_bytes(uniform: Settings, measured: P
     command = [
         *(sys.executable, "-c", "from trl_ext.cli import main; main()", "probe", "reachability"),
         *("--model", uniform.model, "--dataset", uniform.dataset, "--reward", uniform.reward),
-        *("--columns", str(uniform.columns), "--epochs", "4", "--max-completion-length", "2"),
+        *("--columns", str(uniform.columns), "--epochs", "4", "--max-completion-length", "3"),
+        *("--max-rollouts", "64"),
         *("--batch-size", "20", "--seed", "1", "--output", str(tmp_path)),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}

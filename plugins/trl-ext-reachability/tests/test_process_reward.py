@@ -20,6 +20,11 @@ from trl_ext.records import Rewards, Rollouts
 from trl_ext.testing import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+OTHER_END = next(token for token in TOKENIZER.all_special_ids if token != TOKENIZER.eos_token_id)
+"""Ends a completion too, as the model's generation config says."""
+CONTEXT: Any = SimpleNamespace(
+    tokenizer=TOKENIZER, model=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[OTHER_END]))
+)
 
 
 @dataclass(eq=False)
@@ -86,7 +91,7 @@ def fake(completions: list[str], mask: list[list[int]] | None = None, **row: Any
 
 def advantages_of(rollouts: Rollouts, incoming: Tensor | None = None, **options: Any) -> Tensor:
     plugin = ProcessReward(**options)
-    plugin.setup(SimpleNamespace(tokenizer=TOKENIZER))  # type: ignore[arg-type]
+    plugin.setup(CONTEXT)
     n = len(rollouts.prompts)
     rewards = Rewards(torch.zeros(n, 1), ("r",), torch.ones(1), slice(0, n))
     return plugin.advantages(rollouts, rewards, torch.zeros(n) if incoming is None else incoming)
@@ -99,6 +104,13 @@ def test_advantages_are_the_rewards_of_the_steps() -> None:
     assert advantages_of(rollouts, wrong=-1.0, **options).tolist() == [[1] * 6, [1, 1, -1, -1, -1, -1]]
     to_go = advantages_of(rollouts, return_to_go=True, **options).tolist()
     assert to_go == [[3, 3, 2, 2, 1, 1], [1, 1, 0, 0, 0, 0]]
+
+
+def test_a_model_has_ends_of_its_own() -> None:
+    """Stopping early is wrong, by whichever token."""
+    rollouts = fake(["1,2", "1,2"], answer="1,2,3")
+    rollouts.completion_ids[1, -1] = OTHER_END
+    assert advantages_of(rollouts, solution="answer", delimiter=",").tolist() == [[1, 1, 0, 0]] * 2
 
 
 def test_outcome_is_added_with_its_weight() -> None:
@@ -171,9 +183,11 @@ def test_training_gives_the_verifier_rows_and_logs_metrics(tmp_path: Path) -> No
 
 
 def test_evaluation_has_groups_of_its_own(tmp_path: Path) -> None:
+    record = Record()
     trainer = grpo(
         tmp_path,
         [constant_process(split="token")],
+        instances=[record],
         eval_strategy="steps",
         eval_steps=3,
         num_generations_eval=2,
@@ -182,6 +196,13 @@ def test_evaluation_has_groups_of_its_own(tmp_path: Path) -> None:
     )
     trainer.train()
     assert any("eval_process-reward/reward" in logs for logs in trainer.state.log_history)
+    evaluated = [(rollouts, got) for rollouts, got in record.seen if not rollouts.training]
+    assert evaluated
+    for rollouts, got in evaluated:
+        rewards = torch.tensor(checksum_reward(rollouts.completions)).view(-1, 2)
+        assert [a == b for a, b in zip(rollouts.prompts[::2], rollouts.prompts[1::2], strict=True)] == [True] * 2
+        expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+        torch.testing.assert_close(got, expected.view(-1, 1) * rollouts.mask, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("normalize", ["none", "group"])
@@ -201,7 +222,7 @@ def test_verifier_that_fails_stops_the_run(tmp_path: Path, normalize: str) -> No
 )
 def test_wrong_verdicts_are_named(verdict: Callable[..., Any], message: str) -> None:
     plugin = ProcessReward(verifier="runs:constant_verifier")
-    plugin.setup(SimpleNamespace(tokenizer=TOKENIZER))  # type: ignore[arg-type]
+    plugin.setup(CONTEXT)
     plugin._function = verdict
     rewards = Rewards(torch.zeros(2, 1), ("r",), torch.ones(1), slice(0, 2))
     with pytest.raises(ValueError, match=message):
@@ -219,6 +240,12 @@ def test_wrong_verdicts_are_named(verdict: Callable[..., Any], message: str) -> 
         ({"pattern": "("}, "pattern='\\(' is no regular expression"),
         ({"verifier": "model"}, "verifier='model', model=''"),
         ({"model": "path"}, "verifier='steps', model='path'"),
+        ({"split": "turn"}, "split='turn': a reference solution has no turns"),
+        ({"split": "token", "pattern": "1"}, "pattern='1': split='token' compares tokens"),
+        ({"separator": ";"}, "separator=';' is for verifier='model'; leave it out with 'steps'"),
+        ({"verifier": "runs:constant_verifier", "wrong": -1.0}, r"wrong=-1\.0 is for verifier='steps'"),
+        ({"verifier": "runs:constant_verifier", "solution": "a"}, "solution='a' is for verifier='steps'"),
+        ({"verifier": "model", "model": "path", "pattern": "a"}, "pattern='a' is for verifier='steps'"),
         ({"verifier": "runs"}, "not of the form"),
         ({"verifier": "runs:absent"}, "runs has no function 'absent'"),
         ({"verifier": "no_such_module:f"}, "there is no module 'no_such_module'"),

@@ -7,14 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom  # type: ignore[import-untyped]
-from trl_ext_reachability.routing import Budget, choose_route, confidence_per_look, schedule, undecided
+from trl_ext_reachability.routing import Budget, choose_route, closing_limit, confidence_per_look, schedule, undecided
 from trl_ext_reachability.statistics import (
     BetaPrior,
     at_least_one,
     clopper_pearson,
     expected_queries,
     fit_prior,
-    informative_group,
     likelihood_quantile,
 )
 
@@ -93,7 +92,6 @@ def test_quantile_takes_impossible_answers_and_refuses_none() -> None:
 def test_groups_and_draws_by_summing_over_counts(p: float) -> None:
     counts = binom.pmf(np.arange(7), 6, p)
     assert float(at_least_one(p, 6)) == pytest.approx(counts[1:].sum())
-    assert float(informative_group(p, 6)) == pytest.approx(counts[1:6].sum(), abs=1e-15)
     # Draw i happens if the i - 1 before failed.
     assert float(expected_queries(p, 6)) == pytest.approx(sum((1 - p) ** i for i in range(6)))
     assert float(expected_queries(p)) == (pytest.approx(1 / p) if p else np.inf)
@@ -106,6 +104,26 @@ def test_prediction_integrates_over_what_is_not_known() -> None:
     density = p ** (0.7 + 1 - 1) * (1 - p) ** (2.5 + 5 - 1)
     expected = ((1 - (1 - p) ** 16) * density).sum() / density.sum()
     assert float(prior.reached(1, 6, 16)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_informative_groups_are_calibrated_on_other_draws() -> None:
+    """8 rollouts of each prompt against the exact mean over rates; c/8 in place of the rate gives too little."""
+    rng = np.random.default_rng(3)
+    rates = rng.beta(0.5, 1.5, 20_000)
+    expected = float((1 - (1 - rates) ** 8 - rates**8).mean())
+    successes = rng.binomial(8, rates)
+    found = fit_prior(successes, np.full(20_000, 8)).informative_group(successes, 8, 8)
+    plugged = (1 - (1 - successes / 8) ** 8 - (successes / 8) ** 8).mean()
+    assert found.mean() == pytest.approx(expected, abs=0.01)
+    assert plugged < expected - 0.05
+
+
+def test_informative_group_integrates_over_what_is_not_known() -> None:
+    prior = BetaPrior(0.7, 2.5)
+    p = (np.arange(400_000) + 0.5) / 400_000
+    density = p ** (0.7 + 2 - 1) * (1 - p) ** (2.5 + 4 - 1)
+    expected = ((1 - (1 - p) ** 4 - p**4) * density).sum() / density.sum()
+    assert float(prior.informative_group(2, 6, 4)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_predicted_share_is_calibrated_on_other_draws() -> None:
@@ -162,6 +180,25 @@ def test_rounds_double_up_to_the_limit() -> None:
     for first, limit in ((0, 4), (8, 4)):
         with pytest.raises(ValueError, match="rollouts="):
             schedule(first, limit)
+
+
+@pytest.mark.parametrize(
+    ("first", "budget"), [(8, Budget(8, 3)), (8, Budget(8, 1)), (4, Budget(16, 10)), (50, Budget(2))]
+)
+def test_the_limit_is_the_smallest_at_which_failures_decide(first: int, budget: Budget) -> None:
+    """By trying every limit, with the probe's own rule for stopping."""
+
+    def decides(limit: int) -> bool:
+        totals = schedule(first, limit)
+        low, high = clopper_pearson(0, limit, confidence_per_look(0.95, len(totals)))
+        return choose_route(0, float(low), float(high), budget) == "out_of_reach"
+
+    found = closing_limit(first, budget, 0.95)
+    assert next(limit for limit in range(first, 10_000) if decides(limit)) == found
+
+
+def test_the_limit_for_three_epochs_of_eight() -> None:
+    assert closing_limit(8, Budget(8, 3), 0.95) == 125
 
 
 def test_budget_refuses_what_grpo_cannot_do() -> None:

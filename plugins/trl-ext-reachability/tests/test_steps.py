@@ -71,9 +71,14 @@ def test_completion_masked_as_truncated_is_split_all_the_same() -> None:
 def judge(completion: str, solution: str, *, split: str = "delimiter", eos: bool = True, **options: object) -> list:
     splitter = Splitter(TOKENIZER, split, ",")  # type: ignore[arg-type]
     ids = encode(completion) + [EOS] * eos
-    steps = splitter.texts(ids, splitter.spans(ids, [1] * len(ids)))
-    checker = StepChecker(splitter, "solution", **options)  # type: ignore[arg-type]
-    return checker(steps=[steps], completion_ids=[ids], solution=[solution])[0]
+    return verdict_on(ids, splitter, solution, **options)
+
+
+def verdict_on(ids: list[int], splitter: Splitter, solution: object, **options: object) -> list:
+    spans = splitter.spans(ids, [1] * len(ids))
+    checker = StepChecker(splitter, "solution", **{"eos_ids": frozenset([EOS]), **options})  # type: ignore[arg-type]
+    step_ids = [ids[a:b] for a, b in spans]
+    return checker(steps=[splitter.texts(ids, spans)], step_ids=[step_ids], solution=[solution])[0]
 
 
 def test_no_step_is_right_after_a_wrong_one() -> None:
@@ -99,6 +104,32 @@ def test_single_tokens_are_judged_as_the_paper_does() -> None:
     assert judge("1", "12", split="token") == [1, 0]
     assert judge("1", "12", split="token", eos=False) == [1]
     assert judge("123", "12", split="token") == [1, 1, 0, 0]
+
+
+def test_tokens_are_compared_as_tokens() -> None:
+    """Bytes of a character all decode to the same replacement character, and special tokens to nothing."""
+    splitter = Splitter(TOKENIZER, "token", ",")
+    euro, pound = encode("€"), encode("£")
+    assert len(euro) == 3
+    assert TOKENIZER.decode(euro[:1]) == TOKENIZER.decode(pound[:1])
+    assert verdict_on(euro[::-1], splitter, "€") == [0, 0, 0]
+    assert verdict_on([*pound, EOS], splitter, "€") == [0, 0, 0]
+    assert verdict_on([*euro, EOS], splitter, "€") == [1, 1, 1, 1]
+    other = next(token for token in TOKENIZER.all_special_ids if token != EOS)
+    assert verdict_on([*encode("1"), other], splitter, "1") == [1, 0]
+    assert verdict_on([*encode("1"), other], splitter, "1", eos_ids=frozenset([EOS, other])) == [1, 1]
+
+
+def test_any_token_that_ends_a_completion_stops_it() -> None:
+    splitter = Splitter(TOKENIZER, "delimiter", ",")
+    other = next(token for token in TOKENIZER.all_special_ids if token != EOS)
+    assert verdict_on([*encode("1,2"), other], splitter, "1,2,3", eos_ids=frozenset([EOS, other])) == [1, 0]
+
+
+@pytest.mark.parametrize("solution", [None, 12, ["1,2"], {"role": "assistant", "content": "1,2"}])
+def test_solutions_are_text(solution: object) -> None:
+    with pytest.raises(ValueError, match=r"solution='solution': the column holds .*, no text"):
+        verdict_on(encode("1,2"), Splitter(TOKENIZER, "delimiter", ","), solution)
 
 
 def test_wrong_solutions_of_a_task_go_wrong_at_one_step() -> None:

@@ -26,10 +26,11 @@ from trl_ext.testing import ModularChain
 PROMPTS = list(dict.fromkeys(prompts()["prompt"]))
 
 
-def write_probe(folder: Path, routes: list[str] | None = None, num_generations: int = 4) -> str:
-    """What the probe would have written: all routes in turn, a tenth of 20 rollouts correct."""
+def write_probe(folder: Path, routes: list[str] | None = None, **settings: Any) -> str:
+    """What the probe would have written: all routes in turn, a tenth of 20 rollouts correct; settings of `runs`."""
     folder.mkdir()
-    settings = {"num_generations": num_generations, "epochs": 2.0}
+    sampling = {"max_completion_length": 6, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    settings = {"num_generations": 4, "epochs": 2.0, "success": 1.0, **sampling, **settings}
     (folder / "reachability.json").write_text(json.dumps({"settings": settings, "prior": [0.5, 2.0]}))
     chosen = routes or [ROUTES[i % len(ROUTES)] for i in range(len(PROMPTS))]
     records = [
@@ -126,6 +127,85 @@ def test_solved_prompts_are_counted_and_compared_with_the_prediction(tmp_path: P
     brier = sum((1 - failed - hit) ** 2 for hit in observed) / 3
     assert logs["reachability/brier"] == pytest.approx(brier)
     assert logs["reachability/saturated"] == pytest.approx(len(PROMPTS[:: len(ROUTES)]) / len(PROMPTS))
+
+
+def test_success_is_what_the_probe_took_for_it(tmp_path: Path) -> None:
+    """All completions get 0.5: a success for a probe with success=0.5, and not where the option says otherwise."""
+
+    def half(completions: list[str], **columns: Any) -> list[float]:
+        return [0.5] * len(completions)
+
+    probe = write_probe(tmp_path / "probe", success=0.5)
+    for option, solved in ((None, 12), (0.6, 0)):
+        plugin = Reachability(probe, success=option)
+        grpo(tmp_path / f"run {option}", instances=[plugin], reward=half).train()
+        assert plugin.state_dict()["successes"].sum() == solved
+
+
+def test_draws_that_no_function_judged_count_nowhere(tmp_path: Path) -> None:
+    def every_other(completions: list[str], **columns: Any) -> list[float | None]:
+        return [None if i % 2 else 1.0 for i in range(len(completions))]
+
+    plugin = Reachability(write_probe(tmp_path / "probe"), success=0.0)
+    grpo(tmp_path / "run", instances=[plugin], reward=every_other).train()
+    state = plugin.state_dict()
+    assert state["draws"].sum() == state["successes"].sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("probed", "message"),
+    [
+        ({"temperature": 0.7}, r"sampled with temperature=0\.7, this run has 1\.0"),
+        ({"top_p": 0.9}, r"sampled with top_p=0\.9, this run has 1\.0"),
+        ({"top_k": 20}, "sampled with top_k=20, this run has 0"),
+        ({"max_completion_length": 7}, "max_completion_length=7, this run has 6, which cuts off"),
+    ],
+)
+def test_sampling_unlike_the_probes_is_refused(tmp_path: Path, probed: dict[str, Any], message: str) -> None:
+    plugin = Reachability(write_probe(tmp_path / "probe", **probed))
+    with pytest.raises(ConfigurationError, match=message):
+        grpo(tmp_path / "run", instances=[plugin])
+
+
+def test_longer_completions_than_the_probes_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plugin = Reachability(write_probe(tmp_path / "probe", max_completion_length=5, top_k=-1))
+    grpo(tmp_path / "run", instances=[plugin])
+    assert "had max_completion_length=5, this run has 6" in caplog.text
+
+
+CONSTANT = {"name": "process-reward", "verifier": "runs:constant_verifier"}
+
+
+@pytest.mark.parametrize(
+    ("later", "message"),
+    [
+        (CONSTANT, "name process-reward before reachability"),
+        ({"name": "best-of-m"}, "name best-of-m before reachability"),
+        ({"name": "pg", "label": "mine"}, "name pg before reachability, or set pg:rewards=given"),
+    ],
+)
+def test_weights_that_another_plugin_would_throw_away_are_refused(
+    tmp_path: Path, later: dict[str, Any], message: str
+) -> None:
+    first = {"name": "reachability", "label": "routes", "probe": write_probe(tmp_path / "probe")}
+    with pytest.raises(ConfigurationError, match=f"those of reachability, .*{message}"):
+        grpo(tmp_path / "run", [first, later])
+    grpo(tmp_path / "run", [later, first])
+
+
+@pytest.mark.parametrize("later", [{**CONSTANT, "outcome": 0.5}, {"name": "pg", "rewards": "given"}])
+def test_plugins_that_keep_the_weights_may_follow(tmp_path: Path, later: dict[str, Any]) -> None:
+    grpo(tmp_path / "run", [{"name": "reachability", "probe": write_probe(tmp_path / "probe")}, later])
+
+
+def test_streamed_data_are_weighted_too(tmp_path: Path) -> None:
+    """Without an order to choose there is no need for rows."""
+    plugin, seen = Reachability(write_probe(tmp_path / "probe")), Record()
+    grpo(tmp_path / "run", instances=[plugin, seen], data=prompts().to_iterable_dataset()).train()
+    assert plugin.state_dict()["draws"].sum() == 12
+    ordered = Reachability(plugin.probe, order="easy-first")
+    with pytest.raises(ConfigurationError, match="'reachability' orders the training prompts"):
+        grpo(tmp_path / "other", instances=[ordered], data=prompts().to_iterable_dataset())
 
 
 def test_routes_follow_what_training_draws(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def test_groups_over_ranks_and_a_failure_on_one(tmp_path: Path) -> None:
         assert found["apart"] < 2e-5
         assert found["merged_apart"] < 2e-5
         assert sum(found["counted"]) == 8  # two steps of four completions, on whichever rank
-        assert "failed in hook 'advantages' at step 1: LookupError: no verdict [on rank 1 of 2]" in found["message"]
+        for name in ("message", "pair_message"):
+            assert "failed in hook 'advantages' at step 1: LookupError: no verdict [on rank 1 of 2]" in found[name]
     assert ranks[0]["counted"] == ranks[1]["counted"]
     accepted = 0
     for (first, given), (second, given_there) in zip(*(found["best_of_m"] for found in ranks), strict=True):

@@ -43,6 +43,19 @@ def main(folder: Path) -> None:
         message = "no error"
     except PluginError as error:
         message = str(error)
+    # The plugin that follows has a collective of its own, in which the rank that did not fail would wait.
+    follower = Reachability(plugin.probe)
+    pair = grpo(
+        folder / "pair",
+        [{"name": "process-reward", "verifier": "runs:failing_verifier"}],
+        instances=[follower],
+        **settings,
+    )
+    try:
+        pair.train()
+        pair_message = "no error"
+    except PluginError as error:
+        pair_message = str(error)
     found = {
         "moved": moved,
         "apart": apart,
@@ -50,10 +63,11 @@ def main(folder: Path) -> None:
         "merged_apart": distance(weights(eight), weights(merged)),
         "best_of_m": best,
         "message": message,
+        "pair_message": pair_message,
     }
     Path(folder, f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+    # The groups stay: destroying them while failed trainers still hold them aborts at exit now and then.
     dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

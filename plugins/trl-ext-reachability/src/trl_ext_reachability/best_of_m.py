@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
-from trl_ext.records import Rewards, Rollouts
+from trl_ext.records import Rewards, Rollouts, RunDescription
+from trl_ext_reachability.precedence import refuse_overwriting
 
 
 def first_correct(correct: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,6 +54,15 @@ class BestOfM:
     success: float = 1.0
     _total: int = field(default=0, init=False, repr=False)
     _recent: list[tuple[int, int, int]] = field(default_factory=list, init=False, repr=False)
+
+    @hookimpl
+    def check(self, run: RunDescription) -> None:
+        """Refuse plugins before this one whose advantages it would replace."""
+        advice = {
+            "reachability": "name best-of-m before reachability",
+            "process-reward": "keep one of the two, or name best-of-m first and set process-reward:outcome=1",
+        }
+        refuse_overwriting(run, "best-of-m", advice)
 
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:

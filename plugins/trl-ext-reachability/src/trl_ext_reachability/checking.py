@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trl_ext_reachability.calibration import BINS, score_calibration
+from trl_ext_reachability.finished import Record, add_counts, read_finished
+from trl_ext_reachability.pictures import if_matplotlib
 from trl_ext_reachability.statistics import BetaPrior
 
 ALIKE = ("reward", "success", "max_completion_length", "temperature", "top_p", "top_k")
@@ -35,11 +37,11 @@ def check_against(folder: Path, other: Path) -> dict[str, Any]:
     Raises:
         ValueError: one of them is not finished, their seeds are the same, or successes mean another thing.
     """
-    mine = _summary(folder)
+    mine, records = read_finished(folder)
     settings = mine["settings"]
     observed_settings = comparable(settings, other)
-    probed = _counts(_records(folder))
-    observed = _first_round(other)
+    probed = add_counts(records)
+    observed = _first_round(other, read_finished(other)[1])
     counts = np.array([probed.get(key, (0, 0)) for key in observed]).T
     draws = np.array([drawn for _, drawn in observed.values()])
     predicted = BetaPrior(*mine["prior"]).reached(counts[0], counts[1], draws)
@@ -51,13 +53,9 @@ def check_against(folder: Path, other: Path) -> dict[str, Any]:
     }
     (folder / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "calibration.md").write_text(describe_calibration(result))
-    try:
+    with if_matplotlib():
         from trl_ext_reachability.drawing import draw_calibration
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        print("no picture: matplotlib is not installed (pip install 'trl-ext-reachability[plot]')")
-    else:
+
         draw_calibration(result, folder / "calibration.png")
     return result
 
@@ -68,7 +66,7 @@ def comparable(settings: Mapping[str, Any], other: Path) -> dict[str, Any]:
     Raises:
         ValueError: they are not, and why.
     """
-    theirs: dict[str, Any] = _summary(other)["settings"]
+    theirs: dict[str, Any] = read_finished(other, "--check-against ")[0]["settings"]
     differing = [name for name in ALIKE if settings[name] != theirs[name]]
     if differing:
         raise ValueError(
@@ -114,36 +112,12 @@ def describe_calibration(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    try:
-        summary: dict[str, Any] = json.loads((folder / "reachability.json").read_text())
-    except OSError as error:
-        raise ValueError(
-            f"{str(folder)!r} holds no finished measurement ({error}); make one with `trl-ext probe reachability`"
-        ) from error
-    return summary
-
-
-def _records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
-
-
-def _counts(records: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
-    """Successes and rollouts by prompt; rows with the same prompt together."""
-    counts: dict[str, tuple[int, int]] = {}
-    for record in records:
-        successes, rollouts = counts.get(record["key"], (0, 0))
-        counts[record["key"]] = successes + record["successes"], rollouts + record["rollouts"]
-    return counts
-
-
-def _first_round(folder: Path) -> dict[str, tuple[int, int]]:
+def _first_round(folder: Path, records: Sequence[Record]) -> dict[str, tuple[int, int]]:
     """Successes and rollouts of the first round by prompt, in the order of the data set."""
-    records = _records(folder)
     first = [{**record, "successes": 0, "rollouts": 0} for record in records]
     for line in map(json.loads, (folder / "journal.jsonl").read_text().splitlines()):
         if line.get("part") == "rollouts, round 1":
             for row, correct in zip(line["rows"], line["correct"], strict=True):
                 first[row]["rollouts"] += 1
                 first[row]["successes"] += correct
-    return _counts(first)
+    return add_counts(first)

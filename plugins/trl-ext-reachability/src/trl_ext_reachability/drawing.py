@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from trl_ext_reachability.results import LABELS
 from trl_ext_reachability.routing import ROUTES, Budget
-
-_LABELS = {"rollouts": "success rate", "demonstrations": "demonstration", "worst_tokens": "its worst token"}
 
 
 def draw_reachability(summary: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -22,7 +21,7 @@ def draw_reachability(summary: Mapping[str, Any], prompts: Sequence[Mapping[str,
     curves, bounds, routes = figure.subplots(1, 3)
     for name, curve in summary["log_quantiles"].items():
         values = np.array([np.nan if value is None else value for value in curve]) / np.log(10)
-        curves.plot(summary["curve_shares"], values, drawstyle="steps-post", label=_LABELS[name])
+        curves.plot(summary["curve_shares"], values, drawstyle="steps-post", label=LABELS[name])
     curves.set(xlabel="share eps of the prompts", ylabel="log10 Q(eps)", title="Likelihood quantiles")
     curves.legend()
     ordered = sorted(prompts, key=lambda record: (record["successes"] / record["rollouts"], record["low"]))

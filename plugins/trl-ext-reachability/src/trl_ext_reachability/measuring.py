@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,18 +13,23 @@ from typing import Any
 import numpy as np
 
 from trl_ext.data import refuse_missing_columns
+from trl_ext.errors import ConfigurationError
+from trl_ext_reachability.digests import digest_files
 from trl_ext_reachability.dotted import load_function
 from trl_ext_reachability.journal import Journal
 from trl_ext_reachability.judging import judge
 from trl_ext_reachability.keys import prompt_key
-from trl_ext_reachability.policy import Policy, Sampler
-from trl_ext_reachability.routing import Budget, choose_route, confidence_per_look, schedule, undecided
-from trl_ext_reachability.statistics import (
-    at_least_one,
-    clopper_pearson,
-    expected_queries,
-    informative_group,
+from trl_ext_reachability.policy import Policy, Sampler, batches
+from trl_ext_reachability.routing import (
+    Budget,
+    choose_route,
+    closing_limit,
+    confidence_per_look,
+    failures_close,
+    schedule,
+    undecided,
 )
+from trl_ext_reachability.statistics import BetaPrior, clopper_pearson, expected_queries, fit_prior
 
 WORST_SHARES = (0.0, 0.01, 0.05)
 """Quantiles of a demonstration's token probabilities that are kept; the first is the least."""
@@ -31,7 +37,7 @@ WORST_SHARES = (0.0, 0.01, 0.05)
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that the measurement depends on."""
+    """Everything that the measurement depends on; `max_rollouts` is `closing_rollouts` where it is None."""
 
     model: str
     dataset: str
@@ -44,7 +50,7 @@ class Settings:
     num_generations: int = 8
     epochs: float = 1.0
     rollouts: int = 8
-    max_rollouts: int = 64
+    max_rollouts: int | None = None
     confidence: float = 0.95
     max_completion_length: int = 256
     temperature: float = 1.0
@@ -55,11 +61,11 @@ class Settings:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        _ = self.budget, self.totals  # refuse what they refuse
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence={self.confidence}: between 0 and 1")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: above 0, since greedy completions have no success rate")
+        _ = self.budget, self.totals  # refuse what they refuse
 
     @property
     def budget(self) -> Budget:
@@ -69,12 +75,26 @@ class Settings:
     @property
     def totals(self) -> list[int]:
         """Rollouts of a prompt after each round."""
-        return schedule(self.rollouts, self.max_rollouts)
+        return schedule(self.rollouts, self.closing_rollouts if self.max_rollouts is None else self.max_rollouts)
+
+    @property
+    def closing_rollouts(self) -> int:
+        """The smallest limit at which failures alone show that a prompt is out of reach."""
+        return closing_limit(self.rollouts, self.budget, self.confidence)
+
+    @property
+    def closes(self) -> bool:
+        """Whether the limit of rollouts is enough for that."""
+        return failures_close(self.totals[-1], len(self.totals), self.budget, self.confidence)
 
     @property
     def confidence_per_look(self) -> float:
         """Confidence of the bounds after each round."""
         return confidence_per_look(self.confidence, len(self.totals))
+
+    def as_dict(self) -> dict[str, Any]:
+        """By name, with the limit of rollouts as a number."""
+        return {**asdict(self), "max_rollouts": self.totals[-1]}
 
 
 class Measurement:
@@ -104,7 +124,9 @@ class Measurement:
         """(rows,) whether the reward function accepts the demonstration."""
 
         self.demonstrated = np.array([bool(row.get("completion")) for row in rows])
-        """(rows,) whether there is a demonstration."""
+        """(rows,) whether there is a demonstration that the sampler can draw."""
+        self.too_long = np.zeros(len(rows), dtype=bool)
+        """(rows,) whether the demonstration has more tokens than a completion, and so is not used."""
 
     def run(self, journal: Journal, make_policy: Callable[[], Policy] | None = None) -> Iterator[tuple[str, int, int]]:
         """Do what the journal does not have yet.
@@ -117,8 +139,8 @@ class Measurement:
         policy: Policy | None = None
         reward = load_function(settings.reward)
         refuse_missing_columns(reward, self.rows[0], settings.reward)
-        for name, batches, work in self._parts():
-            for i, batch in enumerate(batches):
+        for name, parts, work in self._parts():
+            for i, batch in enumerate(parts):
                 line = next(done, None)
                 if line is None:
                     if policy is None:
@@ -129,16 +151,17 @@ class Measurement:
                     line = {"part": name, "batch": i, **work(policy, reward, name, i, batch)}
                     journal.append(line)
                 self._take(line)
-                yield name, i + 1, len(batches)
+                yield name, i + 1, len(parts)
 
     def _parts(self) -> Iterator[tuple[str, list[list[int]], Callable[..., dict[str, Any]]]]:
         """What to do, in order; the rounds depend on the results before."""
-        yield "demonstrations", self._batches(np.flatnonzero(self.demonstrated).tolist()), self._score
+        size = self.settings.batch_size
+        yield "demonstrations", batches(self.rows, np.flatnonzero(self.demonstrated).tolist(), size), self._score
         for i, total in enumerate(self.settings.totals):
             # A demonstration alone may close a route, but every prompt has a first round.
             wanted = np.maximum(total - self.trials, 0) * (self.open | (self.trials == 0))
             prompts = [row for row in range(len(self.rows)) for _ in range(wanted[row])]
-            yield f"rollouts, round {i + 1}", self._batches(prompts), self._draw
+            yield f"rollouts, round {i + 1}", batches(self.rows, prompts, size), self._draw
 
     @property
     def open(self) -> np.ndarray:
@@ -154,11 +177,19 @@ class Measurement:
             low = np.where(self.correct, np.maximum(low, np.exp(self.log_likelihoods)), low)
         return low, np.maximum(high, low)
 
+    @property
+    def prior(self) -> BetaPrior:
+        """The distribution of success rates over prompts that fits the rollouts best."""
+        return fit_prior(self.successes, self.trials)
+
     def prompts(self) -> list[dict[str, Any]]:
         """One record per prompt, in the order of the data set."""
         settings, budget = self.settings, self.settings.budget
         low, high = self.bounds()
         p = self.successes / np.maximum(self.trials, 1)
+        prior = self.prior
+        at_least_one = prior.reached(self.successes, self.trials, budget.draws)
+        informative = prior.informative_group(self.successes, self.trials, settings.num_generations)
         records = []
         for i, row in enumerate(self.rows):
             worst = self.worst[i].tolist() if self.demonstrated[i] else None
@@ -173,8 +204,8 @@ class Measurement:
                     "successes": int(self.successes[i]),
                     "low": float(low[i]),
                     "high": float(high[i]),
-                    "at_least_one": float(at_least_one(p[i], budget.draws)),
-                    "informative_group": float(informative_group(p[i], settings.num_generations)),
+                    "at_least_one": float(at_least_one[i]),
+                    "informative_group": float(informative[i]),
                     "expected_queries": None if math.isinf(queries) else queries,
                     "demonstration_correct": bool(self.correct[i]) if worst else None,
                     "log_likelihood": float(self.log_likelihoods[i]) if worst else None,
@@ -184,12 +215,6 @@ class Measurement:
             )
         return records
 
-    def _batches(self, prompts: Sequence[int]) -> list[list[int]]:
-        """In batches of prompts of similar length, the longest first: what does not fit in memory fails at once."""
-        ordered = sorted(prompts, key=lambda i: (-len(str(self.rows[i]["prompt"])), i))
-        size = self.settings.batch_size
-        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
-
     def _score(self, policy: Policy, reward: Any, name: str, index: int, batch: list[int]) -> dict[str, Any]:
         prompts = [policy.prompt_ids(self.rows[i]["prompt"]) for i in batch]
         answers = [policy.demonstration_ids(self.rows[i]["prompt"], self.rows[i]["completion"]) for i in batch]
@@ -197,6 +222,7 @@ class Measurement:
         return {
             "rows": batch,
             "log_likelihoods": [float(values.sum()) for values in log_probs],
+            "too_long": [len(ids) > self.settings.max_completion_length for ids in answers],
             "worst": [np.exp(np.quantile(values, WORST_SHARES, method="lower")).tolist() for values in log_probs],
             "correct": self._judge(policy, reward, batch, answers),
         }
@@ -218,7 +244,9 @@ class Measurement:
         if line["part"] == "demonstrations":
             self.log_likelihoods[rows] = line["log_likelihoods"]
             self.worst[rows] = line["worst"]
-            self.correct[rows] = line["correct"]
+            self.too_long[rows] = line["too_long"]
+            self.demonstrated[rows] = ~self.too_long[rows]
+            self.correct[rows] = line["correct"] & self.demonstrated[rows]
         else:
             np.add.at(self.trials, rows, 1)
             np.add.at(self.successes, rows, np.array(line["correct"], dtype=int))
@@ -245,12 +273,21 @@ def measure(settings: Settings, output: Path) -> Generator[tuple[str, int, int],
     Args:
         settings: what to measure.
         output: folder of the results, and of `journal.jsonl`, which an interrupted run continues from.
+
+    Raises:
+        ConfigurationError: this is one of several processes, or the journal is of another measurement.
     """
     from trl_ext_reachability.results import write_results
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError("probe reachability runs in one process; start it without a launcher")
     measurement = Measurement(settings, load_rows(settings))
     keys = "".join(prompt_key(row) for row in measurement.rows)
-    about = {**asdict(settings), "data": hashlib.sha256(keys.encode()).hexdigest()}
+    about = {
+        **settings.as_dict(),
+        "the model's files": digest_files(Path(settings.model)),
+        "data": hashlib.sha256(keys.encode()).hexdigest(),
+    }
     with Journal(output / "journal.jsonl", about) as journal:
         yield from measurement.run(journal)
     write_results(measurement, output)

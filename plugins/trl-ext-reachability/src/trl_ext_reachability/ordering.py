@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import cycle, groupby, islice
 from typing import Literal
 
 import torch
@@ -26,6 +27,7 @@ def draw_order(
     Rows are chosen in the order given, so that those for which an epoch has no room are not always the same; where
     rows are left out, it begins again. Then they are sorted, and laid into generation batches so that the groups of a
     row lie in one: rows of one group fill the gaps. Where there are none left, groups are spread over two batches.
+    What does not fill a batch is never drawn, and stays last: sorted with the others, it would always be the same rows.
 
     Args:
         order: row numbers as they would be drawn.
@@ -39,17 +41,13 @@ def draw_order(
     rows = [row for row in order if kept[row]]
     if not rows:
         raise ValueError("no prompt is left to draw")
-    chosen: list[tuple[int, int]] = []
-    room = len(order)
-    while room:
-        for row in rows:
-            chosen.append((row, min(groups[row], room)))
-            room -= chosen[-1][1]
-            if not room:
-                break
+    endless = ((turn, row) for turn, row in enumerate(cycle(rows)) for _ in range(groups[row]))
+    turns = list(islice(endless, len(order)))
+    drawn = len(order) // batch * batch
+    chosen = [(row, len(list(same))) for (_, row), same in groupby(turns[:drawn])]
     if by != "data":
         chosen.sort(key=lambda item: rates[item[0]], reverse=by == "easy-first")
-    return _packed(chosen, batch)
+    return _packed(chosen, batch) + [row for _, row in turns[drawn:]]
 
 
 def _packed(chosen: Sequence[tuple[int, int]], batch: int) -> list[int]:

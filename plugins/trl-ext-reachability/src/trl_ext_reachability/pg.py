@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trl_ext import hookimpl
 from trl_ext.records import PolicyTokens, Rewards, Rollouts, RunDescription, SetupContext
+from trl_ext_reachability.precedence import refuse_overwriting
 
 RewardForm = Literal["binary", "sign", "raw", "given"]
 Baseline = Literal["none", "group"]
@@ -45,7 +46,7 @@ class PG:
         rewards: "binary" (0/1), "sign" (-1/+1), "raw" (the weighted sum), or "given": advantages as they come, such as
             those of a process reward before this plugin.
         threshold: Reward above which a completion is correct ("binary" and "sign").
-        baseline: "none", or "group": minus the group's mean.
+        baseline: "none", or "group": minus the group's mean, of the completions that a reward function judged.
         adaptive: Whether to scale each sequence by 1 / (4 + 2 |grad log p(y|x)|²), at one more backward a sequence.
             The rate of the paper is this factor at learning_rate=1 under SGD.
     """
@@ -67,17 +68,29 @@ class PG:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.rewards == "given" and self.baseline != "none":
             raise ValueError("baseline='group' has no rewards to work on with rewards='given'")
+        if self.rewards in ("raw", "given") and self.threshold != type(self).threshold:
+            raise ValueError(f"threshold={self.threshold}: rewards={self.rewards!r} has none; leave it out")
         self._parameters: list[nn.Parameter] = []
         self._rates: list[float] = []
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
-        """Refuse what would need an importance ratio, and norms of sharded gradients."""
+        """Refuse what would need an importance ratio, norms of sharded gradients, and replaced advantages."""
         if run.args.num_iterations > 1:
             raise ValueError(
                 f"num_iterations={run.args.num_iterations} trains on rollouts of older weights, which the plain policy "
                 "gradient does not correct for; set num_iterations=1"
             )
+        if run.args.gradient_accumulation_steps % run.args.steps_per_generation:
+            raise ValueError(
+                f"steps_per_generation={run.args.steps_per_generation} with "
+                f"gradient_accumulation_steps={run.args.gradient_accumulation_steps} trains on rollouts of older "
+                "weights, which the plain policy gradient does not correct for; set both to the same number"
+            )
+        if self.rewards != "given":
+            given = "set pg:rewards=given to train on them"
+            others = {"process-reward": given, "best-of-m": given}
+            refuse_overwriting(run, "pg", {**others, "reachability": f"name pg before reachability, or {given}"})
         if self.adaptive and run.sharding not in ("none", "ddp"):
             raise ValueError(
                 f"adaptive=True needs whole gradients of single sequences, which {run.sharding} shards; "
@@ -91,16 +104,17 @@ class PG:
 
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
-        """(N,) the rewards themselves, minus the baseline."""
+        """(N,) the rewards themselves, minus the baseline; 0 where every reward function returned None."""
         if self.rewards == "given":
             return advantages
-        total = rewards.total
+        total, judged = rewards.total, ~rewards.per_function.isnan().all(dim=1)
         if self.rewards != "raw":
             correct = (total > self.threshold).to(advantages.dtype)
             total = correct if self.rewards == "binary" else 2 * correct - 1
         if self.baseline == "group":
-            total = total - total.view(-1, rollouts.num_generations).mean(1).repeat_interleave(rollouts.num_generations)
-        return total[rewards.local].to(advantages.dtype)
+            groups = torch.where(judged, total, torch.nan).view(-1, rollouts.num_generations)
+            total = (groups - groups.nanmean(dim=1, keepdim=True)).flatten()
+        return torch.where(judged, total, 0)[rewards.local].to(advantages.dtype)
 
     @hookimpl
     def policy_loss(self, tokens: PolicyTokens) -> Tensor:

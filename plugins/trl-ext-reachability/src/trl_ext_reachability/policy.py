@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def batches(rows: Sequence[Mapping[str, Any]], places: Iterable[int], size: int) -> list[list[int]]:
+    """Places of rows in batches of similar length, the longest first: what does not fit in memory fails at once."""
+    ordered = sorted(places, key=lambda i: (-len(str(rows[i]["prompt"])), i))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 @dataclass(frozen=True)
@@ -45,9 +51,11 @@ class Policy:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(self.device).eval()
         add_fused_lm_head(self.model, temperature=sampler.temperature)
+        # As TRL's GRPOTrainer has it: the model's own ends, such as that of a turn, and the tokenizer's.
         eos = self.model.generation_config.eos_token_id
-        eos = self.tokenizer.eos_token_id if eos is None else eos
-        self.eos_ids: list[int] = eos if isinstance(eos, list) else [eos]
+        eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        known = self.tokenizer.eos_token_id
+        self.eos_ids: list[int] = eos if known in eos else [known, *eos]
         self.sampler = sampler
         self._generation = GenerationConfig(
             max_new_tokens=sampler.max_completion_length,
@@ -85,7 +93,7 @@ class Policy:
                 )
             ids = whole[len(start) :]
         end = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
-        return [*ids, self.eos_ids[0]] if end is None else ids[: end + 1]
+        return [*ids, self.tokenizer.eos_token_id] if end is None else ids[: end + 1]
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:

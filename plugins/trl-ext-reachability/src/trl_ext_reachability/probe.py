@@ -24,7 +24,10 @@ def reachability(
     num_generations: Annotated[int, typer.Option(help="Group size of the planned GRPO run.", min=2)] = 8,
     epochs: Annotated[float, typer.Option(help="Epochs of the planned GRPO run.")] = 1.0,
     rollouts: Annotated[int, typer.Option(help="Rollouts of each prompt in the first round.", min=1)] = 8,
-    max_rollouts: Annotated[int, typer.Option(help="Most rollouts of a prompt whose route stays open.", min=1)] = 64,
+    max_rollouts: Annotated[
+        int | None,
+        typer.Option(help="Most rollouts of a prompt; by default as many as show that it is out of reach.", min=1),
+    ] = None,
     confidence: Annotated[float, typer.Option(help="Of the bounds of each success rate, over all rounds.")] = 0.95,
     max_completion_length: Annotated[int, typer.Option(help="Tokens of a completion, as in GRPOConfig.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="Of sampling, as in GRPOConfig.")] = 1.0,

@@ -16,12 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 from trl_ext import hookimpl
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext
 from trl_ext_reachability.dotted import load_function
+from trl_ext_reachability.precedence import refuse_overwriting
 from trl_ext_reachability.step_classifier import StepClassifier
 from trl_ext_reachability.steps import Span, Split, Splitter
 from trl_ext_reachability.verifiers import StepChecker, Verifier
 
 Normalize = Literal["none", "center", "group"]
 _EPSILON = 1e-4  # TRL's, beside the standard deviation
+_OPTIONS_OF = {"solution": "steps", "pattern": "steps", "wrong": "steps", "separator": "model"}
 
 
 def normalized(
@@ -85,7 +87,7 @@ class ProcessReward:
         separator: Ends the steps that this model reads, as in its training ("model").
         normalize: "none", "center" (minus the group's mean) or "group" (and over its standard deviation).
         return_to_go: Whether a token gets the rewards of later steps too, after normalising.
-        outcome: Weight of the advantages from the reward functions, which are added.
+        outcome: Weight of the advantages before this plugin, those from the reward functions, which are added.
     """
 
     requires_api: ClassVar[str] = "1"
@@ -126,6 +128,18 @@ class ProcessReward:
                 f"verifier={self.verifier!r}, model={self.model!r}: a path as model goes with verifier='model', and "
                 "only with it"
             )
+        if self.verifier == "steps" and self.split == "turn":
+            raise ValueError(
+                "split='turn': a reference solution has no turns to compare with; take split='delimiter' or 'token', "
+                "or a verifier of your own"
+            )
+        if self.pattern is not None and self.split == "token":
+            raise ValueError(f"pattern={self.pattern!r}: split='token' compares tokens as they are; leave pattern out")
+        for name, verifier in _OPTIONS_OF.items():
+            if verifier != self.verifier and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is for verifier={verifier!r}; leave it out with {self.verifier!r}"
+                )
         own = self.verifier not in ("steps", "model")
         self._function: Verifier | None = load_function(self.verifier) if own else None
         self._splitter: Splitter | None = None
@@ -133,9 +147,22 @@ class ProcessReward:
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
-        """Refuse a data set without the reference solutions, or with a column that verifiers could not receive."""
-        if "steps" in run.columns:
-            raise ValueError("the data set has a column 'steps', the name of what verifiers receive; rename the column")
+        """Refuse a data set without the reference solutions or with a column that verifiers could not receive, and
+        plugins before this one whose advantages it would replace."""
+        for name in ("steps", "step_ids"):
+            if name in run.columns:
+                raise ValueError(
+                    f"the data set has a column {name!r}, the name of what verifiers receive; rename the column"
+                )
+        if not self.outcome:
+            refuse_overwriting(
+                run,
+                "process-reward",
+                {
+                    "reachability": "name process-reward before reachability, or add to them by outcome=1",
+                    "best-of-m": "keep one of the two, or add to them by outcome=1",
+                },
+            )
         if self.verifier == "steps" and run.columns and self.solution not in run.columns:
             raise ValueError(
                 f"solution={self.solution!r}: the data set has no such column (it has {', '.join(run.columns)}); "
@@ -150,7 +177,10 @@ class ProcessReward:
         if self.verifier == "model":
             self._function = StepClassifier(self.model, self.separator, context.device)
         elif self.verifier == "steps":
-            self._function = StepChecker(self._splitter, self.solution, self.pattern, self.wrong)
+            generation: Any = context.model.generation_config
+            # As TRL: completions end at the tokenizer's EOS and at any of the model's.
+            eos = frozenset(_as_list(tokenizer.eos_token_id) + _as_list(generation.eos_token_id))
+            self._function = StepChecker(self._splitter, self.solution, self.pattern, self.wrong, eos)
 
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
@@ -195,6 +225,7 @@ class ProcessReward:
         columns = {key: [row[key] for row in rollouts.inputs] for key in rollouts.inputs[0] if key not in taken}
         given = self._function(
             steps=[splitter.texts(ids, row) for ids, row in zip(all_ids, spans, strict=True)],
+            step_ids=[[ids[a:b] for a, b in row] for ids, row in zip(all_ids, spans, strict=True)],
             prompts=list(rollouts.prompts),
             completions=list(rollouts.completions),
             completion_ids=[splitter.trimmed(ids, mask) for ids, mask in zip(all_ids, masks, strict=True)],
@@ -203,6 +234,10 @@ class ProcessReward:
         values = [[float(value) for value in row] for row in given]
         _check_shape(values, spans)
         return spans, values
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
 def _check_shape(values: Sequence[Sequence[float]], spans: Sequence[Sequence[Any]]) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trl_ext_reachability.finished import merge_duplicates, read_finished
 from trl_ext_reachability.keys import prompt_number
-from trl_ext_reachability.routing import Budget, Route, choose_route
+from trl_ext_reachability.routing import HOPELESS, Budget, Route, choose_route
 from trl_ext_reachability.statistics import BetaPrior, Floats, clopper_pearson
 
 
@@ -25,17 +25,11 @@ class Prompts:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            summary = json.loads((folder / "reachability.json").read_text())
-            lines = (folder / "prompts.jsonl").read_text().splitlines()
-        except OSError as error:
-            raise ValueError(
-                f"probe={str(folder)!r} holds no finished measurement ({error}); make one with "
-                "`trl-ext probe reachability`"
-            ) from error
-        records = {prompt_number(record["key"]): record for record in map(json.loads, lines)}
+        summary, found = read_finished(folder, "probe=")
+        settings: dict[str, Any] = summary["settings"]
+        records = {prompt_number(record["key"]): record for record in merge_duplicates(found, settings)}
         self._folder = folder
-        self.settings: dict[str, Any] = summary["settings"]
+        self.settings = settings
         self.index = {number: i for i, number in enumerate(records)}
         self.routes: list[Route] = [record["route"] for record in records.values()]
         usable = [record["worst_steps"] if record["demonstration_correct"] else None for record in records.values()]
@@ -45,7 +39,7 @@ class Prompts:
         self.draws = np.zeros(len(records), dtype=np.int64)
         self.successes = np.zeros(len(records), dtype=np.int64)
         self.recent = np.zeros((2, len(records)), dtype=np.int64)
-        """Successes and draws since the last change of routes."""
+        """Successes and draws since the route was last chosen."""
 
     @property
     def rates(self) -> Floats:
@@ -75,13 +69,19 @@ class Prompts:
         np.add.at(self.recent[1], rows, 1)
 
     def reroute(self, budget: Budget, confidence: float) -> None:
-        """Choose the routes of the prompts seen since the last time by what was seen."""
+        """Choose the routes of the prompts seen since the last time by what was seen.
+
+        A prompt without hope of a success keeps its route until it has one: to show that again by failures alone takes
+        more draws than the whole budget, and fewer would make it marginal.
+        """
         successes, draws = self.recent
         low, high = clopper_pearson(successes, draws, confidence)
         for i in np.flatnonzero(draws):
+            if self.routes[i] in HOPELESS and successes[i] == 0:
+                continue
             p = float(successes[i] / draws[i])
             self.routes[i] = choose_route(p, float(low[i]), float(high[i]), budget, self.worst_steps[i])
-        self.recent[:] = 0
+            self.recent[:, i] = 0
 
     def outcome(self) -> dict[str, float]:
         """Predicted and observed share of the prompts drawn so far that were solved, and the prediction's Brier score.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from trl_ext_reachability.statistics import clopper_pearson
+
 Route = Literal["saturated", "in_reach", "marginal", "process_reward", "demonstration", "out_of_reach"]
 ROUTES: tuple[Route, ...] = get_args(Route)
+HOPELESS: tuple[Route, ...] = ("process_reward", "demonstration", "out_of_reach")
+"""Routes of prompts whose success is not to be expected within the budget."""
 
 ADVICE: dict[Route, str] = {
     "saturated": "almost every group is all correct: down-weight or drop",
@@ -83,6 +88,34 @@ def schedule(first: int, limit: int) -> list[int]:
     while totals[-1] < limit:
         totals.append(min(2 * totals[-1], limit))
     return totals
+
+
+def failures_close(n: int, looks: int, budget: Budget, confidence: float) -> bool:
+    """Whether n failures and no success, seen at the last of several looks, leave one route only."""
+    low, high = clopper_pearson(0, n, confidence_per_look(confidence, looks))
+    return not undecided(float(low), float(high), budget)
+
+
+def closing_limit(first: int, budget: Budget, confidence: float) -> int:
+    """The smallest limit of `schedule` at which a prompt without a success is out of reach for sure.
+
+    A larger limit takes more rounds, and with them more confidence at each, so that it is found round by round.
+
+    Args:
+        first: rollouts of the first round.
+        budget: what GRPO will draw.
+        confidence: of the bounds over all rounds.
+
+    Raises:
+        ValueError: the first round is empty.
+    """
+    if first < 1:
+        raise ValueError(f"rollouts={first}: at least 1")
+    end, looks = first, 1
+    while not failures_close(end, looks, budget, confidence):
+        end, looks = 2 * end, looks + 1
+    start = first if looks == 1 else end // 2 + 1
+    return bisect_left(range(end), True, lo=start, key=lambda n: failures_close(n, looks, budget, confidence))
 
 
 def confidence_per_look(confidence: float, looks: int) -> float:

@@ -53,12 +53,6 @@ def at_least_one(p: ArrayLike, draws: int) -> Floats:
         return -np.expm1(draws * np.log1p(-np.asarray(p, dtype=float)))
 
 
-def informative_group(p: ArrayLike, num_generations: int) -> Floats:
-    """Probability that a group has a success and a failure, and so an advantage: 1 - (1 - p)^G - p^G."""
-    p = np.asarray(p, dtype=float)
-    return np.maximum(at_least_one(p, num_generations) - p**num_generations, 0.0)
-
-
 def expected_queries(p: ArrayLike, limit: float = math.inf) -> Floats:
     """Mean number of draws until the first success, or until `limit` draws: (1 - (1 - p)^limit) / p.
 
@@ -85,6 +79,16 @@ class BetaPrior(NamedTuple):
         k, n = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float)
         a, b = self.a + k, self.b + n - k
         return -np.expm1(betaln(a, b + np.asarray(draws)) - betaln(a, b))
+
+    def informative_group(self, successes: ArrayLike, trials: ArrayLike, num_generations: int) -> Floats:
+        """Probability that a group has a success and a failure, and so an advantage, given a prompt's trials.
+
+        1 - E[(1 - p)^G] - E[p^G] under the posterior. With the share of successes in place of p it would be too small:
+        few trials make rates look more certain than they are.
+        """
+        k, n = np.asarray(successes, dtype=float), np.asarray(trials, dtype=float)
+        all_correct = 1 - BetaPrior(self.b, self.a).reached(n - k, n, num_generations)
+        return np.maximum(self.reached(k, n, num_generations) - all_correct, 0.0)
 
     def mean(self, successes: ArrayLike, trials: ArrayLike) -> Floats:
         """Mean of the success rate of a prompt, given its trials: (a + successes) / (a + b + trials)."""

@@ -92,10 +92,12 @@ class Splitter:
 
     def reference(self, solution: str) -> list[str]:
         """The steps of a solution, split as a completion that is this solution would be."""
-        ids = self.tokenizer(solution, add_special_tokens=False)["input_ids"]
-        if self.split == "token":
-            ids = [*ids, self.tokenizer.eos_token_id]
+        ids = self.solution_ids(solution)
         return self.texts(ids, self.spans(ids, [1] * len(ids)))
+
+    def solution_ids(self, solution: str) -> list[int]:
+        """The tokens of a solution, without EOS."""
+        return list(self.tokenizer(solution, add_special_tokens=False)["input_ids"])
 
     def _cut(self, pieces: Sequence[str]) -> list[Span]:
         if self.split == "token":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from trl_ext.gradients import GradientView
 from trl_ext.records import Rewards, Rollouts, RunDescription, StreamGradient, StreamRequest
 from trl_ext_reachability.keys import prompt_key, prompt_number
 from trl_ext_reachability.ordering import Order, draw_order, group_advantages, group_labels
+from trl_ext_reachability.precedence import named_before
 from trl_ext_reachability.prompts import Prompts
 from trl_ext_reachability.routing import ROUTES, Budget
 
 if TYPE_CHECKING:
     import datasets
 
+logger = logging.getLogger(__name__)
 ROLE = "demonstrations"
 
 
@@ -33,7 +36,7 @@ class Reachability:
 
     Weights are divided by their mean over the completions of all ranks, so that the size of the update stays: a
     prompt of weight 0 hands its share to the others, although its tokens remain in TRL's denominator. With `filter` it
-    is not drawn at all.
+    is not drawn at all. Plugins that set advantages anew are named before this one.
 
     Args:
         probe: Folder that `trl-ext probe reachability` wrote, for the prompts of this run and its group size.
@@ -44,12 +47,12 @@ class Reachability:
         filter: Whether prompts of weight 0 are not drawn; others are drawn more often in their place. A prompt that is
             not drawn keeps its route.
         marginal_groups: Groups of a marginal prompt, side by side in a generation batch, with advantages as of one
-            large group. An epoch has as many groups as without, so it leaves out other prompts: those that the
-            trainer's order has last.
-        reroute_every: Optimiser steps after which routes follow what training itself drew since the last time; 0 for
-            the probe's routes throughout.
+            large group; not after plugins that set advantages anew. An epoch has as many groups as without, so it
+            leaves out other prompts: those that the trainer's order has last.
+        reroute_every: Optimiser steps after which routes follow what training itself drew since the last time, but for
+            prompts without hope, which keep theirs until they are solved once; 0 for the probe's routes throughout.
         confidence: Of the bounds that routes are chosen by then.
-        success: Reward from which a completion counts as correct.
+        success: Reward from which a completion counts as correct; the probe's where None.
         coefficient: Of the gradient of the optional stream "demonstrations" (SFT), which is added.
         batch_size: Its samples per rank and step.
     """
@@ -73,7 +76,7 @@ class Reachability:
     marginal_groups: int = 1
     reroute_every: int = 0
     confidence: float = 0.95
-    success: float = 1.0
+    success: float | None = None
     coefficient: float = 0.1
     batch_size: int = 8
 
@@ -96,16 +99,24 @@ class Reachability:
         self._rerouted = 0
         self._batch_groups = 1
         self._scale_rewards = "group"
+        if self.order != "data" or self.filter or self.marginal_groups > 1:
+            # An attribute only where there is something to order: the hook rules out streaming data sets.
+            @hookimpl
+            def prompt_order(order: list[int], prompts: datasets.Dataset) -> list[int]:
+                return self._ordered(order, prompts)
+
+            self.prompt_order = prompt_order
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
-        """Refuse another group size than the probe's, and groups that cannot be made larger."""
+        """Refuse other sampling than the probe's, and groups that cannot be made larger."""
         probed = self._prompts.settings["num_generations"]
         if run.args.num_generations != probed:
             raise ValueError(
                 f"the probe in {self.probe} is for num_generations={probed}, this run has {run.args.num_generations}; "
                 "routes depend on it: probe again, or set num_generations to the probe's"
             )
+        self._compare_sampling(run.args)
         self._batch_groups = run.args.generation_batch_size // run.args.num_generations
         self._scale_rewards = run.args.scale_rewards
         if self.marginal_groups == 1:
@@ -115,10 +126,40 @@ class Reachability:
                 f"marginal_groups={self.marginal_groups}: a generation batch has {self._batch_groups} groups; "
                 "lower it, or raise steps_per_generation"
             )
+        for name in named_before(run, "reachability", ("process-reward", "best-of-m")):
+            raise ValueError(
+                f"marginal_groups={self.marginal_groups} needs the trainer's own advantages, which {name} replaces; "
+                "set marginal_groups=1"
+            )
         if run.args.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 f"marginal_groups={self.marginal_groups} normalises the sum of the rewards; set "
                 "multi_objective_aggregation='sum_then_normalize', or marginal_groups=1"
+            )
+
+    def _compare_sampling(self, args: Any) -> None:
+        """Refuse a training whose success rates are not those that the probe found; warn where they are bounds."""
+        probed = self._prompts.settings
+        for name in ("temperature", "top_p", "top_k"):
+            given = getattr(args, name)
+            if max(given or 0, 0) != max(probed[name] or 0, 0):  # top_k: None, 0 and -1 are one
+                raise ValueError(
+                    f"the probe in {self.probe} sampled with {name}={probed[name]}, this run has {given}; success "
+                    f"rates depend on it: probe again, or set {name} to the probe's"
+                )
+        length, given = probed["max_completion_length"], args.max_completion_length
+        if given is not None and given < length:
+            raise ValueError(
+                f"the probe in {self.probe} had max_completion_length={length}, this run has {given}, which cuts off "
+                "what the probe found: probe again, or set max_completion_length to the probe's"
+            )
+        if given != length:
+            logger.warning(
+                "reachability: the probe in %s had max_completion_length=%s, this run has %s; longer completions may "
+                "succeed more often than the probe found",
+                self.probe,
+                length,
+                given,
             )
 
     @hookimpl
@@ -126,11 +167,8 @@ class Reachability:
         """Demonstrations, where they are given: the probe writes `demonstrations.jsonl`."""
         return [StreamRequest(ROLE, batch_size=self.batch_size, optional=True)]
 
-    @hookimpl
-    def prompt_order(self, order: list[int], prompts: datasets.Dataset) -> list[int]:
+    def _ordered(self, order: list[int], prompts: datasets.Dataset) -> list[int]:
         """Sorted, filtered, and with several groups for marginal prompts."""
-        if self.order == "data" and not self.filter and self.marginal_groups == 1:
-            return order
         places = self._prompts.places(prompt_number(prompt_key(prompt)) for prompt in prompts["prompt"])
         routes = [self._prompts.routes[place] for place in places]
         kept = [not self.filter or getattr(self, route) > 0 for route in routes]
@@ -155,7 +193,9 @@ class Reachability:
         if self.marginal_groups > 1:
             advantages = self._merged(rows, rollouts, rewards, advantages)
         weights = torch.tensor([getattr(self, self._prompts.routes[row]) for row in rows], dtype=advantages.dtype)
-        self._prompts.add(rows, (rewards.total >= self.success).cpu().numpy())
+        success = self._prompts.settings["success"] if self.success is None else self.success
+        judged = (~rewards.per_function.isnan().all(dim=1)).cpu().numpy()
+        self._prompts.add(rows[judged], (rewards.total >= success).cpu().numpy()[judged])
         scaled = (weights / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny))[rewards.local]
         scaled = scaled.to(advantages.device)
         return advantages * (scaled if advantages.dim() == 1 else scaled.unsqueeze(1))
@@ -172,8 +212,8 @@ class Reachability:
         )
         if advantages.dim() != 1 or not torch.allclose(advantages, apart, rtol=1e-3, atol=1e-3):
             raise ValueError(
-                f"marginal_groups={self.marginal_groups} needs the trainer's own advantages, which another plugin has "
-                "changed before; name this plugin before it, or set marginal_groups=1"
+                f"marginal_groups={self.marginal_groups} needs the trainer's own advantages, which a plugin before "
+                "this one has changed; set marginal_groups=1, or leave that plugin out (pg: rewards='given')"
             )
         return merged
 

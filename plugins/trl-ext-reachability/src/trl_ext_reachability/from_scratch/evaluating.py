@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from trl_ext.errors import ConfigurationError, NonFiniteError
 from trl_ext_reachability.from_scratch.samples import completion_text, evaluation_row
 from trl_ext_reachability.from_scratch.settings import EXACT, Settings
 from trl_ext_reachability.judging import judge
-from trl_ext_reachability.policy import Policy, Sampler
+from trl_ext_reachability.policy import Policy, Sampler, batches
 
 Rows = list[dict[str, Any]]
 
@@ -110,7 +110,7 @@ class Evaluator:
         count = self.settings.samples or 1
         totals = [0.0] * len(rows)
         repeated = [i for i in range(len(rows)) for _ in range(count)]
-        for number, batch in enumerate(_batches(rows, repeated, self.settings.eval_batch_size)):
+        for number, batch in enumerate(batches(rows, repeated, self.settings.eval_batch_size)):
             drawn = policy.sample([policy.prompt_ids(rows[i]["prompt"]) for i in batch], number)
             texts = [policy.text(ids) for ids in drawn]
             rewards = judge(self.reward, self.settings.reward, [rows[i] for i in batch], texts, drawn)
@@ -121,16 +121,10 @@ class Evaluator:
 
 def _nll(policy: Policy, rows: Rows, size: int) -> float:
     total, tokens = 0.0, 0
-    for batch in _batches(rows, range(len(rows)), size):
+    for batch in batches(rows, range(len(rows)), size):
         prompts = [policy.prompt_ids(rows[i]["prompt"]) for i in batch]
         answers = [policy.demonstration_ids(row["prompt"], row["completion"]) for row in (rows[i] for i in batch)]
         for log_probs in policy.log_probs(prompts, answers):
             total -= float(log_probs.sum())
             tokens += len(log_probs)
     return total / tokens
-
-
-def _batches(rows: Rows, indices: Iterable[int], size: int) -> Iterator[Sequence[int]]:
-    """Batches of prompts of similar length, the longest first."""
-    ordered = sorted(indices, key=lambda i: (-len(str(rows[i]["prompt"])), i))
-    return (ordered[start : start + size] for start in range(0, len(ordered), size))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.errors import ConfigurationError, NonFiniteError
+from trl_ext_reachability.digests import digest_files
 from trl_ext_reachability.from_scratch.arms import Base
 from trl_ext_reachability.from_scratch.contamination import contaminated
 from trl_ext_reachability.from_scratch.evaluating import Evaluator, Rows, has_answers, load_set
@@ -68,7 +69,7 @@ class Procedure:
         return {
             **asdict(self.settings),
             **{f"{self.settings.config}: {key}": value for key, value in self.run.yaml.items()},
-            "the model's files": _digest_files(Path(self.base.path)),
+            "the model's files": digest_files(Path(self.base.path)),
             "the training data": _digest(self.training_rows),
             **{f"the data of {option}": _digest(rows) for option, rows in sets.items()},
         }
@@ -220,12 +221,3 @@ def measure(settings: Settings, output: Path) -> Generator[Progress, None, None]
 def _digest(rows: Rows) -> str:
     text = json.dumps(rows, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _digest_files(folder: Path) -> str:
-    """Of a local model's configuration and weights; a hub id is fixed by its revision."""
-    total = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("config.json")]) if folder.is_dir() else []:
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()[:16]

@@ -16,8 +16,7 @@ from trl_ext_reachability.from_scratch.describing import describe
 from trl_ext_reachability.from_scratch.procedure import Procedure
 from trl_ext_reachability.from_scratch.shares import Interval, difference, share
 from trl_ext_reachability.keys import prompt_key
-
-FORMAT = 1
+from trl_ext_reachability.pictures import if_matplotlib
 
 
 def summarize(procedure: Procedure) -> dict[str, Any]:
@@ -29,7 +28,6 @@ def summarize(procedure: Procedure) -> dict[str, Any]:
     ]
     last = points[-1]["share"]
     return {
-        "format": FORMAT,
         "settings": asdict(settings),
         "model": procedure.base.path,
         "seeds": list(run.seeds),
@@ -111,13 +109,9 @@ def write_results(procedure: Procedure, output: Path) -> None:
     ]
     _write(output / "contamination.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
     _write(output / "from_scratch.md", describe(summary).encode())
-    try:
+    with if_matplotlib():
         from trl_ext_reachability.from_scratch.drawing import draw
-    except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
-        print("no picture: matplotlib is not installed (pip install 'trl-ext-reachability[plot]')")
-    else:
+
         _write(output / "from_scratch.png", draw(summary))
     _write(output / "from_scratch.json", (json.dumps(summary, indent=1) + "\n").encode())
 
