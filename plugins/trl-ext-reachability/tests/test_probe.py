@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 import trl
+from runs import SETTINGS, TASK, checksum_reward, prompts
 from trl_ext_reachability.keys import prompt_key
 from trl_ext_reachability.measuring import Measurement, Settings, load_rows, measure
 from trl_ext_reachability.policy import Policy, Sampler
 from trl_ext_reachability.results import summarize
 from trl_ext_reachability.rewards import exact, final_number
 
-from runs import SETTINGS, TASK, checksum_reward, prompts
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
 
