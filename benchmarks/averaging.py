@@ -91,8 +91,12 @@ def main() -> None:
             return
         updates = timed_method(OnlineAverage, "weights_updated", options.device)
         trainers = {variant: make_trainer(variant, options.device, options.steps, folder) for variant in VARIANTS}
-        averaged = [variant for variant, plugins in VARIANTS.items() if plugins]
         seconds = steps_in_turn(trainers, options.device)
+        own = {
+            variant: [update for plugin in trainers[variant].ext_plugins for update in updates[id(plugin.instance)]]
+            for variant, plugins in VARIANTS.items()
+            if plugins
+        }
         del trainers
     arguments = ["--device", options.device, "--measure-memory"]
     peaks = {variant: in_own_process(__file__, *arguments, variant) for variant in VARIANTS}
@@ -106,9 +110,7 @@ def main() -> None:
     table = {}
     for variant in VARIANTS:
         memory, ms = (peaks[variant][0] - plain_peak) / copy, 1e3 * float(np.median(seconds[variant]))
-        # The variants with an average take turns, so that every third update is one of this.
-        own = updates[averaged.index(variant) :: len(averaged)] if variant in averaged else [0.0]
-        update = float(np.median(own))
+        update = float(np.median(own.get(variant, [0.0])))
         share, whole = update / float(np.median(plain)), str(ratio(seconds[variant], plain))
         table[variant] = {"ms": ms, "ratio": whole, "update_ms": update * 1e3, "update_share": share, "memory": memory}
         print(f"| {variant} | {ms:.1f} | {whole} | {update * 1e3:.2f} ({share:.2%}) | {memory:.2f} |")

@@ -6,10 +6,12 @@ import functools
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,17 +41,47 @@ def seconds_now(device: str) -> float:
     return time.process_time()
 
 
+class Baton:
+    """Lets one of several threads run at a time; in each turn every one once, in an order drawn anew.
+
+    What a thread leaves in caches and in the allocator counts for the next one: with a fixed order it would count for
+    the same arm each time.
+
+    Args:
+        threads: how many there are; told apart by their number.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.locks = [Semaphore(0) for _ in range(threads)]
+        self.running = set(range(threads))
+        self._turn: list[int] = []
+        self._random = random.Random(0)
+
+    def wait(self, thread: int) -> None:
+        """Until it is this thread's turn."""
+        self.locks[thread].acquire()
+
+    def hand_on(self) -> None:
+        """Let the next thread run that has not ended."""
+        self._turn = [thread for thread in self._turn if thread in self.running]
+        if not self._turn:
+            self._turn = self._random.sample(sorted(self.running), len(self.running))
+        if self._turn:
+            self.locks[self._turn.pop()].release()
+
+
 class Turns(TrainerCallback):
     """Holds a training up between its steps until its turn comes, and takes the time of each step.
 
     Args:
         device: "cpu" or "cuda".
-        mine, next_one: locks; `mine` is released when this training may go on, and it releases `next_one`.
+        baton: shared with the other trainings.
+        thread: this training's number.
         optimizer: whether the optimiser's own part counts; without it a step is its forward, backward and clipping.
     """
 
-    def __init__(self, device: str, mine: Semaphore, next_one: Semaphore, optimizer: bool) -> None:
-        self.device, self.mine, self.next_one, self.optimizer = device, mine, next_one, optimizer
+    def __init__(self, device: str, baton: Baton, thread: int, optimizer: bool) -> None:
+        self.device, self.baton, self.thread, self.optimizer = device, baton, thread, optimizer
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -61,8 +93,8 @@ class Turns(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         whole = seconds_now(self.device) - self._start
         self.seconds.append(whole if self.optimizer else self._without)
-        self.next_one.release()
-        self.mine.acquire()
+        self.baton.hand_on()
+        self.baton.wait(self.thread)
 
 
 def steps_in_turn(
@@ -81,24 +113,23 @@ def steps_in_turn(
     Returns:
         seconds of each arm's steps, (steps - warm_up,), the same index in the same turn.
     """
-    turns = [Semaphore(0) for _ in trainers]
-    clocks: dict[str, Turns] = {}
+    baton = Baton(len(trainers))
+    clocks = {arm: Turns(device, baton, i, arm not in without_optimizer) for i, arm in enumerate(trainers)}
 
     def train(trainer: Any, clock: Turns) -> None:
-        clock.mine.acquire()
+        baton.wait(clock.thread)
         try:
             trainer.train()
         finally:
-            clock.next_one.release()
+            baton.running.discard(clock.thread)
+            baton.hand_on()
 
     with ThreadPoolExecutor(len(trainers)) as pool:
         runs = []
-        for index, (arm, trainer) in enumerate(trainers.items()):
-            next_one = turns[(index + 1) % len(turns)]
-            clocks[arm] = Turns(device, turns[index], next_one, arm not in without_optimizer)
+        for arm, trainer in trainers.items():
             trainer.add_callback(clocks[arm])
             runs.append(pool.submit(train, trainer, clocks[arm]))
-        turns[0].release()
+        baton.hand_on()
         for run in runs:
             run.result()
     return {arm: np.array(clock.seconds[warm_up:]) for arm, clock in clocks.items()}
@@ -123,21 +154,21 @@ def ratio(seconds: np.ndarray, base: np.ndarray) -> Ratio:
     return Ratio(float(np.median(ratios)), float(interval.low), float(interval.high))
 
 
-def timed_method(owner: type, name: str, device: str) -> list[float]:
-    """Replace a method by itself with a clock, and give the list that the seconds of each call go to.
+def timed_method(owner: type, name: str, device: str) -> dict[int, list[float]]:
+    """Replace a method by itself with a clock, and give what the seconds of each call go to, by the object's id.
 
     What a plugin adds to a step is often far below the noise of whole steps.
     """
-    seconds: list[float] = []
+    seconds: dict[int, list[float]] = defaultdict(list)
     method = getattr(owner, name)
 
     @functools.wraps(method)
-    def timed(*args: Any, **kwargs: Any) -> Any:
+    def timed(self: Any, *args: Any, **kwargs: Any) -> Any:
         start = seconds_now(device)
         try:
-            return method(*args, **kwargs)
+            return method(self, *args, **kwargs)
         finally:
-            seconds.append(seconds_now(device) - start)
+            seconds[id(self)].append(seconds_now(device) - start)
 
     setattr(owner, name, timed)
     return seconds
