@@ -54,7 +54,8 @@ def make_trainer(variant: str, device: str, steps: int, folder: str) -> Any:
         num_key_value_heads=size["hidden"] // 64,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config).to(getattr(torch, str(size["dtype"])))
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(getattr(torch, str(size["dtype"])))
     rows = torch.randint(1, int(size["vocab"]), (steps * int(size["batch"]), int(size["length"])))
 
     common = settings(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import trl
 from datasets import Dataset
 from measure import hardware, in_own_process, one_thread, peak_memory, ratio, settings, steps_in_turn
@@ -42,7 +43,7 @@ SIZES: dict[str, dict[str, int]] = {
         "layers": 16,
         "batch": 32,
         "prompt": 256,
-        "completion": 256,
+        "completion": 128,
         "sft_batch": 16,
         "sft_length": 512,
     },
@@ -52,7 +53,8 @@ SIZES: dict[str, dict[str, int]] = {
 def make_trainer(variant: str, device: str, steps: int, folder: str) -> Any:
     """A trainer of one variant; every variant has the same weights."""
     size = SIZES[device]
-    model = tiny_llama(hidden=size["hidden"], layers=size["layers"])
+    with torch.device(device):  # a billion random numbers take a GPU no time
+        model = tiny_llama(hidden=size["hidden"], layers=size["layers"])
     rng = random.Random(0)
 
     def text(length: int) -> str:

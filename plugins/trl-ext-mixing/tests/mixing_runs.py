@@ -122,6 +122,7 @@ def grpo(
     dtype: torch.dtype = torch.float64,
     stream: Dataset | None = None,
     data: Dataset | None = None,
+    eval_data: Dataset | None = None,
     model: Any = None,
     **settings: Any,
 ) -> Any:
@@ -137,6 +138,7 @@ def grpo(
         reward_funcs=reward,
         args=config(str(output_dir), **{**SETTINGS, **settings}),
         train_dataset=prompts() if data is None else data,
+        eval_dataset=eval_data,
         processing_class=tiny_tokenizer(),
         **ours,
     )

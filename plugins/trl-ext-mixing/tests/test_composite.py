@@ -43,7 +43,7 @@ def equal(a: list[Any], b: list[Any]) -> bool:
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for chunk in (1 << 25, 9, 1):
-        monkeypatch.setattr(composite, "CHUNK", chunk)
+        monkeypatch.setattr(composite, "CHUNK", {"cpu": chunk})
         params = parameters()
         optimizer = BranchAverage(torch.optim.AdamW(params, 0.1))
         for seed in range(5):
@@ -164,25 +164,31 @@ def test_a_skipped_rl_half_moves_by_half_the_sft_update_and_keeps_its_state() ->
     assert torch.equal(optimizer.state[params[0]]["exp_avg_rl"], rl_moment)
 
 
-class CountsPerGroup(torch.optim.SGD):
-    """As Prodigy and schedule-free do."""
+class EstimatesFromAll(torch.optim.SGD):
+    """As Prodigy does: a number for the whole group, from all gradients."""
 
     def step(self, closure: Any = None) -> None:
         super().step(closure)
         for group in self.param_groups:
-            group["k"] = group.get("k", 0) + 1
+            present = [p.grad for p in group["params"] if p.grad is not None]
+            group["d"] = group.get("d", 0.0) + sum(float(g.norm()) for g in present)
 
 
-class EvaluatesElsewhere(torch.optim.SGD):
-    def train(self) -> None: ...
+class SetsItsRate(torch.optim.SGD):
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            group["lr"] = group["lr"] / 2
 
-    def eval(self) -> None: ...
 
-
-def test_optimizers_that_two_branches_cannot_share_are_refused() -> None:
+@pytest.mark.parametrize(("kind", "entry"), [(EstimatesFromAll, "d"), (SetsItsRate, "lr")])
+def test_optimizers_that_cannot_be_stepped_in_parts_are_refused(
+    kind: Any, entry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(composite, "CHUNK", {"cpu": 8})
     params = parameters()
-    optimizer = BranchAverage(CountsPerGroup(params, 0.1))
-    with pytest.raises(ConfigurationError, match="CountsPerGroup keeps k per parameter group"):
-        step(optimizer, params, 0)
-    with pytest.raises(ConfigurationError, match=r"EvaluatesElsewhere.*mode='gradients'"):
-        BranchAverage(EvaluatesElsewhere(params, 0.1))
+    with pytest.raises(
+        ConfigurationError, match=rf"{kind.__name__} keeps {entry} per parameter group.*mode='gradients'"
+    ):
+        step(BranchAverage(kind(params, 0.1)), params, 0)
+    assert all(p.grad is not None for p in params)

@@ -17,19 +17,23 @@ from oracles import combine, demonstration_nll, gradient, model_at, rl_gradient
 pytestmark = pytest.mark.slow
 
 
-def launch(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """What each rank saw."""
-    folder.mkdir(parents=True, exist_ok=True)
-    script = Path(__file__).with_name("two_ranks.py")
+def on_two_ranks(script: str, *arguments: str) -> None:
+    """Run a script of this folder under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
-        [*command, str(script), str(folder), kind],
+        [*command, str(Path(__file__).with_name(script)), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def launch(folder: Path, kind: str) -> list[dict[str, Any]]:
+    """What each rank saw."""
+    folder.mkdir(parents=True, exist_ok=True)
+    on_two_ranks("two_ranks.py", str(folder), kind)
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
@@ -58,6 +62,11 @@ def test_fsdp2_equals_ddp(ddp: list[dict[str, Any]], tmp_path: Path) -> None:
         for name in names:
             key = f"parallel-averaging/{name}"
             assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), name
+
+
+def test_a_sharded_state_saved_and_loaded_continues_to_the_last_bit(tmp_path: Path) -> None:
+    on_two_ranks("sharded_state.py", str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"SHARDED_STATE_DICT", "FULL_STATE_DICT"}
 
 
 def joined(ranks: list[dict[str, Any]], name: str, step: int) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Two vectors compared in one pass: norms, cosine and the share of coordinates on which they disagree in sign."""
+"""Two vectors compared: norms, cosine and the share of coordinates on which they disagree in sign."""
 
 from __future__ import annotations
 
@@ -13,25 +13,11 @@ from trl_ext.gradients import local_tensor, sum_over_shards
 _TINY = torch.finfo(torch.float32).tiny
 
 
-def products(parameters: Sequence[Tensor], a: Iterable[Tensor | None], b: Iterable[Tensor | None]) -> Tensor:
-    """Sums over all parameters and shards, to be added up over parts of the model.
-
-    Args:
-        parameters: the P parameters.
-        a, b: P local tensors each, in the parameters' shapes; None is zero.
-
-    Returns:
-        (5,) float32: |a|^2, |b|^2, a.b, coordinates of opposite signs, coordinates.
-    """
-    rows = []
-    for parameter, x, y in zip(parameters, a, b, strict=True):
-        local = local_tensor(parameter.detach())
-        x = torch.zeros_like(local) if x is None else x
-        y = torch.zeros_like(local) if y is None else y
-        x, y = x.flatten().float(), y.flatten().float()
-        opposite = (x * y).lt_(0).sum()  # in place: on the CPU fresh memory costs more than the arithmetic
-        rows.append(torch.stack([x.dot(x), y.dot(y), x.dot(y), opposite, opposite.new_tensor(x.numel())]))
-    return sum_over_shards(torch.stack(rows), parameters).sum(0)
+def products(x: Tensor, y: Tensor) -> list[Tensor]:
+    """|x|^2, |y|^2, x.y and the number of coordinates of opposite signs, () float32 each, of two local tensors."""
+    x, y = x.flatten().float(), y.flatten().float()
+    # In place: on the CPU fresh memory costs more than the arithmetic.
+    return [x.dot(x), y.dot(y), x.dot(y), (x * y).lt_(0).sum()]
 
 
 @dataclass(frozen=True)
@@ -46,8 +32,28 @@ class Comparison:
     """Share in [0, 1]."""
 
     @classmethod
-    def of(cls, products: Tensor) -> Comparison:
-        """From the (5,) sums of `products`."""
-        squared_a, squared_b, dot, opposite, count = products
+    def of(cls, parts: Sequence[Sequence[Tensor]], owners: Sequence[Tensor], size: int) -> Comparison:
+        """From the `products` of N parts of both vectors. Collective where parameters are sharded.
+
+        Args:
+            parts: N times four scalars.
+            owners: N parameters, each of the layout of its part, over whose shards the sums go.
+            size: coordinates of each vector, over all parts and shards.
+        """
+        columns = [torch.stack(column) for column in zip(*parts, strict=True)]
+        squared_a, squared_b, dot, opposite = sum_over_shards(torch.stack(columns, dim=1), owners).sum(0)
         norm_a, norm_b = squared_a.sqrt(), squared_b.sqrt()
-        return cls(norm_a, norm_b, dot / (norm_a * norm_b).clamp(min=_TINY), opposite / count)
+        return cls(norm_a, norm_b, dot / (norm_a * norm_b).clamp(min=_TINY), opposite / size)
+
+    @classmethod
+    def of_gradients(
+        cls, parameters: Sequence[Tensor], a: Iterable[Tensor | None], b: Iterable[Tensor | None]
+    ) -> Comparison:
+        """Of two gradients of P parameters: local tensors in their shapes; None is zero."""
+        parts = []
+        for parameter, x, y in zip(parameters, a, b, strict=True):
+            if x is None or y is None:
+                zero = torch.zeros_like(local_tensor(parameter.detach()))
+                x, y = (zero if x is None else x), (zero if y is None else y)
+            parts.append(products(x, y))
+        return cls.of(parts, parameters, sum(p.numel() for p in parameters))

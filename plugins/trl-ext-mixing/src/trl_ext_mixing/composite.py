@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,13 @@ from trl_ext.errors import ConfigurationError
 from trl_ext.gradients import local_tensor
 from trl_ext_mixing.comparison import Comparison, products
 
-CHUNK = 1 << 25
-"""Parameters stepped at a time: the copies of the starting point and of one branch stay at 2 x 128 MiB in fp32."""
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Parameters stepped at a time: of each chunk the starting point and both branches are held, 12 bytes a parameter in
+fp32. On a CPU they stay in its cache; on a GPU they fill the chip, and take 192 MiB."""
 
 RL, SFT = "rl", "sft"
+_COEFFICIENT, _MODE = "sft_coefficient", "weights_for"
+"""What the composite remembers in its groups: c of the last step, and whether the weights are those for "train"."""
 
 
 class BranchAverage(torch.optim.Optimizer):
@@ -26,37 +29,47 @@ class BranchAverage(torch.optim.Optimizer):
     The RL branch uses `p.grad` and the wrapped optimiser; the SFT branch uses the gradients of `give_sft` and an
     optimiser of the same class and settings with a state of its own. Both share `param_groups`, so schedulers and
     FSDP2, which exchange learning rates and parameters there, reach both. In the state dict each entry carries its
-    branch: `exp_avg_rl`, `exp_avg_sft`.
+    branch: `exp_avg_rl`, `exp_avg_sft`; so does what an optimiser counts in its groups (`k_rl`, `k_sft` in
+    schedule-free ones).
 
     A step in which no parameter has a gradient does nothing at all: so the core skips a non-finite step.
 
     Args:
-        optimizer: what TRL's arguments chose, not yet stepped. Its `step` may keep counters per parameter only.
+        optimizer: what TRL's arguments chose, not yet stepped.
         lr_ratio: learning rate of the SFT branch over that of the RL branch.
 
     Raises:
-        ConfigurationError: an optimiser whose weights are not its parameters alone (schedule-free), or, at the first
-            step, one that keeps counters in its parameter groups.
+        ConfigurationError: at the first step, where the optimiser estimates something for a group from all of its
+            parameters at once (Prodigy); when a state is loaded that only a plain schedule-free optimiser can go on
+            with.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, lr_ratio: float = 1.0) -> None:
-        if callable(getattr(optimizer, "eval", None)):
-            raise ConfigurationError(
-                f"{type(optimizer).__name__} keeps other weights for evaluation in its state, and two states would "
-                "make two of them; choose another `optim`, or mode='gradients'"
-            )
         self.lr_ratio = lr_ratio
-        self.coefficient = 0.5
         self.skip_rl = False
         self.branches = {RL: optimizer, SFT: _twin(optimizer)}
         self.updates = UpdateTally()
         self._sft: dict[nn.Parameter, Tensor] = {}
+        self._switches = callable(getattr(optimizer, "eval", None))
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._share_groups()
 
     def _share_groups(self) -> None:
+        for group in self.param_groups:
+            group.setdefault(_COEFFICIENT, 0.5)
+            group.setdefault(_MODE, "train" if not self._switches else "eval")  # schedule-free begins with x
         for branch in self.branches.values():
             branch.param_groups = self.param_groups
+
+    @property
+    def coefficient(self) -> float:
+        """c, the weight of the SFT branch."""
+        return float(self.param_groups[0][_COEFFICIENT])
+
+    @coefficient.setter
+    def coefficient(self, value: float) -> None:
+        for group in self.param_groups:
+            group[_COEFFICIENT] = value
 
     def give_sft(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
         """Hand over the SFT gradients for the next step: parameter to gradient, a DTensor for a DTensor."""
@@ -71,61 +84,121 @@ class BranchAverage(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        parameters = [p for group in self.param_groups for p in group["params"]]
         sft, self._sft = self._sft, {}
-        gradients = {RL: {p: p.grad for p in parameters if p.grad is not None}, SFT: sft}
-        if not gradients[RL]:
+        rl = {p: p.grad for p in self._parameters if p.grad is not None}
+        if not rl:
             return loss
+        gradients = {RL: rl, SFT: sft}
         if not sft:
             # torch.distributed.checkpoint creates missing states by a step with zero gradients: both are needed then.
-            gradients[SFT] = {p: torch.zeros_like(g) for p, g in gradients[RL].items()}
-        for p in parameters:
+            gradients[SFT] = {p: torch.zeros_like(g) for p, g in rl.items()}
+        for p in rl:
             p.grad = None
         try:
-            for chunk in _chunks(parameters):
-                self._step_chunk(chunk, gradients)
+            self._average("step", gradients, self.updates if sft else None)
         finally:
-            for p in parameters:
-                p.grad = gradients[RL].get(p)
-        self.updates.end_step()
+            for p in self._parameters:
+                p.grad = rl.get(p)
         return loss
 
-    def _step_chunk(self, chunk: list[nn.Parameter], gradients: Mapping[str, Mapping[nn.Parameter, Tensor]]) -> None:
-        """Optimisers leave parameters without a gradient alone, so a chunk is stepped by giving only it gradients."""
-        theta = [local_tensor(p.detach()) for p in chunk]
-        start = [t.clone() for t in theta]
-        if not self.skip_rl:
-            self._run(RL, chunk, gradients[RL], 1.0)
-        rl = [t.clone() for t in theta]
-        torch._foreach_copy_(theta, start)
-        self._run(SFT, chunk, gradients[SFT], self.lr_ratio)
-        updates = ((t - s for t, s in zip(branch, start, strict=True)) for branch in (rl, theta))
-        self.updates.add(chunk, *updates)
-        # Both products are exact at 1/2, so the result is the mean of the branches to the last bit; so are 0 and 1.
-        torch._foreach_mul_(theta, self.coefficient)
-        torch._foreach_add_(theta, rl, alpha=1 - self.coefficient)
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _average(
+        self, method: str, gradients: Mapping[str, Mapping[nn.Parameter, Tensor]], tally: UpdateTally | None = None
+    ) -> None:
+        """Call a method of both branches' optimisers from the same weights, and leave the mean of both results.
+
+        Args:
+            method: `step`, `train` or `eval`.
+            gradients: branch to parameter to gradient.
+            tally: told how far each branch moved.
+        """
+        counted: dict[str, list[dict[str, Any]]] = {}
+        for chunk in _chunks(self._parameters):
+            theta = [local_tensor(p.detach()) for p in chunk]
+            start = rl = _flat(theta)
+            if not (self.skip_rl and method == "step"):
+                self._run(RL, method, chunk, gradients.get(RL, {}), counted)
+                rl = _flat(theta)
+                torch._foreach_copy_(theta, _parts(start, theta))
+            self._run(SFT, method, chunk, gradients.get(SFT, {}), counted)
+            sft = _flat(theta) if tally is not None else start
+            # Both products are exact at 1/2, so this is the mean of the branches to the last bit; so are 0 and 1.
+            torch._foreach_mul_(theta, self.coefficient)
+            torch._foreach_add_(theta, _parts(rl, theta), alpha=1 - self.coefficient)
+            if tally is not None:
+                tally.add(chunk[0], rl - start if rl is start else rl.sub_(start), sft.sub_(start))
+        for branch, groups in counted.items():
+            for group, changes in zip(self.param_groups, groups, strict=True):
+                group.update({f"{key}_{branch}": value for key, value in changes.items()})
+        if tally is not None:
+            tally.end_step(sum(p.numel() for p in self._parameters))
 
     def _run(
-        self, branch: str, chunk: list[nn.Parameter], gradients: Mapping[nn.Parameter, Tensor], lr_ratio: float
+        self,
+        branch: str,
+        method: str,
+        chunk: Sequence[nn.Parameter],
+        gradients: Mapping[nn.Parameter, Tensor],
+        counted: dict[str, list[dict[str, Any]]],
     ) -> None:
-        optimizer = self.branches[branch]
-        if lr_ratio != 1.0:
-            optimizer.param_groups = [{**group, "lr": group["lr"] * lr_ratio} for group in self.param_groups]
-        before = [dict(group) for group in optimizer.param_groups]
+        """Call a method of one branch's optimiser on some of the parameters only.
+
+        What it counts in its groups starts at the same values for each chunk, has to end at the same, and goes into
+        `counted`: by group, entry to value.
+        """
+        optimizer, members, suffix = self.branches[branch], set(chunk), f"_{branch}"
+        before = []
+        for group in self.param_groups:
+            own = {key.removesuffix(suffix): value for key, value in group.items() if key.endswith(suffix)}
+            before.append({**group, **own})
+            if branch == SFT and self.lr_ratio != 1.0:
+                before[-1]["lr"] = group["lr"] * self.lr_ratio
+            if method != "step":  # a step leaves parameters without a gradient alone, the other methods none
+                before[-1]["params"] = [p for p in group["params"] if p in members]
+        optimizer.param_groups = [dict(group) for group in before]
         for p in chunk:
             p.grad = gradients.get(p)
         try:
-            optimizer.step()
+            getattr(optimizer, method)()
+            changes = [
+                {key: value for key, value in new.items() if value is not old.get(key)}
+                for old, new in zip(before, optimizer.param_groups, strict=True)
+            ]
         finally:
+            optimizer.param_groups = self.param_groups
             for p in chunk:
                 p.grad = None
-        for old, new in zip(before, optimizer.param_groups, strict=True):
-            if changed := [key for key, value in new.items() if value is not old.get(key)]:
-                raise ConfigurationError(
-                    f"{type(optimizer).__name__} keeps {', '.join(changed)} per parameter group, which two branches "
-                    "cannot share; choose another `optim`, or mode='gradients'"
-                )
-        optimizer.param_groups = self.param_groups
+        if counted.setdefault(branch, changes) != changes or any("lr" in change for change in changes):
+            names = ", ".join(sorted({key for change in changes for key in change}))
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} keeps {names} per parameter group and finds them from all of its "
+                "parameters at once, but the two branches are stepped a part of them at a time; "
+                "choose another `optim`, or mode='gradients'"
+            )
+
+    # -- schedule-free -----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Put the weights to train on in place, where the optimiser evaluates on others (schedule-free)."""
+        self._switch_to("train")
+
+    def eval(self) -> None:
+        """Put the weights to evaluate in place: the weighted mean of both branches' own.
+
+        In each branch they are x = (y - (1 - beta_1) z) / beta_1 (arXiv:2405.15682, equation 3) from the common y, so
+        their mean is the x of the mean of both z, and `train` leads back to y.
+        """
+        self._switch_to("eval")
+
+    @torch.no_grad()
+    def _switch_to(self, mode: str) -> None:
+        if self._switches and self.param_groups[0][_MODE] != mode:
+            self._average(mode, {})
+            for group in self.param_groups:
+                group[_MODE] = mode
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -153,6 +226,11 @@ class BranchAverage(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; that of a plain optimiser becomes the RL branch's, and the SFT branch starts afresh."""
+        if self._switches and state_dict["state"] and _MODE not in state_dict["param_groups"][0]:
+            raise ConfigurationError(
+                f"the checkpoint's state is that of a plain {type(self.branches[RL]).__name__}, whose counters two "
+                "branches cannot go on with; give the checkpoint as the model, and start a new run from it"
+            )
         parts: dict[str, dict[Any, dict[str, Any]]] = {RL: {}, SFT: {}}
         for i, entries in state_dict["state"].items():
             for key, value in entries.items():
@@ -174,18 +252,20 @@ class UpdateTally:
     NAMES = ("update_norm_rl", "update_norm_sft", "update_cosine", "update_sign_conflicts")
 
     def __init__(self) -> None:
-        self._step: list[Tensor] = []
+        self._parts: list[list[Tensor]] = []
+        self._owners: list[Tensor] = []
         self._total: Tensor | None = None
         self._steps = 0
 
-    def add(self, parameters: Sequence[Tensor], rl: Iterable[Tensor], sft: Iterable[Tensor]) -> None:
-        """Add the updates of some parameters, as local tensors."""
-        self._step.append(products(parameters, rl, sft))
+    def add(self, owner: Tensor, rl: Tensor, sft: Tensor) -> None:
+        """Add the updates of some parameters as flat local tensors, sharded like `owner`."""
+        self._parts.append(products(rl, sft))
+        self._owners.append(owner)
 
-    def end_step(self) -> None:
-        """Close an optimiser step."""
-        step = Comparison.of(torch.stack(self._step).sum(0))
-        self._step.clear()
+    def end_step(self, size: int) -> None:
+        """Close an optimiser step on `size` parameters over all ranks. Collective where they are sharded."""
+        step = Comparison.of(self._parts, self._owners, size)
+        self._parts, self._owners = [], []
         values = torch.stack([step.norm_a, step.norm_b, step.cosine, step.sign_conflicts])
         self._total = values if self._total is None else self._total + values
         self._steps += 1
@@ -225,14 +305,31 @@ def _twin(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def _chunks(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    chunk: list[nn.Parameter] = []
-    size = 0
+    """Parts of the parameters, each of one dtype, device and sharding."""
+    kinds: dict[Any, list[nn.Parameter]] = defaultdict(list)
     for p in parameters:
-        n = local_tensor(p.detach()).numel()
-        if chunk and size + n > CHUNK:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(p)
-        size += n
-    if chunk:
+        layout = (p.device_mesh, p.placements) if isinstance(p, DTensor) else None
+        kinds[p.dtype, p.device, layout].append(p)
+    for (_, device, _), members in kinds.items():
+        limit = CHUNK["cpu" if device.type == "cpu" else "cuda"]
+        chunk: list[nn.Parameter] = []
+        size = 0
+        for p in members:
+            n = local_tensor(p.detach()).numel()
+            if chunk and size + n > limit:
+                yield chunk
+                chunk, size = [], 0
+            chunk.append(p)
+            size += n
         yield chunk
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """One copy of all values, (N,)."""
+    return torch.cat([t.flatten() for t in tensors])
+
+
+def _parts(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The reverse of `_flat`: views in the tensors' shapes."""
+    parts = flat.split([t.numel() for t in tensors])
+    return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]

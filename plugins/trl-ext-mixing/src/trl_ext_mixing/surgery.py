@@ -83,6 +83,6 @@ class Surgery(TwoGradients):
         a, b = norms * scales
         dot = both.cosine * a * b
         weights = self._weigh(torch.stack([torch.stack([a * a, dot]), torch.stack([dot, b * b])]))
-        self.note(weight_rl=weights[0], weight_sft=weights[1], conflict=float(both.cosine < 0))
+        self.note(weight_rl=weights[0], weight_sft=weights[1], conflict=both.cosine < 0)
         rl, demonstrations = (weights * scales).tolist()
         gradients.mul_(rl).axpy_(demonstrations, sft.gradients)

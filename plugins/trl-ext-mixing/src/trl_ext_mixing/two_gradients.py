@@ -14,7 +14,7 @@ from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
 from trl_ext.gradients import GradientView
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, StreamGradient, StreamRequest, WeightsView
-from trl_ext_mixing.comparison import Comparison, products
+from trl_ext_mixing.comparison import Comparison
 from trl_ext_mixing.demonstrations import (
     Demonstration,
     Demonstrations,
@@ -79,7 +79,7 @@ class TwoGradients:
         self._source: Demonstrations | None = None
         self._rolled_out: list[Demonstration] = []
         self._rows: list[int] = []
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, float | Tensor] = {}
         self._counts: dict[str, int] = {}
 
     @abstractmethod
@@ -145,7 +145,7 @@ class TwoGradients:
     @hookimpl
     def gradients_ready(self, gradients: GradientView, streams: Mapping[str, StreamGradient]) -> None:
         sft = streams[ROLE] if self._source is None else self._source.gradient(self._rolled_out, self.batch_size)
-        both = Comparison.of(products(gradients.parameters, gradients.tensors, sft.gradients.tensors))
+        both = Comparison.of_gradients(gradients.parameters, gradients.tensors, sft.gradients.tensors)
         self.note(
             sft_nll=sft.nll,
             sft_loss=sft.loss,
@@ -184,14 +184,14 @@ class TwoGradients:
         return self._step / self._max_steps
 
     def note(self, **values: float | Tensor) -> None:
-        """Remember numbers for the log, where the means since the last log appear."""
+        """Remember numbers for the log, where the means since the last log appear; tensors stay on their device."""
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+            self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:
         """Means of what was noted since the last reading."""
-        values = {name: total / self._counts[name] for name, total in self._sums.items()}
+        values = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._sums.clear()
         self._counts.clear()
         return values
