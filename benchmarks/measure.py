@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import os
 import platform
@@ -195,6 +196,9 @@ def peak_memory(train: Callable[[], Any], device: str) -> int:
 
 def in_own_process(script: str, *arguments: str) -> Any:
     """Run a benchmark's script again with these arguments: what its last line of output says, as JSON."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()  # what this process keeps of the GPU, the other lacks
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)

@@ -32,6 +32,7 @@ SIZES: dict[str, dict[str, int]] = {
     "cpu": {
         "hidden": 256,
         "layers": 4,
+        "heads": 4,
         "batch": 32,
         "prompt": 64,
         "completion": 48,
@@ -41,6 +42,7 @@ SIZES: dict[str, dict[str, int]] = {
     "cuda": {
         "hidden": 2048,
         "layers": 16,
+        "heads": 16,
         "batch": 32,
         "prompt": 256,
         "completion": 128,
@@ -54,7 +56,7 @@ def make_trainer(variant: str, device: str, steps: int, folder: str) -> Any:
     """A trainer of one variant; every variant has the same weights."""
     size = SIZES[device]
     with torch.device(device):  # a billion random numbers take a GPU no time
-        model = tiny_llama(hidden=size["hidden"], layers=size["layers"])
+        model = tiny_llama(hidden=size["hidden"], layers=size["layers"], num_attention_heads=size["heads"])
     rng = random.Random(0)
 
     def text(length: int) -> str:
