@@ -6,7 +6,7 @@
 All variants train the same model on the same random tokens in one process, a step of each in turn; on CPU one thread,
 and the processor's time. A ratio is the median over turns, with its 95 % interval. Plain TRL comes twice: how far the
 second is from 1 is what the other ratios are good for; the average's update is therefore timed on its own, too. Memory
-is the peak of training above that of plain TRL, each in a process of its own, in copies of the weights in fp32.
+is the peak of training above that of plain TRL, in copies of the weights in fp32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import trl
 from datasets import Dataset
-from measure import hardware, in_own_process, one_thread, peak_memory, ratio, settings, steps_in_turn, timed_method
+from measure import hardware, one_thread, peak_memory, peaks, ratio, settings, steps_in_turn, timed_method
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl_ext_averaging.online import OnlineAverage
 
@@ -76,6 +76,14 @@ def make_trainer(variant: str, device: str, steps: int, folder: str) -> Any:
     )
 
 
+def measure_memory(variant: str, device: str) -> list[int]:
+    """Peak bytes of three steps, and the bytes of the weights in fp32."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(variant, device, 3, folder)
+        copy = 4 * sum(p.numel() for p in trainer.model.parameters())
+        return [peak_memory(trainer.train, device), copy]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -84,12 +92,10 @@ def main() -> None:
     parser.add_argument("--measure-memory", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     one_thread(options.device)
+    if options.measure_memory:
+        print(json.dumps(measure_memory(options.measure_memory, options.device)))
+        return
     with tempfile.TemporaryDirectory() as folder:
-        if options.measure_memory:
-            trainer = make_trainer(options.measure_memory, options.device, 3, folder)
-            copy = 4 * sum(p.numel() for p in trainer.model.parameters())
-            print(json.dumps([peak_memory(trainer.train, options.device), copy]))
-            return
         updates = timed_method(OnlineAverage, "weights_updated", options.device)
         trainers = {variant: make_trainer(variant, options.device, options.steps, folder) for variant in VARIANTS}
         seconds = steps_in_turn(trainers, options.device)
@@ -99,10 +105,9 @@ def main() -> None:
             if plugins
         }
         del trainers
-    arguments = ["--device", options.device, "--measure-memory"]
-    peaks = {variant: in_own_process(__file__, *arguments, variant) for variant in VARIANTS}
+    memory = peaks(__file__, options.device, VARIANTS, lambda variant: measure_memory(variant, options.device))
 
-    plain, (plain_peak, copy) = seconds["plain TRL"], peaks["plain TRL"]
+    plain, (plain_peak, copy) = seconds["plain TRL"], memory["plain TRL"]
     print(f"{hardware(options.device)}; {copy / 4e6:.1f} M parameters, {SIZES[options.device]}")
     print(f"{options.steps} steps of each\n")
     print(
@@ -110,11 +115,11 @@ def main() -> None:
     )
     table = {}
     for variant in VARIANTS:
-        memory, ms = (peaks[variant][0] - plain_peak) / copy, 1e3 * float(np.median(seconds[variant]))
+        copies, ms = (memory[variant][0] - plain_peak) / copy, 1e3 * float(np.median(seconds[variant]))
         update = float(np.median(own.get(variant, [0.0])))
         share, whole = update / float(np.median(plain)), str(ratio(seconds[variant], plain))
-        table[variant] = {"ms": ms, "ratio": whole, "update_ms": update * 1e3, "update_share": share, "memory": memory}
-        print(f"| {variant} | {ms:.1f} | {whole} | {update * 1e3:.2f} ({share:.2%}) | {memory:.2f} |")
+        table[variant] = {"ms": ms, "ratio": whole, "update_ms": update * 1e3, "update_share": share, "memory": copies}
+        print(f"| {variant} | {ms:.1f} | {whole} | {update * 1e3:.2f} ({share:.2%}) | {copies:.2f} |")
     if options.json:
         options.json.write_text(json.dumps({"hardware": hardware(options.device), **table}, indent=2) + "\n")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import platform
@@ -13,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,13 +195,24 @@ def peak_memory(train: Callable[[], Any], device: str) -> int:
 
 def in_own_process(script: str, *arguments: str) -> Any:
     """Run a benchmark's script again with these arguments: what its last line of output says, as JSON."""
-    if torch.cuda.is_available():
-        gc.collect()
-        torch.cuda.empty_cache()  # what this process keeps of the GPU, the other lacks
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def peaks(script: str, device: str, variants: Iterable[str], measure: Callable[[str], Any]) -> dict[str, Any]:
+    """What `measure` says of each variant, one after the other; on CPU each in a process of its own.
+
+    Args:
+        script: the benchmark's own path, which takes `--measure-memory VARIANT` and prints what `measure` gives.
+        device: "cpu" or "cuda", whose allocator counts exactly also what a process does after something else.
+        variants: their names.
+        measure: gives something that JSON can hold.
+    """
+    if device == "cuda":
+        return {variant: measure(variant) for variant in variants}
+    return {variant: in_own_process(script, "--device", device, "--measure-memory", variant) for variant in variants}
 
 
 def one_thread(device: str) -> None:

@@ -5,8 +5,8 @@
 
 All variants train in one process, a step of each in turn. Completions have a fixed length, so that every step does the
 same work; on CPU one thread, and the processor's time. The ratio is to GRPO + SFT of the same turn: the median over
-turns, with its 95 % interval. Memory is the peak of training above that of GRPO or SFT, whichever is higher, each in a
-process of its own, in copies of the weights.
+turns, with its 95 % interval. Memory is the peak of training above the higher of GRPO and SFT, in copies of the
+weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import trl
 from datasets import Dataset
-from measure import hardware, in_own_process, one_thread, peak_memory, ratio, settings, steps_in_turn
+from measure import hardware, one_thread, peak_memory, peaks, ratio, settings, steps_in_turn
 
 import trl_ext
 from trl_ext.testing import tiny_llama, tiny_tokenizer
@@ -45,7 +45,7 @@ SIZES: dict[str, dict[str, int]] = {
         "heads": 16,
         "batch": 32,
         "prompt": 256,
-        "completion": 128,
+        "completion": 64,
         "sft_batch": 16,
         "sft_length": 512,
     },
@@ -88,36 +88,43 @@ def make_trainer(variant: str, device: str, steps: int, folder: str) -> Any:
     return trl_ext.GRPOTrainer(model, args=config, streams={"sft": solutions}, **given)
 
 
+def measure_memory(variant: str, device: str) -> list[int]:
+    """Peak bytes of three steps, and the bytes of the weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(variant, device, 3, folder)
+        copy = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+        return [peak_memory(trainer.train, device), copy]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, default=62, help="of each variant; the first two do not count")
+    parser.add_argument("--no-gradients", action="store_true", help="leave out mode=gradients")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--measure-memory", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     one_thread(options.device)
+    if options.measure_memory:
+        print(json.dumps(measure_memory(options.measure_memory, options.device)))
+        return
+    variants = VARIANTS[:-1] if options.no_gradients else VARIANTS
     with tempfile.TemporaryDirectory() as folder:
-        if options.measure_memory:
-            trainer = make_trainer(options.measure_memory, options.device, 3, folder)
-            copy = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-            print(json.dumps([peak_memory(trainer.train, options.device), copy]))
-            return
-        trainers = {variant: make_trainer(variant, options.device, options.steps, folder) for variant in VARIANTS}
+        trainers = {variant: make_trainer(variant, options.device, options.steps, folder) for variant in variants}
         seconds = steps_in_turn(trainers, options.device)
         del trainers
-    arguments = ["--device", options.device, "--measure-memory"]
-    peaks = {variant: in_own_process(__file__, *arguments, variant) for variant in VARIANTS}
+    memory = peaks(__file__, options.device, variants, lambda variant: measure_memory(variant, options.device))
 
-    copy, apart = peaks["plain GRPO"][1], max(peaks[variant][0] for variant in ("plain GRPO", "plain SFT"))
+    copy, apart = memory["plain GRPO"][1], max(memory[variant][0] for variant in ("plain GRPO", "plain SFT"))
     print(f"{hardware(options.device)}; {copy / 4e6:.1f} M parameters in fp32, {SIZES[options.device]}")
     print(f"{options.steps} steps of each\n")
     print("| variant | ms a step | / (GRPO + SFT) | memory above both, copies of the weights |\n|---|---|---|---|")
     table = {}
-    for variant in VARIANTS:
-        memory, ms = (peaks[variant][0] - apart) / copy, 1e3 * float(np.median(seconds[variant]))
+    for variant in variants:
+        copies, ms = (memory[variant][0] - apart) / copy, 1e3 * float(np.median(seconds[variant]))
         share = str(ratio(seconds[variant], seconds["plain GRPO"] + seconds["plain SFT"]))
-        table[variant] = {"ms": ms, "ratio": share, "memory": memory}
-        print(f"| {variant} | {ms:.1f} | {share} | {memory:.2f} |")
+        table[variant] = {"ms": ms, "ratio": share, "memory": copies}
+        print(f"| {variant} | {ms:.1f} | {share} | {copies:.2f} |")
     if options.json:
         options.json.write_text(json.dumps({"hardware": hardware(options.device), **table}, indent=2) + "\n")
 
