@@ -1,12 +1,15 @@
 """RL, SFT, SFT then RL, and both in one step, from checkpoints along a short pre-training (after arXiv:2606.04272).
 
     python examples/rl_excursions.py            # CPU, tiny models
-    python examples/rl_excursions.py --gpu      # larger model, longer chains, more steps
+    python examples/rl_excursions.py --gpu      # one GPU: a larger model, longer chains, more held-out problems
 
 A model is pre-trained on general text (copying letters) with a share of worked chains of modular arithmetic. From its
 checkpoints each recipe trains on the same few problems, with one solution each. Reported on held-out problems, means
 over seeds: pass@1, pass@8 and pass@32 (unbiased, T = 0.6), and the change of the negative log-likelihood of the general
 text. The paper's setting is a 1B model on GSM8K; what a tiny model shows need not be what that one does.
+
+Results go to `runs/rl_excursions/cpu` (or `gpu`) line by line. The same command goes on where it was interrupted, and
+with more `--seeds` adds to what is there; `--seeds 0` only writes the table and the plot of the lines so far.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 from trl_ext_mixing.drift import compare, score
 from trl_ext_mixing.estimators import pass_at_k
@@ -31,8 +35,18 @@ from trl_ext_mixing.sampling import complete
 from trl_ext import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl_ext.testing import Copy, ModularChain, tiny_llama, tiny_tokenizer
 
-RECIPES = ("base", "SFT", "RL", "SFT, then RL", "parallel")
+# Batches of SFT and of RL, in multiples of `Size.steps`. `parallel` takes one of each in every step.
+RECIPES = {
+    "base": (0.0, 0.0),
+    "SFT": (1.0, 0.0),
+    "RL": (0.0, 1.0),
+    "SFT, then RL (half of each)": (0.5, 0.5),
+    "SFT, then RL": (1.0, 1.0),
+    "parallel": (1.0, 1.0),
+}
 KS = (1, 8, 32)
+MEASURES = ("pass@1", "pass@8", "pass@32", "drift")
+Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,20 +57,22 @@ class Size:
     layers: int
     chain: int
     """Operations of a problem."""
+    base_rate: float
+    """Learning rate of the pre-training."""
     checkpoints: tuple[int, ...]
     """Steps of pre-training at which the recipes start."""
     batch: int
+    """Texts, solutions or completions of a step."""
     problems: int
     """Training problems, with one solution each."""
     steps: int
-    """Optimiser steps of each recipe; SFT then RL takes half of them for each."""
     held_out: int
     generations: int
     learning_rate: float
 
 
-CPU = Size(64, 2, 3, (400, 800, 1200), 64, 256, 300, 64, 8, 2e-4)
-GPU = Size(512, 8, 4, (500, 1000, 2000, 4000), 128, 512, 400, 256, 16, 1e-4)
+CPU = Size(64, 2, 3, 2e-3, (400, 800), 64, 256, 240, 64, 8, 2e-4)
+GPU = Size(256, 4, 4, 1e-3, (500, 1000), 128, 512, 100, 256, 16, 1e-4)
 
 
 @dataclass(frozen=True)
@@ -99,11 +115,10 @@ class Run:
         }
 
 
-def sft(run: Run, model: PreTrainedModel, data: Dataset, steps: int, rate: float | None = None) -> None:
+def sft(run: Run, model: PreTrainedModel, data: Dataset, steps: int, **settings: Any) -> None:
     """Train the model on text or on prompts with completions."""
     with tempfile.TemporaryDirectory() as folder:
-        settings = run.settings(folder, steps) | {"lr_scheduler_type": "constant"}
-        config = SFTConfig(**settings | ({"learning_rate": rate} if rate else {}))
+        config = SFTConfig(**run.settings(folder, steps) | settings)
         SFTTrainer(model, args=config, train_dataset=data, processing_class=tiny_tokenizer()).train()
 
 
@@ -114,7 +129,6 @@ def rl(run: Run, model: PreTrainedModel, steps: int, parallel: bool = False) -> 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             **run.settings(folder, steps),
-            lr_scheduler_type="constant",
             num_generations=run.size.generations,
             max_completion_length=2 * run.size.chain + 2,
             plugins=[plugin] if parallel else [],
@@ -130,90 +144,128 @@ def rl(run: Run, model: PreTrainedModel, steps: int, parallel: bool = False) -> 
 
 
 def apply(recipe: str, run: Run, model: PreTrainedModel) -> None:
-    """Train the model by one of `RECIPES`; each takes the same number of optimiser steps."""
-    steps = run.size.steps
-    if recipe == "SFT":
-        sft(run, model, run.problems(), steps)
-    elif recipe == "RL":
-        rl(run, model, steps)
-    elif recipe == "SFT, then RL":
-        sft(run, model, run.problems(), steps // 2)
-        rl(run, model, steps - steps // 2)
-    elif recipe == "parallel":
-        rl(run, model, steps, parallel=True)
+    """Train the model by one of `RECIPES`."""
+    sft_steps, rl_steps = batches(recipe, run.size)
+    if sft_steps and recipe != "parallel":
+        sft(run, model, run.problems(), sft_steps)
+    if rl_steps:
+        rl(run, model, rl_steps, parallel=recipe == "parallel")
+
+
+def batches(recipe: str, size: Size) -> tuple[int, int]:
+    """Batches of SFT and of RL that the recipe takes."""
+    sft_share, rl_share = RECIPES[recipe]
+    return round(sft_share * size.steps), round(rl_share * size.steps)
 
 
 def pass_rates(run: Run, model: PreTrainedModel) -> dict[str, float]:
-    """pass@k on held-out problems."""
+    """pass@k on held-out problems, from max(KS) samples of each."""
     rows = run.task.dataset(run.size.held_out, "prompt_only", split="held_out", seed=0)
-    prompts, answers = list(rows["prompt"]), list(rows["answer"])
-    solved = [0] * len(prompts)
     n = max(KS)
-    for draw in range(n):
-        drawn = complete(
-            model, tiny_tokenizer(), prompts, seed=draw, temperature=0.6, top_p=1.0,
-            max_new_tokens=2 * run.size.chain + 2,
-        )  # fmt: skip
-        right = run.task.reward([text for text, _ in drawn], answers)
-        solved = [s + int(r) for s, r in zip(solved, right, strict=True)]
+    drawn = complete(
+        model, tiny_tokenizer(), list(rows["prompt"]) * n, seed=0, temperature=0.6, top_p=1.0,
+        max_new_tokens=2 * run.size.chain + 2,
+    )  # fmt: skip
+    right = torch.tensor(run.task.reward([text for text, _ in drawn], list(rows["answer"]) * n))
+    solved = right.view(n, len(rows)).sum(0).int().tolist()
     return {f"pass@{k}": statistics.mean(pass_at_k(n, c, k) for c in solved) for k in KS}
 
 
-def measure(run: Run, recipe: str, model: PreTrainedModel, base: PreTrainedModel) -> dict[str, float]:
+def measure(run: Run, model: PreTrainedModel, base: PreTrainedModel) -> dict[str, float]:
     """pass@k, and the drift from the checkpoint that the recipe started at."""
-    model.eval()
     general = list(run.general(200, seed=7))
     before, after = (
-        [s for batch in score(m, tiny_tokenizer(), general, batch_size=100) for s in batch] for m in (base, model)
+        [s for batch in score(m.eval(), tiny_tokenizer(), general, batch_size=200) for s in batch]
+        for m in (base, model)
     )
     return {**pass_rates(run, model), "drift": compare(before, after)["nll"].change}
 
 
-def fresh(run: Run, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
-    """A model with these weights."""
-    model = tiny_llama(hidden=run.size.hidden, layers=run.size.layers)
-    model.load_state_dict(weights)
+def fresh(run: Run, weights: dict[str, torch.Tensor] | None = None) -> PreTrainedModel:
+    """A model with these weights, or those of the seed."""
+    model = tiny_llama(hidden=run.size.hidden, layers=run.size.layers, seed=run.seed)
+    if weights:
+        model.load_state_dict(weights)
     return model.to(run.device)
 
 
-def excursions(run: Run, file: Any) -> None:
-    """All recipes from all checkpoints of one seed; a line of results each."""
-    model = tiny_llama(hidden=run.size.hidden, layers=run.size.layers, seed=run.seed).to(run.device)
-    data, done = run.pretraining(), 0
+def pretrained(run: Run, folder: Path) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+    """The checkpoints and their weights, from the folder where an earlier run has left them."""
+    weights, done = None, 0
     for checkpoint in run.size.checkpoints:
-        part = data.select(range(done * run.size.batch, checkpoint * run.size.batch))
-        sft(run, model, part, checkpoint - done, rate=2e-3 if run.device == "cpu" else 5e-4)
-        done = checkpoint
-        weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        base = fresh(run, weights).eval()
+        path = folder / f"seed{run.seed}_step{checkpoint}.safetensors"
+        if not path.exists():
+            model = fresh(run, weights)
+            part = run.pretraining().select(range(done * run.size.batch, checkpoint * run.size.batch))
+            rate = run.size.base_rate
+            sft(run, model, part, checkpoint - done, learning_rate=rate, lr_scheduler_type="constant")
+            save_file(model.state_dict(), path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)  # a name stands for a whole file
+        weights, done = load_file(path), checkpoint
+        yield checkpoint, weights
+
+
+def excursions(run: Run, folder: Path) -> None:
+    """All recipes from all checkpoints of one seed; a line of results each, but for those that are there already."""
+    done = {(line["seed"], line["checkpoint"], line["recipe"]) for line in results(folder)}
+    for checkpoint, weights in pretrained(run, folder):
         for recipe in RECIPES:
-            trained = fresh(run, weights)
-            apply(recipe, run, trained)
-            result = measure(run, recipe, trained, base)
-            line = {"seed": run.seed, "checkpoint": checkpoint, "recipe": recipe, **result}
+            if (run.seed, checkpoint, recipe) in done:
+                continue
+            start = time.perf_counter()
+            model = fresh(run, weights)
+            apply(recipe, run, model)
+            line = {"seed": run.seed, "checkpoint": checkpoint, "recipe": recipe}
+            line |= measure(run, model, fresh(run, weights)) | {"seconds": round(time.perf_counter() - start, 1)}
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}, flush=True)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
+            with (folder / "results.jsonl").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            (folder / "table.md").write_text(table(results(folder), run.size))
 
 
-def table(lines: Sequence[dict[str, Any]]) -> str:
-    """Means over seeds, with the standard error of pass@32 and drift."""
-    rows = ["| checkpoint | recipe | pass@1 | pass@8 | pass@32 | drift of general nll |", "|---|---|---|---|---|---|"]
+def results(folder: Path) -> list[Line]:
+    """The lines so far."""
+    path = folder / "results.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def found(lines: Sequence[Line], checkpoint: int, recipe: str) -> dict[int, Line]:
+    """The lines of a recipe from a checkpoint, by seed."""
+    return {x["seed"]: x for x in lines if (x["checkpoint"], x["recipe"]) == (checkpoint, recipe)}
+
+
+def cell(name: str, values: Sequence[float], each: bool = False) -> str:
+    """Mean ± standard error over seeds, pass@k in percent; with `each` the values of the seeds as well."""
+    scale, form = (1, ".3f") if name == "drift" else (100, ".1f")
+    form = "+" + form if each else form
+    values = [value * scale for value in values]
+    text = format(statistics.mean(values), form)
+    if len(values) > 1:
+        text += f" ± {format(statistics.stdev(values) / len(values) ** 0.5, form.lstrip('+'))}"
+    return text + (f" ({', '.join(format(value, form) for value in values)})" if each else "")
+
+
+def table(lines: Sequence[Line], size: Size) -> str:
+    """The recipes with their batches, and what `parallel` has over each of them, paired by seed."""
+    head = " | ".join(MEASURES)
+    rows = [f"| checkpoint | recipe | SFT + RL batches | seeds | {head} |", "|---|---|---|---|---|---|---|---|"]
+    pairs = [f"| checkpoint | parallel minus | {head} |", "|---|---|---|---|---|---|"]
     for checkpoint in sorted({line["checkpoint"] for line in lines}):
+        best = found(lines, checkpoint, "parallel")
         for recipe in RECIPES:
-            found = [line for line in lines if (line["checkpoint"], line["recipe"]) == (checkpoint, recipe)]
-            cells = []
-            for name in ("pass@1", "pass@8", "pass@32", "drift"):
-                values = [line[name] for line in found]
-                scale = 1 if name == "drift" else 100
-                error = statistics.stdev(values) / len(values) ** 0.5 * scale if len(values) > 1 else float("nan")
-                digits = 3 if name == "drift" else 1
-                cells.append(f"{statistics.mean(values) * scale:.{digits}f} ± {error:.{digits}f}")
-            rows.append(f"| {checkpoint} | {recipe} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+            seeds = found(lines, checkpoint, recipe)
+            if seeds:
+                cells = [cell(name, [line[name] for line in seeds.values()]) for name in MEASURES]
+                budget = "{} + {}".format(*batches(recipe, size))
+                rows.append(f"| {checkpoint} | {recipe} | {budget} | {len(seeds)} | " + " | ".join(cells) + " |")
+            both = [seed for seed in sorted(seeds) if seed in best]
+            if both and recipe != "parallel":
+                cells = [cell(name, [best[s][name] - seeds[s][name] for s in both], each=True) for name in MEASURES]
+                pairs.append(f"| {checkpoint} | {recipe} | " + " | ".join(cells) + " |")
+    return "\n".join([*rows, "", *pairs]) + "\n"
 
 
-def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(lines: Sequence[Line], path: Path) -> None:
     """pass@1, pass@32 and drift against the checkpoint."""
     import matplotlib
 
@@ -221,17 +273,14 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5))
-    checkpoints = sorted({line["checkpoint"] for line in lines})
     for axis, name in zip(axes, ("pass@1", "pass@32", "drift"), strict=True):
         for recipe in RECIPES:
-            means = [
-                statistics.mean(x[name] for x in lines if (x["checkpoint"], x["recipe"]) == (checkpoint, recipe))
-                for checkpoint in checkpoints
-            ]
-            axis.plot(checkpoints, means, marker="o", label=recipe)
+            of = {c: found(lines, c, recipe) for c in sorted({line["checkpoint"] for line in lines})}
+            means = {c: statistics.mean(x[name] for x in seeds.values()) for c, seeds in of.items() if seeds}
+            axis.plot(list(means), list(means.values()), marker="o", label=recipe)
         axis.set_xlabel("pre-training steps")
         axis.set_title("change of general nll" if name == "drift" else name)
-    axes[0].legend()
+    axes[0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -239,19 +288,26 @@ def plot(lines: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="the size for one GPU")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... up to this many")
     parser.add_argument("--output", type=Path, default=Path("runs/rl_excursions"))
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
+    if options.gpu and options.seeds and not torch.cuda.is_available():
+        parser.error("--gpu: torch sees no CUDA device here; leave --gpu out for the size for a CPU")
+    size, device = (GPU, "cuda") if options.gpu else (CPU, "cpu")
+    folder = options.output / ("gpu" if options.gpu else "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = folder / "size.json"
+    if settings.exists() and json.loads(settings.read_text()) != json.loads(json.dumps(asdict(size))):
+        parser.error(f"{folder} holds results of another size (size.json); name another --output, or delete it")
+    settings.write_text(json.dumps(asdict(size)) + "\n")
     if not options.gpu:
         torch.set_num_threads(1)  # the tensors are too small for more
-    with (options.output / "results.jsonl").open("w") as file:
-        for seed in range(options.seeds):
-            excursions(Run(GPU if options.gpu else CPU, seed, "cuda" if options.gpu else "cpu"), file)
-    lines = [json.loads(line) for line in (options.output / "results.jsonl").read_text().splitlines()]
-    (options.output / "table.md").write_text(table(lines))
-    plot(lines, options.output / "plot.png")
-    print(table(lines))
+    for seed in range(options.seeds):
+        excursions(Run(size, seed, device), folder)
+    lines = results(folder)
+    (folder / "table.md").write_text(table(lines, size))
+    plot(lines, folder / "plot.png")
+    print(table(lines, size))
     print(f"processor time: {time.process_time() / 60:.1f} minutes")
 
 
