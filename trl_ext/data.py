@@ -73,10 +73,11 @@ def load_dataset_spec(spec: Mapping[str, Any]) -> Dataset:
         else:
             options = {key: spec.get(key) for key in ("name", "data_files", "data_dir")}
             dataset = load_dataset(str(path) if path.exists() else spec["path"], split=split, **options)
+    # Without a cause: the message has what it says, and the command line then ends with the message alone.
     except (OSError, KeyError, ValueError) as error:
-        raise ConfigurationError(f"data set {dict(spec)!r} cannot be loaded: {error}") from error
+        raise ConfigurationError(f"data set {dict(spec)!r} cannot be loaded: {error}") from None
     except DatasetGenerationError as error:  # what is wrong with the file is in its cause
-        raise ConfigurationError(f"data set {dict(spec)!r} cannot be loaded: {error.__cause__ or error}") from error
+        raise ConfigurationError(f"data set {dict(spec)!r} cannot be loaded: {error.__cause__ or error}") from None
     except StopIteration:  # what `datasets` makes of a file without a row
         raise ConfigurationError(f"data set {dict(spec)!r} is empty") from None
     return rename_columns(dataset, parse_columns(spec.get("columns"), "columns"))
@@ -142,26 +143,40 @@ def refuse_missing_columns(
     """Refuse a reward function that cannot be called with a data set's columns, before a model loads.
 
     Args:
-        function: of TRL's form: called with `given` and the data set's other columns, by name.
+        function: of TRL's form: called with `given` and the data set's other columns, all of them, by name.
         columns: of the data set.
         name: what to call the function in the error.
         given: arguments that come from elsewhere.
 
     Raises:
-        ConfigurationError: it has an argument without default that nothing gives.
+        ConfigurationError: it has an argument without default that nothing gives, does not take one that it is given,
+            or a column has the name of one of `given`.
     """
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    wanted = [
-        parameter.name
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind in named and parameter.default is parameter.empty
-    ]
-    there = {*given, *columns} - {"prompt", "completion"}
-    if missing := [argument for argument in wanted if argument not in there]:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions in C do not say
+        return
+    parameters = signature.parameters.values()
+    wanted = [p.name for p in parameters if p.kind in named and p.default is p.empty]
+    passed = {column: None for column in columns if column not in ("prompt", "completion", "completion_ids")}
+    if missing := [argument for argument in wanted if argument not in {*given, *passed}]:
         raise ConfigurationError(
             f"reward {name} wants the column(s) {', '.join(missing)}, which the data set lacks; it has "
             f"{', '.join(columns)}. Rename one, or choose another reward function"
         )
+    if taken := [column for column in passed if column in given]:
+        raise ConfigurationError(
+            f"the data set's column(s) {', '.join(taken)} would be passed to reward {name} as what TRL passes under "
+            "this name; rename the column(s)"
+        )
+    try:
+        signature.bind(**dict.fromkeys(given), **passed)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"reward {name} cannot be called as TRL calls it, with {', '.join([*given, *passed])} by name: {error}. "
+            "Add **kwargs to its arguments, which takes what it has no use for"
+        ) from None
 
 
 def _parse_stream(name: str, spec: Any) -> dict[str, Any]:

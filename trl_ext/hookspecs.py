@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         Window,
     )
 
-API_VERSION = "1.1"
+API_VERSION = "1.2"
 PROJECT = "trl_ext"
 
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -36,6 +36,8 @@ class RunDescription:
     peft: bool
     world_size: int
     sharding: Literal["none", "ddp", "fsdp1", "fsdp2", "deepspeed"]
+    rewards: tuple[str, ...] = ()
+    """GRPO: names of the reward functions; empty where they are not known beforehand (new in 1.2)."""
 
 
 @dataclass(frozen=True)

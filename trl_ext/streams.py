@@ -35,6 +35,7 @@ class Stream:
         collate: makes a batch of a list of samples.
         seed: seed of the order.
         rank, world_size: this rank's part.
+        plugin: name of the plugin that asked.
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class Stream:
         seed: int,
         rank: int,
         world_size: int,
+        plugin: str = "",
     ) -> None:
+        self.plugin = plugin
         self.request = request
         self.dataset = dataset
         self.collate = collate
@@ -88,14 +91,27 @@ class Stream:
         return [self._row(i) for i in range(start, start + self.request.batch_size)]
 
     def next_batch(self) -> dict[str, Tensor]:
-        """This rank's next batch, on the CPU."""
+        """This rank's next batch, on the CPU.
+
+        Raises:
+            IndexError: the plugin selected a row that there is not.
+        """
         if self.request.select is None:
             return self.collate([self.dataset[i] for i in self.next_indices()])
         rows = list(self.request.select())
-        batch = self.collate([self.dataset[i] for i in rows or [0]])
         if not rows:
-            # The other ranks may have rows, so this one runs its forward and backward too, on nothing.
-            batch["labels"] = torch.full_like(batch["labels"], -100)
+            return self.empty_batch()
+        if outside := [row for row in rows if not 0 <= row < len(self.dataset)]:
+            raise IndexError(
+                f"row {outside[0]} was asked of the stream '{self.request.role}', which has rows 0 to "
+                f"{len(self.dataset) - 1}"
+            )
+        return self.collate([self.dataset[i] for i in rows])
+
+    def empty_batch(self) -> dict[str, Tensor]:
+        """A batch without labels: the other ranks may have some, so this one runs its forward and backward too."""
+        batch = self.collate([self.dataset[0]])
+        batch["labels"] = torch.full_like(batch["labels"], -100)
         return batch
 
     def _row(self, i: int) -> int:
@@ -128,13 +144,14 @@ class Stream:
         self.position = state["position"]
 
 
-def prepare_stream(trainer: TrainerMixin, request: StreamRequest, dataset: Any) -> Stream:
+def prepare_stream(trainer: TrainerMixin, plugin: str, request: StreamRequest, dataset: Any) -> Stream:
     """Tokenize a data set as TRL's SFT would, with labels on the completion where there is one.
 
-    Works in GRPO too: TRL's preparation needs only a tokenizer, a template and a few options.
+    Works in GRPO too: TRL's preparation needs only a tokenizer, a template and a few options. Messages go through the
+    template with GRPO's `chat_template_kwargs`, as the prompts of the rollouts do.
 
     Raises:
-        ConfigurationError: a streaming or empty data set.
+        ConfigurationError: a streaming or empty data set, or one with images.
     """
     if not isinstance(dataset, Dataset):
         raise ConfigurationError(
@@ -143,7 +160,15 @@ def prepare_stream(trainer: TrainerMixin, request: StreamRequest, dataset: Any) 
         )
     if len(dataset) == 0:
         raise ConfigurationError(f"stream '{request.role}' is empty")
+    if images := sorted({"image", "images"}.intersection(dataset.column_names)):
+        raise ConfigurationError(
+            f"stream '{request.role}' has a column {images[0]!r}, but streams are of text alone; remove the column to "
+            "train on the text without its images"
+        )
     args = trainer.args
+    options_of_template = getattr(args, "chat_template_kwargs", None)
+    if options_of_template and "chat_template_kwargs" not in dataset.column_names:
+        dataset = dataset.add_column("chat_template_kwargs", [dict(options_of_template)] * len(dataset))
     max_length = request.max_length if request.max_length is not None else getattr(args, "max_length", None)
     # A namespace, not an SFTConfig: building one inside a live trainer resets accelerate's state.
     options = SimpleNamespace(
@@ -173,7 +198,7 @@ def prepare_stream(trainer: TrainerMixin, request: StreamRequest, dataset: Any) 
     )
     default_seed = args.data_seed if args.data_seed is not None else args.seed
     seed = default_seed if request.seed is None else request.seed
-    return Stream(request, prepared, collate, seed, args.process_index, args.world_size)
+    return Stream(request, prepared, collate, seed, args.process_index, args.world_size, plugin)
 
 
 def stream_gradient(trainer: TrainerMixin, model: nn.Module, stream: Stream) -> StreamGradient:
@@ -183,7 +208,10 @@ def stream_gradient(trainer: TrainerMixin, model: nn.Module, stream: Stream) -> 
     balancing loss where the trainer uses it; divided by the label tokens of the batch over all ranks.
     """
     seed = stream.seed + stream.position
-    inputs = trainer.ext_to_device(stream.next_batch())
+    batch = trainer.ext_guard.run("streams", stream.plugin, stream.next_batch, None)
+    if stream.request.select is not None:
+        trainer.ext_guard.agree()  # the rows are the plugin's choice, by this rank's data
+    inputs = trainer.ext_to_device(stream.empty_batch() if batch is None else batch)
     labels = inputs["labels"][:, 1:] != -100
     world = trainer.accelerator.num_processes
     tokens = trainer.accelerator.reduce(labels.sum(), reduction="sum").clamp(min=1)
@@ -208,8 +236,8 @@ def stream_gradient(trainer: TrainerMixin, model: nn.Module, stream: Stream) -> 
 
 def match_streams(
     requests: Mapping[str, list[StreamRequest]], datasets: Mapping[str, Any]
-) -> dict[str, tuple[StreamRequest, Any]]:
-    """Pair what plugins ask for with the data sets given, by role.
+) -> dict[str, tuple[str, StreamRequest, Any]]:
+    """Pair what plugins ask for with the data sets given, by role: the plugin that asks first, its request, the data.
 
     Args:
         requests: plugin name to its requests.
@@ -218,7 +246,7 @@ def match_streams(
     Raises:
         ConfigurationError: a role without data, data that no plugin asks for, or two different requests for a role.
     """
-    matched: dict[str, tuple[StreamRequest, Any]] = {}
+    matched: dict[str, tuple[str, StreamRequest, Any]] = {}
     for plugin, wanted in requests.items():
         for request in wanted:
             if request.role not in datasets:
@@ -231,11 +259,12 @@ def match_streams(
                     f"`streams={{'{request.role}': dataset}}` to the trainer"
                 )
             known = matched.get(request.role)
-            if known is not None and known[0] != request:
+            if known is None:
+                matched[request.role] = (plugin, request, datasets[request.role])
+            elif known[1] != request:
                 raise ConfigurationError(
-                    f"two plugins ask for the stream '{request.role}' in different ways: {known[0]} and {request}"
+                    f"two plugins ask for the stream '{request.role}' in different ways: {known[1]} and {request}"
                 )
-            matched[request.role] = (request, datasets[request.role])
     unused = sorted(set(datasets) - set(matched))
     if unused:
         asked = ", ".join(sorted(matched)) or "none"

@@ -123,6 +123,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         output["advantages"] = self.ext_guard.chain(
             "advantages", "advantages", output["advantages"], check, rollouts=rollouts, rewards=rewards
         )
+        self.ext_guard.agree()  # what follows is collective: streams, the loss of sharded weights
         return output
 
     # -- loss --------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class SetupMixin(Opened):
         device, world = self.accelerator.device, self.accelerator.num_processes
         self.ext_guard = Guard(self.ext_plugins, device, world, lambda: self.state.global_step)
         self.ext_tally = LossTally(device)
-        self.ext_streams = {role: prepare_stream(self, request, data) for role, (request, data) in requests.items()}
+        self.ext_streams = {role: prepare_stream(self, *request) for role, request in requests.items()}
         if self.ext_plugins or config.rank_check_steps:
             self.add_callback(StepCallback(self))
         self._ext_add_fused_outputs()
@@ -73,8 +73,8 @@ class SetupMixin(Opened):
 
     def _ext_check(
         self, bound: Mapping[str, Any], config: Any, datasets: Mapping[str, Any]
-    ) -> dict[str, tuple[StreamRequest, Any]]:
-        """Everything that can be refused before the model loads; gives the streams to prepare."""
+    ) -> dict[str, tuple[str, StreamRequest, Any]]:
+        """Everything that can be refused before the model loads; gives the streams to prepare, by role."""
         if not self.ext_plugins and not datasets:
             return {}
         model, dataset = bound.get("model"), bound.get("train_dataset")
@@ -88,6 +88,7 @@ class SetupMixin(Opened):
             peft=bound.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model)),
             world_size=config.world_size,
             sharding=sharding_of(config, model),
+            rewards=_reward_names(bound),
         )
         refuse_unsupported(
             run, self.ext_plugins, bound.get("compute_loss_func"), streaming=isinstance(dataset, IterableDataset)
@@ -103,7 +104,14 @@ class SetupMixin(Opened):
                 requests[plugin] = list(call())
             except Exception as error:
                 raise ConfigurationError(f"plugin '{plugin}' failed in hook 'streams': {error}") from error
-        return match_streams(requests, datasets)
+        matched = match_streams(requests, datasets)
+        owner = self.ext_plugins.owner("per_token_loss")
+        if self.ext_kind == "grpo" and owner is not None and not matched:
+            raise ConfigurationError(
+                f"plugin '{owner}' owns the loss per token of supervised data, and this GRPO run has none: no active "
+                "plugin asks for a stream; remove it, or add one that does"
+            )
+        return matched
 
     def _ext_add_fused_outputs(self) -> None:
         """Ask TRL's head for more outputs than the trainer needs (SFT); GRPO has a head of its own for streams."""
@@ -191,3 +199,11 @@ def _renamed(dataset: Any, columns: Mapping[str, str]) -> Any:
     if isinstance(dataset, Mapping):
         return {name: rename_columns(part, columns) for name, part in dataset.items()}
     return None if dataset is None else rename_columns(dataset, columns)
+
+
+def _reward_names(bound: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names that TRL will give the reward functions; none where they are not all plain functions."""
+    functions = bound.get("reward_funcs")
+    functions = functions if isinstance(functions, list) else [functions]
+    names = [getattr(function, "__name__", None) for function in functions]
+    return () if None in names or bound.get("environment_factory") is not None else tuple(map(str, names))

@@ -94,6 +94,13 @@ def demonstrations(size: int = 12) -> Dataset:
     return TASK.dataset(size, "prompt_completion", seed=1)
 
 
+def stopping_model() -> Any:
+    """A model whose completions end at many tokens, so that they have different lengths."""
+    model = tiny_llama(hidden=16).double()
+    model.generation_config.eos_token_id = [*range(0, 256, 6), tiny_tokenizer().eos_token_id]
+    return model
+
+
 SETTINGS: dict[str, Any] = {
     "max_steps": 4,
     "per_device_train_batch_size": 4,

@@ -44,16 +44,21 @@ def combine(a: Vector, b: Vector, x: float, y: float) -> Vector:
     return [x * s + y * t for s, t in zip(a, b, strict=True)]
 
 
-def rl_gradient(model: Any, rolled: Sequence[tuple[str, list[int], float]]) -> Vector:
-    """Of GRPO's loss on policy, per token over these completions alone: a ratio of one, and no clipping.
+def rl_gradient(model: Any, rolled: Sequence[tuple[str, list[int], float]], per_token: bool = True) -> Vector:
+    """Of GRPO's loss on policy over these completions alone: a ratio of one, and no clipping.
 
     Args:
         rolled: prompt, completion ids and advantage of each completion.
+        per_token: a mean over all tokens; otherwise over completions, each a mean over its tokens.
     """
     if not rolled:
         return [torch.zeros_like(p) for p in model.parameters()]
-    terms = [advantage * token_log_probs(model, prompt, ids).sum() for prompt, ids, advantage in rolled]
-    return gradient(model, -torch.stack(terms).sum() / sum(len(ids) for _, ids, _ in rolled))
+    size = sum(len(ids) for _, ids, _ in rolled) if per_token else len(rolled)
+    terms = [
+        advantage * (logps.sum() if per_token else logps.mean())
+        for logps, advantage in ((token_log_probs(model, prompt, ids), advantage) for prompt, ids, advantage in rolled)
+    ]
+    return gradient(model, -torch.stack(terms).sum() / size)
 
 
 def completions(rollouts: Any, advantages: Tensor) -> list[tuple[str, list[int], float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,25 @@ from typing import Any
 import pytest
 import torch
 from branches import largest_difference
-from mixing_runs import Recorder, Rolled, checksum_reward, demonstrations, grpo, mixed_reward
+from mixing_runs import (
+    Recorder,
+    Rolled,
+    checksum_reward,
+    constant_reward,
+    demonstrations,
+    grpo,
+    mixed_reward,
+    prompts,
+    stopping_model,
+)
 from oracles import combine, completions, demonstration_nll, gradient, model_at, rl_gradient, token_log_probs
 from torch import Tensor
 from trl_ext_mixing import HPT, Chord, ParallelAveraging, ReLIFT, Surgery
 from trl_ext_mixing.surgery import pcgrad_weights
 
 from trl_ext import hookimpl
-from trl_ext.errors import ConfigurationError
-from trl_ext.testing import tiny_tokenizer
+from trl_ext.errors import PluginError
+from trl_ext.testing import tiny_llama, tiny_tokenizer
 
 # Gradients of two ways to write one loss in fp64, through a head that TRL evaluates in tiles.
 EXACT = 1e-10
@@ -41,6 +52,22 @@ def test_chord_is_the_weighted_sum_with_mu_on_its_schedule(tmp_path: Path) -> No
         expected = combine(before.rl[step], before.sft[step], 1 - mu, mu)
         assert largest_difference(after.rl[step], expected) < EXACT
     assert [v for e in trainer.state.log_history for k, v in e.items() if k.endswith("/mu")] == pytest.approx(mus)
+
+
+def test_a_cosine_schedule_is_half_way_in_the_middle_and_flat_at_its_ends(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, [Chord(mu=1.0, mu_end=0.0, schedule="cosine")], max_steps=4)
+    trainer.train()
+    logged = [v for e in trainer.state.log_history for k, v in e.items() if k.endswith("/mu")]
+    assert logged == pytest.approx([(1 + math.cos(math.pi * t)) / 2 for t in (0, 0.25, 0.5, 0.75)])
+
+
+def test_a_schedule_goes_on_where_the_run_is_when_plugin_states_are_reset(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    grpo(tmp_path, ["chord:mu=0.9,mu_end=0.1"], **settings).train()
+    trainer = grpo(tmp_path, ["chord:mu=0.9,mu_end=0.1"], reset_plugin_state=True, **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    logged = [v for e in trainer.state.log_history for k, v in e.items() if k.endswith("/mu")]
+    assert logged == pytest.approx([0.9, 0.7, 0.5, 0.3])
 
 
 def test_phi_weighs_tokens_by_p_times_one_minus_p(tmp_path: Path) -> None:
@@ -73,6 +100,15 @@ def test_pcgrad_is_the_sum_of_the_projected_gradients() -> None:
         torch.testing.assert_close(x * a + y * b, expected)
         signs.add(bool(dot < 0))
     assert signs == {True, False}
+
+
+def test_surgery_does_not_blow_up_rounding_where_no_group_tells_anything(tmp_path: Path) -> None:
+    """Six times 0.3 has a mean that rounds, so TRL's advantages are not quite zero."""
+    before, after = Recorder(), Late()
+    six = {"per_device_train_batch_size": 6, "num_generations": 6}
+    grpo(tmp_path, [Surgery(), after], recorder=before, reward=constant_reward, max_steps=2, **six).train()
+    for mine, sft in zip(after.rl, before.sft, strict=True):
+        assert largest_difference(mine, sft) == 0
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -157,6 +193,19 @@ def test_same_prompt_demonstrations_replace_the_stream(tmp_path: Path) -> None:
         assert largest_difference(moved, expected) < EXACT
 
 
+def test_evaluation_does_not_exchange_the_rows_of_the_step(tmp_path: Path) -> None:
+    """With two steps a generation batch would be refused, so evaluation comes between generation and step only here."""
+    data = demonstrations(12)
+    plugin, rolled = ParallelAveraging(stream_row="row"), Rolled()
+    rows = data.remove_columns("completion").add_column("row", list(range(12)))
+    trainer = grpo(tmp_path, [rolled, plugin], stream=data, data=rows, eval_data=rows.select([11]), max_steps=1)
+    trainer.train()
+    chosen = list(plugin._rows)
+    trainer.evaluate()
+    assert not rolled.batches[-1][0].training
+    assert plugin._rows == chosen == [rolled.batches[0][0].inputs[0]["row"]] != [11]
+
+
 @pytest.mark.parametrize("objective", [False, True])
 def test_stream_rows_of_the_same_prompts_go_through_the_stream(tmp_path: Path, objective: bool) -> None:
     """Also with an objective, which `demonstrations` does not have; the objective here doubles the loss."""
@@ -190,44 +239,52 @@ def test_stream_rows_of_the_same_prompts_go_through_the_stream(tmp_path: Path, o
         assert largest_difference(seen.sft[step], gradient(model, (2 if objective else 1) * nll)) < 1e-6
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_hpt_gives_each_prompt_one_of_two_losses_each_a_mean_over_its_own_tokens(
-    tmp_path: Path, accumulation: int
+@pytest.mark.parametrize(("loss_type", "gamma", "accumulation"), [("dapo", 0, 1), ("dapo", 0.25, 2), ("grpo", 0.25, 1)])
+def test_hpt_gives_each_prompt_one_of_two_losses_each_a_mean_of_its_own(
+    tmp_path: Path, loss_type: str, gamma: float, accumulation: int
 ) -> None:
     rolled, seen = Rolled(), Recorder()
     trainer = grpo(
         tmp_path,
-        [rolled, HPT(sft_coefficient=0.7)],
+        [rolled, HPT(sft_coefficient=0.7, gamma=gamma)],
         recorder=seen,
         stream=False,
         data=demonstrations(16),
+        model=stopping_model(),
         reward=mixed_reward,
+        loss_type=loss_type,
+        max_completion_length=8,
         per_device_train_batch_size=16 // accumulation,
         gradient_accumulation_steps=accumulation,
-        max_steps=2,
+        max_steps=4,
     )
     trainer.train()
-    mixed = 0
+    mixed, lengths, at_gamma = 0, set(), 0
     for step, (rollouts, rewards, advantages) in enumerate(rolled.batches):
         rates = rewards.total.view(-1, 4).gt(0).float().mean(1)
-        keep = [bool(rates[i // 4] > 0) for i in range(len(rollouts.prompts))]
+        lengths |= set(rollouts.mask.sum(1).tolist())
+        at_gamma += int((rates == 0.25).sum())
+        keep = [bool(rates[i // 4] > gamma) for i in range(len(rollouts.prompts))]
         rows = [rollouts.inputs[i] for i in range(0, len(keep), 4) if not keep[i]]
         mixed += 0 < len(rows) < 4
         model = model_at(seen.weights[step])
         kept = [c for c, keeps in zip(completions(rollouts, advantages), keep, strict=True) if keeps]
-        expected = rl_gradient(model, kept)
+        expected = rl_gradient(model, kept, per_token=loss_type == "dapo")
         if rows:
             expected = combine(expected, gradient(model, demonstration_nll(model, rows)), 1.0, 0.7)
         # TRL's advantages are fp32.
         assert largest_difference(seen.rl[step], expected) < 1e-6, step
     assert mixed, "no batch had both kinds of prompt"
+    assert len(lengths) > 2, "no two denominators differ"
+    assert at_gamma, "no pass rate was 1/4"
 
 
-def test_hpt_with_every_prompt_solved_is_plain_grpo(tmp_path: Path) -> None:
+def test_hpt_with_every_prompt_solved_is_plain_grpo_and_asks_for_no_demonstration(tmp_path: Path) -> None:
     runs = []
     for i, plugins in enumerate(([HPT(solved_at=0.0)], [])):
         seen = Recorder()
-        grpo(tmp_path / str(i), plugins, recorder=seen, stream=False, data=demonstrations(16)).train()
+        data = prompts(16).add_column("completion", [""] * 16)
+        grpo(tmp_path / str(i), plugins, recorder=seen, stream=False, data=data).train()
         runs.append(seen)
     assert largest_difference(runs[0].weights[-1], runs[1].weights[-1]) == 0
     assert largest_difference(runs[0].weights[0], runs[0].weights[-1]) > 1e-3
@@ -271,6 +328,75 @@ def test_relift_steps_on_the_unsolved_prompts_when_the_buffer_is_full(tmp_path: 
     assert trainer.state.log_history[-2]["relift/sft_steps"] == steps
 
 
+def test_relift_clips_its_step_and_leaves_evaluation_and_skipped_steps_alone(tmp_path: Path) -> None:
+    class Break:
+        """Makes the RL gradient of the second step infinite."""
+
+        requires_api, citation, steps = "1", "test", 0
+
+        @hookimpl
+        def gradients_ready(self, gradients: Any, streams: Any) -> None:
+            self.steps += 1
+            if self.steps == 2:
+                gradients.mul_(torch.inf)
+
+    rolled, seen = Rolled(), Late()
+    trainer = grpo(
+        tmp_path,
+        [rolled, ReLIFT(buffer_size=1, max_grad_norm=0.1), Break(), seen],
+        stream=False,
+        data=demonstrations(16),
+        eval_data=demonstrations(4),
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=4,
+        reward=never,
+        optim="sgd",
+        max_grad_norm=0.0,
+        max_steps=3,
+        nonfinite="skip",
+    )
+    trainer.train()
+    batches = [rollouts for rollouts, _, _ in rolled.batches if rollouts.training]
+    assert len(rolled.batches) > len(batches) == 3
+    waiting: list[Any] = []
+    for step, rollouts in enumerate(batches):
+        waiting.append(rollouts.inputs[0])
+        expected = seen.weights[step]
+        if step != 1:
+            expected = combine(expected, seen.rl[step], 1.0, -1e-2)
+            while waiting:
+                model = model_at(expected)
+                sft = gradient(model, demonstration_nll(model, [waiting.pop(0)]))
+                norm = float(torch.sqrt(sum((g * g).sum() for g in sft)))
+                assert norm > 0.1
+                expected = combine(expected, sft, 1.0, -1e-2 * 0.1 / (norm + 1e-6))
+        assert largest_difference(seen.weights[step + 1], expected) < 1e-9, step
+
+
+def test_a_non_finite_gradient_of_the_buffer_is_left_out_or_stops_the_run(tmp_path: Path) -> None:
+    def poisoned() -> Any:
+        model = tiny_llama(hidden=16).double()
+
+        def spoil(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+            # Only `Demonstrations` asks for plain logits without a cache.
+            if kwargs.get("use_cache") is False and not kwargs.get("fused_lm_head"):
+                output.logits = output.logits * torch.inf
+            return output
+
+        model.register_forward_hook(spoil, with_kwargs=True)
+        return model
+
+    given: dict[str, Any] = {"stream": False, "data": demonstrations(16), "reward": never, "max_steps": 3}
+    trainer = grpo(tmp_path, ["relift:buffer_size=1"], model=poisoned(), nonfinite="skip", **given)
+    trainer.train()
+    last = trainer.state.log_history[-2]
+    assert (last["relift/sft_steps"], last["relift/skipped_sft_steps"]) == (0, 3)
+    assert all(bool(p.isfinite().all()) for p in trainer.model.parameters())
+    with pytest.raises(PluginError, match=r"relift.*nonfinite='skip' leaves such steps out"):
+        grpo(tmp_path, ["relift:buffer_size=1"], model=poisoned(), **given).train()
+
+
 def test_relift_keeps_its_buffer_over_a_resume(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "reward": never}
 
@@ -285,40 +411,3 @@ def test_relift_keeps_its_buffer_over_a_resume(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert largest_difference(seen_whole.weights[-1], seen.weights[-1]) == 0
     assert resumed.state.log_history[-2]["relift/sft_steps"] == 1
-
-
-@pytest.mark.parametrize(
-    ("plugin", "options", "message"),
-    [
-        (Chord, {"mu": 1.2}, "mu=1.2"),
-        (Chord, {"stream_row": "i", "demonstrations": "completion"}, "exclude each other"),
-        (Chord, {"stream_row": "i", "max_length": 9}, "max_length=9 may drop rows"),
-        (Chord, {"decay": 0.0}, "decay=0.0"),
-        (HPT, {"gamma": 1.0}, "gamma=1.0"),
-        (HPT, {"sft_coefficient": 0.0}, "sft_coefficient=0.0"),
-        (ReLIFT, {"buffer_size": 0}, "buffer_size=0"),
-        (ReLIFT, {"lr_ratio": -1.0}, "lr_ratio=-1.0"),
-    ],
-)
-def test_values_out_of_range_are_named(plugin: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        plugin(**options)
-
-
-def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="no column 'solution'"):
-        grpo(tmp_path, ["hpt:demonstrations=solution"], stream=False, data=demonstrations())
-    with pytest.raises(ConfigurationError, match="parallel-averaging and chord would each mix"):
-        grpo(tmp_path, ["parallel-averaging", "chord"])
-    with pytest.raises(ConfigurationError, match="stream_row='i' is no column"):
-        grpo(tmp_path, ["chord:stream_row=i"])
-    with pytest.raises(ConfigurationError, match="num_iterations=2"):
-        grpo(tmp_path, ["hpt"], stream=False, data=demonstrations(), num_iterations=2)
-    with pytest.raises(ConfigurationError, match="steps_per_generation=2"):
-        grpo(
-            tmp_path,
-            ["parallel-averaging:demonstrations=completion"],
-            stream=False,
-            data=demonstrations(),
-            steps_per_generation=2,
-        )

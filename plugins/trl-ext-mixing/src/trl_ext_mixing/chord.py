@@ -53,6 +53,11 @@ class Chord(TwoGradients):
             raise ValueError(f"chord: decay={self.decay} is not in (0, 1]")
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(f"chord: schedule={self.schedule!r} is not one of linear, cosine")
+        if self.phi and self.demonstrations:
+            raise ValueError(
+                f"chord: phi weighs the tokens of a stream, and demonstrations={self.demonstrations!r} uses none; give "
+                "the demonstrations as the stream 'sft' and their rows by stream_row"
+            )
         if self.phi:
             self.per_token_loss = phi_loss  # an exclusive hook: claimed only where it is wanted
 

@@ -6,9 +6,11 @@ plain log-likelihood at temperature 1, on one device or under DDP.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +20,11 @@ from torch.nn.functional import cross_entropy
 from trl_ext.errors import ConfigurationError
 from trl_ext.gradients import GradientView
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, StreamGradient
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+METHODS = frozenset({"chord", "hpt", "parallel-averaging", "relift", "surgery"})
 
 
 @dataclass(frozen=True)
@@ -33,21 +40,51 @@ class Demonstration:
         return len(self.ids) - self.start
 
 
+def refuse_company(run: RunDescription, method: str) -> None:
+    """Raise where two of this distribution's methods are active.
+
+    Raises:
+        ConfigurationError: naming them.
+    """
+    if others := sorted(METHODS.intersection(run.plugins) - {method}):
+        raise ConfigurationError(
+            f"{method} and {', '.join(others)} would each bring SFT into the step; keep one in `plugins`"
+        )
+
+
 def refuse_unsupported(run: RunDescription, column: str, setting: str) -> None:
     """Raise where demonstrations of the rolled-out prompts cannot be had.
 
     Raises:
-        ConfigurationError: sharded parameters, or no such column in the training data.
+        ConfigurationError: sharded parameters, images, reentrant checkpointing, or no such column in the training data.
     """
     if run.sharding not in ("none", "ddp"):
         raise ConfigurationError(
             f"{setting} runs a forward outside of the trainer's, which sharded parameters ({run.sharding}) do not "
             "allow; use DDP, or give the demonstrations as the stream 'sft'"
         )
+    refuse_missing_column(run, column, setting)
+    if images := sorted({"image", "images"}.intersection(run.columns)):
+        raise ConfigurationError(f"{setting}: demonstrations are of text alone, but the data has {images[0]!r}")
+    if run.args.gradient_checkpointing and (run.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ConfigurationError(
+            f"{setting} takes gradients by torch.autograd.grad, which reentrant checkpointing does not allow; set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}"
+        )
+
+
+def refuse_missing_column(run: RunDescription, column: str, setting: str) -> None:
+    """Raise where the rows that come back with the rollouts lack a column.
+
+    Raises:
+        ConfigurationError: there is none of this name, or the trainer drops it.
+    """
     if run.columns and column not in run.columns:
         raise ConfigurationError(
             f"{setting}: the training data has no column {column!r}; there are {', '.join(run.columns)}"
         )
+    if run.args.remove_unused_columns:
+        raise ConfigurationError(f"{setting}: remove_unused_columns=True drops {column!r}; set it to False")
 
 
 def refuse_split_generations(run: RunDescription) -> None:
@@ -72,6 +109,32 @@ def first_rows(rollouts: Rollouts, rewards: Rewards) -> list[tuple[int, Any]]:
     return [(i // size, row) for i, row in numbered if i % size == 0]
 
 
+def on_every_rank(context: SetupContext, make: Callable[[], T]) -> T:
+    """What `make` gives from this rank's data; if it raises on any rank, an error on all. Collective.
+
+    For hooks that go on to communicate: a rank that had raised alone would be waited for.
+
+    Raises:
+        Exception: what `make` raised here.
+        RuntimeError: what it raised elsewhere.
+    """
+    if context.world_size == 1:
+        return make()
+    result, failure = None, None
+    try:
+        result = make()
+    except Exception as error:
+        failure = error
+    messages: list[str | None] = [None] * context.world_size
+    dist.all_gather_object(messages, None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"{message} [on rank {rank}]")
+    return result  # type: ignore[return-value]
+
+
 class Demonstrations:
     """Finds, tokenizes and scores demonstrations.
 
@@ -79,39 +142,95 @@ class Demonstrations:
         context: of the run.
         column: column of the training data: text, or messages, that answers the row's `prompt`.
         max_length: longest sequence in tokens, cut at the end; not cut where None.
+        template: options of the chat template, as the prompts of the rollouts have them (`chat_template_kwargs`).
     """
 
-    def __init__(self, context: SetupContext, column: str, max_length: int | None) -> None:
+    def __init__(
+        self, context: SetupContext, column: str, max_length: int | None, template: Mapping[str, Any] | None = None
+    ) -> None:
         self.context = context
         self.column = column
         self.max_length = max_length
+        self.template = dict(template or {})
         self.tokenizer = getattr(context.tokenizer, "tokenizer", context.tokenizer)
+        self.dropped = 0
+        """Demonstrations so far of which `max_length` left no label."""
+        self._warned = False
 
-    def of_prompts(self, rollouts: Rollouts, rewards: Rewards) -> dict[int, Demonstration]:
-        """Prompt number (over all ranks) to demonstration, for the groups that begin on this rank.
+    def of_prompts(
+        self, rollouts: Rollouts, rewards: Rewards, wanted: Tensor | None = None
+    ) -> dict[int, Demonstration]:
+        """Prompt number (over all ranks) to demonstration, for the groups that begin on this rank. Collective.
+
+        Args:
+            wanted: (prompts of all ranks,) bool; the others need no demonstration. All where None.
 
         Raises:
-            ValueError: a row without a demonstration, or one that leaves no label.
+            ValueError: a row without a demonstration.
         """
-        return {prompt: self.encode(row) for prompt, row in first_rows(rollouts, rewards)}
+        chosen = None if wanted is None else wanted.tolist()
 
-    def encode(self, row: Any) -> Demonstration:
-        """Tokenize one row as TRL's SFT does: prompt, completion, end of sequence; labels on the completion."""
-        prompt, answer = row["prompt"], row.get(self.column)
+        def find() -> dict[int, Demonstration]:
+            found = {}
+            for i, (prompt, row) in enumerate(zip(rollouts.prompts, rollouts.inputs, strict=True)):
+                number, place = divmod(rewards.local.start + i, rollouts.num_generations)
+                if place == 0 and (chosen is None or chosen[number]):
+                    demonstration, head = self.encode(prompt, row)
+                    if not self._warned:
+                        self._compare_prompts(head, rollouts.prompt_ids[i][rollouts.prompt_mask[i].bool()].tolist())
+                    if demonstration is None:
+                        self.dropped += 1
+                    else:
+                        found[number] = demonstration
+            return found
+
+        return on_every_rank(self.context, find)
+
+    def encode(self, prompt: Any, row: Mapping[str, Any]) -> tuple[Demonstration | None, list[int]]:
+        """Tokenize one row as TRL's SFT does: prompt, completion, end of sequence.
+
+        Labels begin where prompt and whole part ways, which is inside of the prompt where tokens merge across the
+        border, or where the template opens a turn that answers are rendered without (`<think>`).
+
+        Returns:
+            the demonstration, None where `max_length` leaves no label; and the ids of the prompt alone.
+        """
+        answer = row.get(self.column)
         if not answer:
             raise ValueError(f"column {self.column!r} is empty for the prompt {prompt!r}")
         if isinstance(prompt, str):
+            if not isinstance(answer, str):
+                raise ValueError(f"column {self.column!r} holds messages, but the prompt is text: {prompt!r}")
+            eos = self.tokenizer.eos_token or ""
             head = self.tokenizer(prompt)["input_ids"]
-            ids = self.tokenizer(prompt + answer + (self.tokenizer.eos_token or ""))["input_ids"]
+            ids = self.tokenizer(prompt + answer + ("" if answer.endswith(eos) else eos))["input_ids"]
         else:
             reply = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+            tools = row.get("tools")
+            options = {
+                **self.template,
+                **(row.get("chat_template_kwargs") or {}),
+                "tools": json.loads(tools) if isinstance(tools, str) else tools,
+                "tokenize": True,
+                "return_dict": True,
+            }
             template = self.tokenizer.apply_chat_template
-            head = template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
-            ids = template([*prompt, *reply], tokenize=True, return_dict=True)["input_ids"]
-        cut = Demonstration(list(ids[: self.max_length]), len(head))
-        if cut.tokens < 1:
-            raise ValueError(f"max_length={self.max_length} leaves no label of the demonstration of {prompt!r}")
-        return cut
+            head = template(prompt, add_generation_prompt=True, **options)["input_ids"]
+            ids = template([*prompt, *reply], **options)["input_ids"]
+        start = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), min(len(head), len(ids)))
+        cut = Demonstration(list(ids[: self.max_length]), start)
+        return (cut if cut.tokens > 0 else None), list(head)
+
+    def _compare_prompts(self, mine: list[int], rolled_out: list[int]) -> None:
+        if mine != rolled_out:
+            self._warned = True
+            logger.warning(
+                "the prompt of a demonstration is tokenized otherwise than the one that was rolled out, so SFT and RL "
+                "have different contexts; are there tools, which demonstrations need in a column `tools`? "
+                "Demonstration: %r. Rolled out: %r",
+                self.tokenizer.decode(mine),
+                self.tokenizer.decode(rolled_out),
+            )
 
     def nll_sum(self, demonstrations: Sequence[Demonstration]) -> Tensor:
         """() float, differentiable: negative log-likelihood summed over the label tokens of a batch."""

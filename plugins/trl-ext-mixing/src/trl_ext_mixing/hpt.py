@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.records import AuxiliaryLoss, MicroStep, Rewards, Rollouts, RunDescription, SetupContext
-from trl_ext_mixing.demonstrations import Demonstration, Demonstrations, refuse_split_generations, refuse_unsupported
-from trl_ext_mixing.rewards import pass_rates
+from trl_ext_mixing.demonstrations import (
+    Demonstration,
+    Demonstrations,
+    refuse_company,
+    refuse_split_generations,
+    refuse_unsupported,
+)
+from trl_ext_mixing.rewards import pass_rates, refuse_undecided
 
 # Losses that TRL divides by tokens; the others it divides by completions. With the prompts of SFT at advantage 0, what
 # is left is multiplied by all / kept, so that it is the mean over the rest. (bnpo counts tokens per micro-batch, where
@@ -58,18 +65,22 @@ class HPT:
         self._micro_step = 0
         self._micro_steps = 1
         self._per_token = True
+        self._template: Mapping[str, Any] = {}
         self._noted: list[tuple[float, float]] = []
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
+        refuse_company(run, "hpt")
+        refuse_undecided(run, self.reward)
         refuse_unsupported(run, self.demonstrations, f"hpt: demonstrations={self.demonstrations!r}")
         refuse_split_generations(run)
         self._micro_steps = run.args.steps_per_generation
         self._per_token = run.args.loss_type in _PER_TOKEN
+        self._template = run.args.chat_template_kwargs or {}
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:
-        self._source = Demonstrations(context, self.demonstrations, self.max_length)
+        self._source = Demonstrations(context, self.demonstrations, self.max_length, self._template)
 
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
@@ -77,8 +88,7 @@ class HPT:
             return advantages
         rates = pass_rates(rewards, rollouts.num_generations, self.reward, self.solved_at)
         to_sft = rates <= self.gamma
-        found = self._source.of_prompts(rollouts, rewards)
-        self._demonstrations = [d for prompt, d in found.items() if bool(to_sft[prompt])]
+        self._demonstrations = list(self._source.of_prompts(rollouts, rewards, to_sft).values())
         self._micro_step = 0
         keep = ~to_sft.repeat_interleave(rollouts.num_generations)[rewards.local]
         sizes = rollouts.mask.sum(dim=1).double() if self._per_token else torch.ones_like(keep, dtype=torch.float64)
@@ -110,4 +120,9 @@ class HPT:
             return {}
         rates, shares = zip(*self._noted, strict=True)
         self._noted.clear()
-        return {"pass_rate": sum(rates) / len(rates), "sft_prompts": sum(shares) / len(shares)}
+        dropped = 0.0 if self._source is None else float(self._source.dropped)
+        return {
+            "pass_rate": sum(rates) / len(rates),
+            "sft_prompts": sum(shares) / len(shares),
+            "dropped_demonstrations": dropped,
+        }

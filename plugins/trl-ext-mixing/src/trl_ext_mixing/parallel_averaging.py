@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from trl_ext import hookimpl
-from trl_ext.errors import ConfigurationError
 from trl_ext.gradients import GradientView
 from trl_ext.records import Rewards, Rollouts, RunDescription, StreamGradient
 from trl_ext_mixing.comparison import Comparison
 from trl_ext_mixing.composite import BranchAverage, as_gradient
-from trl_ext_mixing.rewards import all_groups_equal
 from trl_ext_mixing.schedule import scheduled
 from trl_ext_mixing.two_gradients import TwoGradients
 
@@ -82,23 +80,19 @@ class ParallelAveraging(TwoGradients):
     def check(self, run: RunDescription) -> None:
         super().check(run)
         self._sft_max_norm = self._max_grad_norm if self.max_grad_norm is None else self.max_grad_norm
-        self._rewards_are_summed = run.args.multi_objective_aggregation == "sum_then_normalize"
 
     @hookimpl
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         if self.mode == "gradients":
             return optimizer
-        if isinstance(optimizer, BranchAverage):
-            raise ConfigurationError("parallel-averaging is already active; one of them is enough")
         self._optimizer = BranchAverage(optimizer, self.lr_ratio)
         return self._optimizer
 
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
         super().advantages(rollouts, rewards, advantages)
-        if self.skip_equal_rewards and all_groups_equal(rewards, rollouts.num_generations, self._rewards_are_summed):
-            # Zero but for the rounding of the group's mean; exactly zero, it shows in the gradient.
-            return torch.zeros_like(advantages)
+        if self.skip_equal_rewards and self.no_signal(rollouts, rewards):
+            return torch.zeros_like(advantages)  # exactly zero, it shows in the gradient
         return advantages
 
     @hookimpl

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, WeightsView
-from trl_ext_mixing.demonstrations import Demonstration, Demonstrations, refuse_unsupported
+from trl_ext_mixing.demonstrations import Demonstration, Demonstrations, refuse_company, refuse_unsupported
 from trl_ext_mixing.parallel_averaging import clip_as_trl
-from trl_ext_mixing.rewards import pass_rates
+from trl_ext_mixing.rewards import pass_rates, refuse_undecided
 
 
 @dataclass(eq=False, kw_only=True)
@@ -63,17 +63,24 @@ class ReLIFT:
         self._max_norm = 0.0
         self._buffer: list[Demonstration] = []
         self._sft_steps = 0
+        self._skipped = 0
+        self._nonfinite = "raise"
+        self._template: Mapping[str, Any] = {}
         self._nll: float | None = None
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
+        refuse_company(run, "relift")
+        refuse_undecided(run, self.reward)
         refuse_unsupported(run, self.demonstrations, f"relift: demonstrations={self.demonstrations!r}")
         self._max_norm = float(run.args.max_grad_norm or 0.0) if self.max_grad_norm is None else self.max_grad_norm
+        self._nonfinite = run.args.nonfinite or "raise"
+        self._template = run.args.chat_template_kwargs or {}
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:
-        self._source = Demonstrations(context, self.demonstrations, self.max_length)
-        self._buffer, self._sft_steps = [], 0
+        self._source = Demonstrations(context, self.demonstrations, self.max_length, self._template)
+        self._buffer, self._sft_steps, self._skipped = [], 0, 0
 
     @hookimpl
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -85,8 +92,7 @@ class ReLIFT:
         if not rollouts.training or self._source is None:
             return advantages
         rates = pass_rates(rewards, rollouts.num_generations, self.reward, self.solved_at)
-        found = self._source.of_prompts(rollouts, rewards)
-        unsolved = [d for prompt, d in found.items() if float(rates[prompt]) == 0]
+        unsolved = list(self._source.of_prompts(rollouts, rewards, rates == 0).values())
         # The buffer is the same on all ranks, in the order of the prompts, so that all step together.
         world = self._source.context.world_size
         parts: list[list[Demonstration]] = [unsolved] * world
@@ -107,10 +113,15 @@ class ReLIFT:
         if source is None or optimizer is None:
             raise RuntimeError("the trainer has not set this plugin up")
         sft = source.gradient(batch[source.context.rank :: source.context.world_size], self.batch_size)
+        if self._nonfinite != "ignore" and not torch.isfinite(sft.gradients.norm()):
+            if self._nonfinite == "raise":
+                raise ArithmeticError(
+                    "NaN or infinite gradient of the buffered demonstrations; nonfinite='skip' leaves such steps out"
+                )
+            self._skipped += 1
+            return
         gradients = dict(zip(sft.gradients.parameters, sft.gradients.tensors, strict=True))
         present = {p: g for p, g in gradients.items() if g is not None}
-        if not all(bool(g.isfinite().all()) for g in present.values()):
-            raise ArithmeticError("NaN or infinite gradient of the buffered demonstrations")
         clip_as_trl(present, self._max_norm)
         rates = [group["lr"] for group in optimizer.param_groups]
         try:
@@ -131,7 +142,12 @@ class ReLIFT:
     def metrics(self, mode: str) -> dict[str, float]:
         if mode != "train":
             return {}
-        values = {"buffered": float(len(self._buffer)), "sft_steps": float(self._sft_steps)}
+        values = {
+            "buffered": float(len(self._buffer)),
+            "sft_steps": float(self._sft_steps),
+            "skipped_sft_steps": float(self._skipped),
+            "dropped_demonstrations": 0.0 if self._source is None else float(self._source.dropped),
+        }
         if self._nll is not None:
             values["sft_nll"], self._nll = self._nll, None
         return values

@@ -5,7 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trl_ext.records import Rewards
+from trl_ext.errors import ConfigurationError
+from trl_ext.records import Rewards, RunDescription
+
+
+def refuse_unknown(run: RunDescription, name: str) -> None:
+    """Raise where the reward function that shall decide is none of the run's.
+
+    Raises:
+        ConfigurationError: naming those that there are.
+    """
+    if name and run.rewards and name not in run.rewards:
+        raise ConfigurationError(f"reward={name!r} is not one of the reward functions: {', '.join(run.rewards)}")
+
+
+def refuse_undecided(run: RunDescription, name: str) -> None:
+    """Raise where what is trained on depends on whether a prompt is solved, and it is not said which reward says so.
+
+    Raises:
+        ConfigurationError: naming the choices.
+    """
+    refuse_unknown(run, name)
+    if not name and len(run.rewards) > 1:
+        raise ConfigurationError(
+            f"with several reward functions, say which one tells whether a prompt is solved: reward={run.rewards[0]} "
+            f"(or {', '.join(run.rewards[1:])})"
+        )
 
 
 def solved(rewards: Rewards, name: str, threshold: float) -> Tensor:
@@ -39,6 +64,12 @@ def all_groups_equal(rewards: Rewards, num_generations: int, summed: bool) -> bo
         num_generations: completions of a group.
         summed: whether advantages are made of the weighted sum; of each function otherwise.
     """
-    values = rewards.total.unsqueeze(1) if summed else torch.nan_to_num(rewards.per_function, nan=torch.inf)
+    values = rewards.per_function
+    if summed:
+        unscored = values.isnan().all(dim=1)
+        values = rewards.total.masked_fill(unscored, torch.nan).unsqueeze(1)
     groups = values.view(-1, num_generations, values.shape[1])
-    return bool((groups == groups[:, :1]).all())
+    # NaN is no reward: TRL leaves such completions out of their group.
+    low = groups.nan_to_num(nan=torch.inf).amin(dim=1)
+    high = groups.nan_to_num(nan=-torch.inf).amax(dim=1)
+    return bool((low >= high).all())

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
-from trl_ext.records import StreamGradient
+from trl_ext.records import Rewards, Rollouts, StreamGradient
 from trl_ext_mixing.comparison import Comparison
 from trl_ext_mixing.two_gradients import TwoGradients
 
@@ -74,6 +75,15 @@ class Surgery(TwoGradients):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._weigh = weighting_named(self.weighting)
+
+    @hookimpl
+    def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
+        super().advantages(rollouts, rewards, advantages)
+        if self.no_signal(rollouts, rewards):
+            return torch.zeros_like(
+                advantages
+            )  # brought to the SFT gradient's norm, rounding would be half of the step
+        return advantages
 
     def mix(self, gradients: GradientView, sft: StreamGradient, both: Comparison) -> None:
         norms = torch.stack([both.norm_a, both.norm_b])

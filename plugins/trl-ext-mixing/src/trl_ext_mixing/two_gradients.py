@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
-from trl_ext.errors import ConfigurationError
 from trl_ext.gradients import GradientView
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, StreamGradient, StreamRequest, WeightsView
 from trl_ext_mixing.comparison import Comparison
@@ -19,13 +18,14 @@ from trl_ext_mixing.demonstrations import (
     Demonstration,
     Demonstrations,
     first_rows,
+    refuse_company,
+    refuse_missing_column,
     refuse_split_generations,
     refuse_unsupported,
 )
-from trl_ext_mixing.rewards import pass_rates
+from trl_ext_mixing.rewards import all_groups_equal, pass_rates, refuse_unknown
 
 ROLE = "sft"
-_MIXERS = frozenset({"parallel-averaging", "chord", "surgery"})
 
 
 @dataclass(eq=False, kw_only=True)
@@ -36,7 +36,8 @@ class TwoGradients:
     GRPO loss keeps its own denominator, so SFT tokens never change the RL gradient.
 
     Args:
-        batch_size: SFT samples per rank and optimiser step; with `demonstrations`, samples per forward.
+        batch_size: SFT samples per rank and optimiser step; with `demonstrations`, samples per forward. Not with
+            `stream_row`, whose rows go through one forward a step.
         demonstrations: column of the GRPO data set; where given, each step takes the demonstrations of the very prompts
             that it rolls out in place of the stream (plain log-likelihood, and not on sharded parameters).
         stream_row: column of the GRPO data set that holds the number (from 0) of the prompt's row in the stream; where
@@ -68,6 +69,16 @@ class TwoGradients:
             raise ValueError(f"{self.method}: max_length={self.max_length} leaves no label; give 2 tokens or more")
         if self.stream_row and self.demonstrations:
             raise ValueError(f"{self.method}: stream_row={self.stream_row!r} and demonstrations exclude each other")
+        if self.stream_row and self.batch_size != TwoGradients.batch_size:
+            raise ValueError(
+                f"{self.method}: stream_row={self.stream_row!r} takes the rows of a step's prompts in one forward, and "
+                f"batch_size={self.batch_size} would do nothing; leave it out"
+            )
+        if (self.stream_row or self.demonstrations) and self.on_exhausted != "cycle":
+            raise ValueError(
+                f"{self.method}: on_exhausted={self.on_exhausted!r} does nothing where the demonstrations are those of "
+                "the step's prompts; leave it out"
+            )
         if self.stream_row and self.max_length is not None:
             raise ValueError(
                 f"{self.method}: max_length={self.max_length} may drop rows of the stream, and stream_row="
@@ -79,6 +90,9 @@ class TwoGradients:
         self._source: Demonstrations | None = None
         self._rolled_out: list[Demonstration] = []
         self._rows: list[int] = []
+        self._rewards_are_summed = True
+        self._template: Mapping[str, Any] = {}
+        self._noted: dict[str, float | Tensor] = {}
         self._sums: dict[str, float | Tensor] = {}
         self._counts: dict[str, int] = {}
 
@@ -96,24 +110,22 @@ class TwoGradients:
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
-        if others := sorted(_MIXERS.intersection(run.plugins) - {self.method}):
-            raise ConfigurationError(
-                f"{self.method} and {', '.join(others)} would each mix the SFT gradient in; keep one in `plugins`"
-            )
+        refuse_company(run, self.method)
+        refuse_unknown(run, self.reward)
         self._max_grad_norm = float(run.args.max_grad_norm or 0.0)
+        self._rewards_are_summed = run.args.multi_objective_aggregation == "sum_then_normalize"
+        self._template = run.args.chat_template_kwargs or {}
         if self.demonstrations:
             refuse_unsupported(run, self.demonstrations, f"{self.method}: demonstrations={self.demonstrations!r}")
-        if self.stream_row and run.columns and self.stream_row not in run.columns:
-            raise ConfigurationError(
-                f"stream_row={self.stream_row!r} is no column of the training data; there are {', '.join(run.columns)}"
-            )
+        if self.stream_row:
+            refuse_missing_column(run, self.stream_row, f"{self.method}: stream_row={self.stream_row!r}")
         if self.demonstrations or self.stream_row:
             refuse_split_generations(run)
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:
         if self.demonstrations:
-            self._source = Demonstrations(context, self.demonstrations, self.max_length)
+            self._source = Demonstrations(context, self.demonstrations, self.max_length, self._template)
         self._step = 0
         self._max_steps = max(context.max_steps, 1)
 
@@ -134,6 +146,7 @@ class TwoGradients:
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
         if rollouts.training:
+            self._step = rollouts.step
             rates = pass_rates(rewards, rollouts.num_generations, self.reward, self.solved_at)
             self.note(pass_rate=rates.mean(), solved_prompts=(rates > 0).float().mean())
             if self._source is not None:
@@ -161,10 +174,17 @@ class TwoGradients:
     @hookimpl
     def weights_updated(self, weights: WeightsView, step: int, skipped: bool) -> None:
         self._step = step
+        for name, value in self._noted.items():
+            if not skipped:  # of such a step most is not finite
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._counts[name] = self._counts.get(name, 0) + 1
+        self._noted.clear()
 
     @hookimpl
     def metrics(self, mode: str) -> dict[str, float]:
-        return self.read() if mode == "train" else {}
+        if mode != "train":
+            return {}
+        return self.read() | ({} if self._source is None else {"dropped_demonstrations": float(self._source.dropped)})
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -183,11 +203,16 @@ class TwoGradients:
         """Share of the optimiser steps already done, in [0, 1]."""
         return self._step / self._max_steps
 
+    def no_signal(self, rollouts: Rollouts, rewards: Rewards) -> bool:
+        """Whether all groups of all ranks have equal rewards: the advantages are then zero but for rounding."""
+        return all_groups_equal(rewards, rollouts.num_generations, self._rewards_are_summed)
+
     def note(self, **values: float | Tensor) -> None:
-        """Remember numbers for the log, where the means since the last log appear; tensors stay on their device."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
+        """Remember numbers of this step for the log, where the means since the last log appear.
+
+        Tensors stay on their device until then. A step that is skipped does not count.
+        """
+        self._noted.update(values)
 
     def read(self) -> dict[str, float]:
         """Means of what was noted since the last reading."""
