@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from mixing_runs import Recorder, Vector, constant_reward, demonstrations, grpo
+from mixing_runs import Recorder, Rolled, Vector, constant_reward, demonstrations, grpo
 from trl_ext_mixing import ParallelAveraging
+from trl_ext_mixing.rewards import all_groups_equal
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, NonFiniteError
+from trl_ext.records import Rewards
 
 
 def same(a: Vector, b: Vector) -> bool:
@@ -47,7 +49,8 @@ def test_the_coefficient_follows_its_schedule_and_is_logged(tmp_path: Path) -> N
 
 
 def test_every_diagnostic_is_logged_each_step(tmp_path: Path) -> None:
-    trainer = grpo(tmp_path, ["parallel-averaging"])
+    seen, rolled = Recorder(), Rolled()
+    trainer = grpo(tmp_path, [rolled, ParallelAveraging(solved_at=0.5)], recorder=seen, per_device_train_batch_size=8)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     names = (
@@ -58,6 +61,20 @@ def test_every_diagnostic_is_logged_each_step(tmp_path: Path) -> None:
     for entry in steps:
         for name in names:
             assert isinstance(entry[f"parallel-averaging/{name}"], float), name
+    for entry, rl, sft, (_, rewards, _) in zip(steps, seen.rl, seen.sft, rolled.batches, strict=True):
+        a, b = (torch.cat([t.flatten() for t in gradient]) for gradient in (rl, sft))
+        solved = (rewards.total >= 0.5).view(-1, 4)
+        expected = {
+            "grad_norm_rl": a.norm(),
+            "grad_norm_sft": b.norm(),
+            "grad_cosine": torch.cosine_similarity(a, b, 0),
+            "grad_sign_conflicts": ((a * b) < 0).double().mean(),
+            "pass_rate": solved.double().mean(),
+            "solved_prompts": solved.any(1).double().mean(),
+        }
+        for name, value in expected.items():
+            # Sums in fp32 of gradients in fp64.
+            assert entry[f"parallel-averaging/{name}"] == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
     assert steps[-1]["parallel-averaging/sft_nll"] < steps[0]["parallel-averaging/sft_nll"]
 
 
@@ -121,6 +138,36 @@ def test_a_non_finite_sft_gradient_is_found_before_the_step(tmp_path: Path) -> N
 def test_the_demonstrations_are_required_and_sft_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="role 'sft'"):
         grpo(tmp_path, ["parallel-averaging"], stream=False)
+
+
+def test_options_of_the_stream_reach_it(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path / "stop", ["parallel-averaging:batch_size=5,on_exhausted=stop"], max_steps=9)
+    trainer.train()
+    assert trainer.state.global_step == 2, "12 demonstrations are two whole batches"
+    whole, cut = Recorder(), Recorder()
+    grpo(tmp_path / "whole", ["parallel-averaging:batch_size=12"], recorder=whole, max_steps=1).train()
+    grpo(tmp_path / "cut", ["parallel-averaging:batch_size=12,max_length=9"], recorder=cut, max_steps=1).train()
+    assert not same(whole.sft[0], cut.sft[0])
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("values", "summed", "equal"),
+    [
+        ([[0.3], [0.3], [1.0], [1.0]], True, True),
+        ([[0.3], [0.4], [1.0], [1.0]], True, False),
+        ([[0.3], [NAN], [1.0], [1.0]], True, True),  # TRL gives an unscored completion no advantage
+        ([[NAN], [NAN], [0.0], [0.0]], True, True),
+        ([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]], True, True),  # the sums are equal
+        ([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]], False, False),  # each function tells them apart
+        ([[NAN, 0.5], [0.0, 0.5], [1.0, NAN], [1.0, NAN]], False, True),
+    ],
+)
+def test_groups_without_a_signal(values: list[list[float]], summed: bool, equal: bool) -> None:
+    rewards = Rewards(torch.tensor(values), ("a", "b")[: len(values[0])], torch.ones(len(values[0])), slice(0, 4))
+    assert all_groups_equal(rewards, 2, summed) == equal
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from branches import largest_difference, two_branches
 from mixing_runs import Recorder
 from oracles import combine, demonstration_nll, gradient, model_at, rl_gradient
+from two_ranks import METHODS
 
 pytestmark = pytest.mark.slow
 
@@ -51,6 +52,14 @@ def test_ddp_ranks_take_the_mean_of_two_branches_on_the_reduced_gradients(ddp: l
     assert largest_difference(ddp[0]["weights"][0], ddp[0]["weights"][-1]) > 1e-2
 
 
+def test_a_resumed_run_on_two_ranks_continues_to_the_last_bit(tmp_path: Path) -> None:
+    for rank in launch(tmp_path, "resume"):
+        whole, rest = rank["whole"], rank["rest"]
+        assert len(rest["rl"]) == 2
+        assert largest_difference(whole["weights"][-1], rest["weights"][-1]) == 0
+        assert largest_difference(whole["weights"][2], whole["weights"][-1]) > 1e-3
+
+
 def test_fsdp2_equals_ddp(ddp: list[dict[str, Any]], tmp_path: Path) -> None:
     shards = launch(tmp_path / "fsdp2", "fsdp2")
     whole = [torch.cat(parts) for parts in zip(shards[0]["weights"][-1], shards[1]["weights"][-1], strict=True)]
@@ -67,6 +76,15 @@ def test_fsdp2_equals_ddp(ddp: list[dict[str, Any]], tmp_path: Path) -> None:
 def test_a_sharded_state_saved_and_loaded_continues_to_the_last_bit(tmp_path: Path) -> None:
     on_two_ranks("sharded_state.py", str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"SHARDED_STATE_DICT", "FULL_STATE_DICT"}
+
+
+def test_a_row_that_fails_on_one_rank_stops_both_with_its_message(tmp_path: Path) -> None:
+    ranks = launch(tmp_path, "failures")
+    for method in METHODS:
+        messages, steps = zip(*(rank[method] for rank in ranks), strict=True)
+        wanted = "row 99 was asked of the stream" if "stream_row" in method else "column 'completion' is empty"
+        assert all(wanted in message and method.split(":")[0] in message for message in messages), method
+        assert steps[0] == steps[1] < 4
 
 
 def joined(ranks: list[dict[str, Any]], name: str, step: int) -> list[Any]:

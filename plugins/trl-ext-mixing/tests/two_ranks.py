@@ -9,18 +9,73 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from branches import SCHEDULE
-from mixing_runs import Recorder, Rolled, demonstrations, grpo, mixed_reward
+from datasets import Dataset
+from mixing_runs import Recorder, Rolled, constant_reward, demonstrations, grpo, mixed_reward
 from oracles import completions
 from transformers import AutoModelForCausalLM
 from trl_ext_mixing import HPT, ParallelAveraging, ReLIFT
 
+from trl_ext.errors import PluginError
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
+
+METHODS = ("hpt", "relift", "parallel-averaging:demonstrations=completion", "parallel-averaging:stream_row=row")
+
+
+def failures(folder: Path) -> None:
+    """Rank 1 alone meets a row that has no demonstration: what each rank raises, by method."""
+    raised = {}
+    for method in METHODS:
+        rows = demonstrations(8).to_list()
+        for i, row in enumerate(rows):
+            row["row"] = i if row["prompt"] != rows[3]["prompt"] else 99
+            row["completion"] = row["completion"] if row["row"] != 99 else ""
+        trainer = grpo(
+            folder / "run",
+            [method],
+            stream=demonstrations(8) if "stream_row" in method else False,
+            data=Dataset.from_list(rows),
+            reward=constant_reward,
+            ddp_backend="gloo",
+            max_steps=4,
+        )
+        try:
+            trainer.train()
+        except PluginError as error:
+            raised[method] = str(error), trainer.state.global_step
+    torch.save(raised, folder / f"rank{dist.get_rank()}.pt")
+
+
+def resume(folder: Path) -> None:
+    """An uninterrupted run, and one from its checkpoint, with accumulation."""
+    settings: dict[str, Any] = {
+        "optim": "adamw_torch",
+        "max_grad_norm": 0.2,
+        "gradient_accumulation_steps": 2,
+        **SCHEDULE,
+    }
+    saved = {}
+    for name in ("whole", "rest"):
+        seen = Recorder()
+        more = {"save_strategy": "steps", "save_steps": 2} if name == "whole" else {}
+        trainer = grpo(
+            folder / "run",
+            [ParallelAveraging(batch_size=3, coefficient=0.3, coefficient_end=0.7)],
+            recorder=seen,
+            ddp_backend="gloo",
+            **settings,
+            **more,
+        )
+        trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2") if name == "rest" else None)
+        saved[name] = {"rl": seen.rl, "sft": seen.sft, "weights": seen.weights}
+    torch.save(saved, folder / f"rank{dist.get_rank()}.pt")
 
 
 def main(folder: Path, kind: str) -> None:
-    """`kind`: ddp or fsdp2 (parallel averaging), hpt, or relift."""
+    """`kind`: ddp or fsdp2 (parallel averaging), hpt, relift, failures, or resume."""
     path = str(folder / "model")
     dist.init_process_group("gloo")
+    if kind in ("failures", "resume"):
+        return {"failures": failures, "resume": resume}[kind](folder)
     if dist.get_rank() == 0:
         save_model(tiny_llama(hidden=16), tiny_tokenizer(), path)
     dist.barrier()
