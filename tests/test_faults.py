@@ -284,6 +284,18 @@ REFUSED: dict[str, tuple[str, list[Plugin], dict[str, Any], str]] = {
         {"streams": {"general": additions(8)}},
         "two plugins ask for the stream 'general' in different ways",
     ),
+    "an objective without supervised data": (
+        "grpo",
+        [Nll()],
+        {},
+        "'Nll' owns the loss per token of supervised data, and this GRPO run has none",
+    ),
+    "a stream with images": (
+        "sft",
+        [Wants()],
+        {"streams": {"general": additions(4).add_column("images", [[]] * 4)}},
+        "stream 'general' has a column 'images', but streams are of text",
+    ),
     "an empty stream": ("sft", [Wants()], {"streams": {"general": additions(4).select([])}}, "stream 'general'"),
 }
 

@@ -24,12 +24,13 @@ from helpers import (
     parameters,
     tiny_model,
     tokenizer,
+    varied_reward,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from trl_ext import SFTConfig, SFTTrainer, hookimpl
+from trl_ext import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, hookimpl
 from trl_ext.errors import ConfigurationError, TrlExtError
 from trl_ext.gradients import trainable_parameters
 from trl_ext.records import StreamGradient, StreamRequest
@@ -421,3 +422,25 @@ def test_grpo_streams_use_their_own_length_limit(tmp_path):
     make_grpo(tmp_path / "run", plugins=[plugin], streams={"general": data}, max_steps=1).train()
     # Text of at least 7 tokens with its EOS, cut to 6: five labels a row after the shift.
     assert plugin.seen[0].tokens <= 4 * 5
+
+
+def test_messages_of_a_grpo_stream_go_through_the_template_as_the_prompts_do(tmp_path):
+    class Counts(Plugin):
+        @hookimpl
+        def streams(self):
+            return [StreamRequest("general")]
+
+    quiet = tokenizer()
+    quiet.chat_template = "{% if quiet %}Q{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    data = additions(4, "language_modeling", conversational=True)
+    trainer = GRPOTrainer(
+        tiny_model(),
+        reward_funcs=varied_reward,
+        args=GRPOConfig(str(tmp_path), **COMMON, num_generations=2, chat_template_kwargs={"quiet": True}),
+        train_dataset=additions(8, "prompt_only"),
+        processing_class=quiet,
+        plugins=[Counts()],
+        streams={"general": data},
+    )
+    for row, prepared in zip(data, trainer.ext_streams["general"].dataset, strict=True):
+        assert quiet.decode(prepared["input_ids"]) == "Q" + "".join(m["content"] for m in row["messages"])
