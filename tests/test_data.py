@@ -123,3 +123,32 @@ def test_a_reward_function_gets_the_columns_that_it_wants():
         refuse_missing_columns(ours, ["prompt", "level"], "ours")
     with pytest.raises(ConfigurationError, match="answer"):  # TRL passes `completions` in place of this column
         refuse_missing_columns(lambda completion, answer: [], ["completion"], "ours")
+
+
+def only_answers(prompts, completions, completion_ids, answer):
+    """Takes no other column."""
+
+
+def positional(prompts, completions, completion_ids, answer, /):
+    """Takes nothing by name."""
+
+
+@pytest.mark.parametrize(
+    ("function", "columns", "message"),
+    [
+        (only_answers, ["prompt", "answer", "level"], r"'level'\. Add \*\*kwargs"),
+        (positional, ["answer"], "positional"),
+        (lambda **columns: [], ["completions"], r"rename the column\(s\)"),
+    ],
+)
+def test_a_reward_function_takes_what_it_is_given(function, columns, message):
+    refuse_missing_columns(only_answers, ["prompt", "completion", "answer"], "ours")
+    with pytest.raises(ConfigurationError, match=message):
+        refuse_missing_columns(function, columns, "ours")
+
+
+def test_what_is_wrong_with_a_data_set_is_said_without_a_traceback(tmp_path):
+    """The command line shows the traceback of an error that has a cause other than a refusal."""
+    with pytest.raises(ConfigurationError, match="there is no file") as caught:
+        load_dataset_spec({"path": str(tmp_path / "none.jsonl")})
+    assert caught.value.__cause__ is None
