@@ -24,7 +24,21 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "gsm8k_mixing.yaml"
         ("#### 1,234", "1234"),
         ("#### -3.50", "-3.5"),
         ("#### $18", "18"),
-        ("first #### 3, no: #### 4 apples of 5", "4"),
+        ("#### 3 apples of 5", "3"),
+        ("#### 3\n\nQuestion: How many?\nAnswer: #### 9", "3"),
+        ("#### none\n\nQuestion: 5 apples?", None),
+        ("#### 7 ####", "7"),
+        ("####\n7", "7"),
+        ("####", None),
+        ("#### \u22127", "-7"),
+        ("#### -$5", "-5"),
+        ("#### $-5", "-5"),
+        ("10-12", "12"),
+        ("$10-$12", "12"),
+        ("on 2024-01-05", "5"),
+        ("10 - 12 = -2", "-2"),
+        ("x=-5", "-5"),
+        ("a loss of -.5", "-0.5"),
         ("it is 10, then 12.", "12"),
         ("#### none", None),
         ("no number", None),
@@ -39,6 +53,13 @@ def test_rewards_of_text_and_messages() -> None:
     completions = ["so #### 72.0", [{"role": "assistant", "content": "#### 71"}], "nothing"]
     assert exact_answer(completions, answer=["#### 72"] * 3, prompts=[""] * 3) == [1.0, 0.0, 0.0]
     assert answer_format(completions) == [1.0, 1.0, 0.0]
+    assert answer_format([[], [{"role": "assistant", "content": None}]]) == [0.0, 0.0]
+
+
+def test_answers_may_be_numbers_and_may_be_missing() -> None:
+    completions = ["#### 72", "#### 0.5", "#### 3", [], "#### 1"]
+    answers = [72, 0.5, None, "#### 1", float("nan")]
+    assert exact_answer(completions, answer=answers) == [1.0, 1.0, None, 0.0, 0.0]
 
 
 @pytest.mark.slow

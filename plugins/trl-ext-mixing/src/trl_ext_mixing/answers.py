@@ -7,37 +7,54 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+")
+# A minus (also U+2212) is a sign unless it joins two things: "10-12" is a range, "2024-01-05" a date.
+_SIGN = "(?:(?<![\\w)%.\u2212-])[\u2212-]\\$?|\\$[\u2212-]?)"
+_NUMBER = re.compile(_SIGN + r"?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _MARK = "####"
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last "####", or without one the last number of the text; None where there is none."""
-    marked = text.rpartition(_MARK)
-    found = _NUMBER.findall(marked[2])
+    """The number on the line of the first "####", or without a mark the last number of the text; None without any.
+
+    The first mark counts, since a base model often goes on with a question of its own, whose answer is another one.
+    """
+    _, mark, rest = text.partition(_MARK)
+    if mark:
+        # "#### 7 ####" ends at the second mark, and the number may stand on the line below.
+        text = next(iter(rest.split(_MARK)[0].strip().splitlines()), "")
+    found = _NUMBER.findall(text)
     if not found:
         return None
-    chosen = found[0] if marked[1] else found[-1]
     try:
-        return Decimal(chosen.replace(",", "").replace("$", ""))
+        return Decimal((found[0] if mark else found[-1]).translate({0x2212: "-", ord(","): "", ord("$"): ""}))
     except InvalidOperation:  # "1,,": not a number after all
         return None
 
 
-def exact_answer(completions: Sequence[Any], answer: Sequence[str], **columns: Any) -> list[float]:
-    """1.0 where a completion's final number equals that of the solution in the column `answer`, else 0.0."""
-    return [
-        float(_equal(c if isinstance(c, str) else c[-1]["content"], a))
-        for c, a in zip(completions, answer, strict=True)
-    ]
+def exact_answer(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> list[float | None]:
+    """1.0 where a completion's final number equals that of the solution in the column `answer`, else 0.0.
+
+    Args:
+        completions: text or messages.
+        answer: solutions, or their numbers alone, as text or as numbers. Where it is None the reward is None, which
+            for TRL and the probe means that it does not apply.
+    """
+    return [None if a is None else float(_equal(_text(c), a)) for c, a in zip(completions, answer, strict=True)]
 
 
 def answer_format(completions: Sequence[Any], **columns: Any) -> list[float]:
     """1.0 where a completion marks a number as its answer: "#### 72", else 0.0."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    texts = [_text(c) for c in completions]
     return [float(_MARK in text and final_number(text) is not None) for text in texts]
 
 
-def _equal(completion: str, answer: str) -> bool:
-    given, right = final_number(completion), final_number(answer)
+def _text(completion: Any) -> str:
+    if isinstance(completion, str):
+        return completion
+    return (completion[-1]["content"] or "") if completion else ""
+
+
+def _equal(completion: str, answer: Any) -> bool:
+    given = final_number(completion)
+    right = final_number(answer) if isinstance(answer, str) else Decimal(str(answer))
     return given is not None and given == right
