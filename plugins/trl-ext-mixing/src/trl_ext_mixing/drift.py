@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Annotated, Any
 
-import torch
 import typer
-from torch import Tensor
 
-from trl_ext_mixing.sampling import load_model, prompt_text
+from trl_ext.errors import ConfigurationError
+from trl_ext_mixing.drift_scores import Encoded, Score, data_column, encode, score, score_encoded
+from trl_ext_mixing.estimators import student_t
+from trl_ext_mixing.loading import check_template, load_model, load_tokenizer, refuse_bad_options
+from trl_ext_mixing.progress import Report
+
+__all__ = ["Change", "Score", "compare", "drift", "score"]
 
 
 def drift(
@@ -32,48 +36,72 @@ def drift(
     batch_size: Annotated[int, typer.Option(help="Examples at a time.", min=1)] = 8,
     confidence: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
     dtype: Annotated[str, typer.Option(help="Precision of the weights: auto, float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1.")] = "auto",
 ) -> None:
     """Negative log-likelihood and next-token accuracy on general data, before and after, with paired intervals."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from trl_ext.data import load_dataset_spec, parse_columns
 
+    refuse_bad_options(confidence, dtype, device)
     spec = {"path": dataset, "name": dataset_name, "split": split, "columns": parse_columns(columns, "--columns")}
-    rows = list(load_dataset_spec(spec))[:limit]
-    if not rows:
-        raise ValueError(f"{dataset} has no examples")
+    data = load_dataset_spec(spec)
+    column = data_column(data.column_names)
+    rows = list(data.select(range(min(limit or len(data), len(data)))))
+    encoded = encode_for_both(base, model, rows, column, max_length)
+    unlabelled = sum(first >= len(ids) for ids, first in encoded)
     scores: list[list[Score]] = []
-    with Progress() as bar:
+    with Report() as report:
         for name in (base, model):
-            task = bar.add_task(name, total=len(rows))
-            loaded, tokenizer = load_model(name, dtype)
+            report.start(name, len(rows))
+            loaded, _ = load_model(name, dtype, device)
             scores.append([])
-            for batch in score(loaded, tokenizer, rows, batch_size=batch_size, max_length=max_length):
+            for batch in score_encoded(loaded, encoded, batch_size=batch_size):
                 scores[-1] += batch
-                bar.update(task, advance=len(batch))
+                report.update(len(scores[-1]))
             del loaded
+            gc.collect()  # models hold circles of references, and the next one wants the memory
     result = compare(*scores, confidence=confidence)
-    report = {"base": base, "model": model, "dataset": dataset, "split": split, "confidence": confidence}
+    facts = {
+        "base": base, "model": model, "dataset": dataset, "split": split, "confidence": confidence,
+        "without_labels": unlabelled,
+    }  # fmt: skip
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report | {name: asdict(c) for name, c in result.items()}, indent=1) + "\n")
-    console = Console()
+    output.write_text(json.dumps(facts | {name: asdict(c) for name, c in result.items()}, indent=1) + "\n")
     for name, c in result.items():
-        console.print(
+        print(
             f"{name}: {c.before:.4f} -> {c.after:.4f}, change {c.change:+.4f} [{c.low:+.4f}, {c.high:+.4f}] "
-            f"({c.examples} examples, {c.tokens} tokens)",
-            highlight=False,
+            f"({c.examples} examples, {c.tokens} tokens)"
         )
+    if unlabelled:
+        print(f"{unlabelled} of {len(rows)} examples have no token to score and are left out")
 
 
-@dataclass(frozen=True)
-class Score:
-    """Sums over the label tokens of one example."""
+def encode_for_both(
+    base: str, model: str, rows: Sequence[dict[str, Any]], column: str, max_length: int
+) -> list[Encoded]:
+    """Tokenise the rows with both models' tokenizers, before either model loads, and give what they agree on.
 
-    nll: float
-    hits: int
-    """Labels that are the most probable token."""
-    tokens: int
+    Raises:
+        ConfigurationError: they make other tokens of a row, one cannot write messages, or fewer than two rows have a
+            label.
+    """
+    both = []
+    for name in (base, model):
+        tokenizer = load_tokenizer(name)
+        if any(isinstance(row[column], list) for row in rows):
+            check_template(tokenizer, name, column)
+        both.append([encode(tokenizer, row, max_length) for row in rows])
+    if other := [i for i, (x, y) in enumerate(zip(*both, strict=True)) if x != y]:
+        raise ConfigurationError(
+            f"the tokenizers of {base!r} and {model!r} make other tokens of example {other[0]} (and of "
+            f"{len(other) - 1} more), so likelihoods per token do not compare; give both models one tokenizer and chat "
+            "template"
+        )
+    if (scored := sum(first < len(ids) for ids, first in both[0])) < 2:
+        raise ConfigurationError(
+            f"{scored} of {len(rows)} examples have a token to score in the column {column!r} within --max-length "
+            f"{max_length}; an interval needs two"
+        )
+    return both[0]
 
 
 @dataclass(frozen=True)
@@ -86,82 +114,37 @@ class Change:
     low: float
     high: float
     examples: int
+    """Those with a label."""
     tokens: int
-
-
-@torch.no_grad()
-def score(
-    model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], *, batch_size: int = 8, max_length: int = 1024
-) -> Iterator[list[Score]]:
-    """Scores of the rows, a batch at a time.
-
-    Labels are the completion where a row has one, and all tokens but the first otherwise (of messages: as the chat
-    template writes them).
-    """
-    encoded = [_encode(tokenizer, row, max_length) for row in rows]
-    for start in range(0, len(encoded), batch_size):
-        batch = encoded[start : start + batch_size]
-        width = max(len(ids) for ids, _ in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        attention, mask = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for i, (tokens, first) in enumerate(batch):
-            ids[i, : len(tokens)] = torch.tensor(tokens)
-            attention[i, : len(tokens)] = 1
-            mask[i, first : len(tokens)] = True
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        logits = model(input_ids=ids, attention_mask=attention.to(model.device), use_cache=False).logits[:, :-1]
-        yield _scores(logits, ids[:, 1:], mask[:, 1:])
-
-
-def _scores(logits: Tensor, labels: Tensor, mask: Tensor) -> list[Score]:
-    losses = torch.nn.functional.cross_entropy(logits[mask].float(), labels[mask], reduction="none")
-    nll = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, losses)
-    hits = (logits.argmax(-1) == labels) & mask
-    columns = (nll.sum(1).tolist(), hits.sum(1).tolist(), mask.sum(1).tolist())
-    return [Score(*row) for row in zip(*columns, strict=True)]
-
-
-def _encode(tokenizer: Any, row: dict[str, Any], max_length: int) -> tuple[list[int], int]:
-    """Token ids and the position of the first label."""
-    if "messages" in row:
-        text, head = tokenizer.apply_chat_template(row["messages"], tokenize=False), ""
-    elif "completion" in row:
-        head = prompt_text(tokenizer, row["prompt"])
-        answer = row["completion"]
-        text = (
-            head + answer
-            if isinstance(answer, str)
-            else tokenizer.apply_chat_template([*row["prompt"], *answer], tokenize=False)
-        )
-    else:
-        text, head = row["text"], ""
-    special = isinstance(row.get("prompt", ""), str) and "messages" not in row  # a template brings its own
-    ids = tokenizer(text, add_special_tokens=special)["input_ids"][:max_length]
-    first = len(tokenizer(head, add_special_tokens=special)["input_ids"]) if head else 1
-    return ids, max(first, 1)
 
 
 def compare(before: Sequence[Score], after: Sequence[Score], *, confidence: float = 0.95) -> dict[str, Change]:
     """Change of the mean NLL and accuracy per label token, on the same examples before and after.
 
-    Tokens of one example go together, so the interval is that of a ratio over examples: change +- z s / sqrt(N) / m,
-    with s the standard deviation of d_i - change t_i, where d_i is the change of example i's sum, t_i its tokens and m
-    their mean.
+    Tokens of one example go together, so the interval is that of a ratio over the N examples with a label: change +- t
+    s / sqrt(N) / m, with s the standard deviation of d_i - change t_i, where d_i is the change of example i's sum, t_i
+    its tokens and m their mean, and with t the quantile of Student's distribution with N - 1 degrees of freedom.
+
+    An interval of width zero is no evidence: it says that the examples at hand all changed alike (the accuracy of every
+    one by nothing, say), and not how far others may.
 
     Raises:
-        ValueError: not the same examples, or no label.
+        ValueError: not the same examples, no label, or a single example with one, which shows no spread.
     """
     if [s.tokens for s in before] != [s.tokens for s in after]:
         raise ValueError("before and after have other label tokens; the two models need one tokenizer")
-    tokens = sum(s.tokens for s in before)
-    if tokens == 0:
+    pairs = [(x, y) for x, y in zip(before, after, strict=True) if x.tokens]
+    tokens, n = sum(x.tokens for x, _ in pairs), len(pairs)
+    if n == 0:
         raise ValueError("no label token to score")
-    z, n = NormalDist().inv_cdf((1 + confidence) / 2), len(before)
+    if n == 1:
+        raise ValueError("an interval needs at least two examples with labels, and there is one")
+    t = student_t(confidence, n - 1)
     result = {}
     for name, value in (("nll", lambda s: s.nll), ("accuracy", lambda s: s.hits)):
-        a, b = (math.fsum(value(s) for s in part) / tokens for part in (before, after))
-        residuals = [value(y) - value(x) - (b - a) * x.tokens for x, y in zip(before, after, strict=True)]
-        deviation = math.sqrt(math.fsum(r * r for r in residuals) / max(n - 1, 1))
-        half = z * deviation * math.sqrt(n) / tokens
+        a, b = (math.fsum(value(s) for s in part) / tokens for part in zip(*pairs, strict=True))
+        residuals = [value(y) - value(x) - (b - a) * x.tokens for x, y in pairs]
+        deviation = math.sqrt(math.fsum(r * r for r in residuals) / (n - 1))
+        half = t * deviation * math.sqrt(n) / tokens
         result[name] = Change(a, b, b - a, b - a - half, b - a + half, n, tokens)
     return result

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+
+from scipy.special import stdtrit  # type: ignore[import-untyped]
+
+_NO_VARIANCE = 1e-12
+"""Below it the values are alike, and what is left is rounding: of 1/3 met ten times, say."""
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -36,27 +40,69 @@ class Estimate:
     problems: int
 
 
+def student_t(confidence: float, degrees: int) -> float:
+    """Half-width of the central interval of Student's t distribution that holds `confidence` of it.
+
+    Raises:
+        ValueError: a confidence outside (0, 1).
+    """
+    check_confidence(confidence)
+    return float(stdtrit(degrees, (1 + confidence) / 2))
+
+
+def check_confidence(confidence: float) -> None:
+    """Refuse what is no level of an interval.
+
+    Raises:
+        ValueError: a confidence outside (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} is not in (0, 1)")
+
+
 def mean_with_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean of values in [0, 1], one per independently drawn problem, with a Wilson score interval.
+    """Mean of values in [0, 1], one per independently drawn problem, with a score interval.
 
     Problems are the independent units: the spread of their estimates holds both how problems differ and the noise of n
     samples each. The interval is Wilson's for a share p at the effective number of problems P p (1 - p) / s^2, with s^2
-    the sample variance of the values: with values of 0 and 1 it is Wilson's own, and unlike mean +- z s / sqrt(P) it
-    stays in [0, 1] and does not shrink to a point when all problems come out alike.
+    the sample variance of the values and the quantile of Student's t with P - 1 degrees of freedom, since s^2 is itself
+    estimated. Unlike mean +- t s / sqrt(P) it stays in [0, 1] and does not shrink to a point when all problems come out
+    alike: it is then Wilson's at P problems. Of one problem it is [0, 1].
+
+    Where it falls short: populations in which nearly all problems are alike and a few are far off, because a sample
+    then seldom shows how much they differ. Measured with 8 samples a problem, at 90 %: with 10 problems, pass@1 of pass
+    rates from Beta(0.3, 3), most of them near 0, is covered in 86 % of the cases, and from Beta(3, 0.3) in 85 %; with
+    20 and 60 problems both in 88 to 90 %. pass@4 of the latter is 0.994 and covered in 70 % with 20 problems, 64 % with
+    60 and 77 % with 200 (94 % with 10). An interval of a pass@k near 0 or 1 that is much narrower than 1 / P is no
+    evidence.
 
     Raises:
         ValueError: no values, or a confidence outside (0, 1).
     """
+    check_confidence(confidence)
     if not values:
         raise ValueError("no problem to average over")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} is not in (0, 1)")
     count = len(values)
-    p = math.fsum(values) / count
-    variance = math.fsum((v - p) ** 2 for v in values) / max(count - 1, 1)
-    effective = count * p * (1 - p) / variance if variance > 0 else count
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    square = z * z / effective
+    p = min(max(math.fsum(values) / count, 0.0), 1.0)
+    if count == 1:
+        return Estimate(p, 0.0, 1.0, 1)
+    variance = math.fsum((v - p) ** 2 for v in values) / (count - 1)
+    effective = count if variance < _NO_VARIANCE else count * p * (1 - p) / variance
+    square = student_t(confidence, count - 1) ** 2 / effective
     centre = (p + square / 2) / (1 + square)
     half = math.sqrt(square * (p * (1 - p) + square / 4)) / (1 + square)
-    return Estimate(p, max(centre - half, 0.0), min(centre + half, 1.0), count)
+    # Rounding may otherwise put the mean outside where it is 0 or 1.
+    return Estimate(p, min(max(centre - half, 0.0), p), max(min(centre + half, 1.0), p), count)
+
+
+def mean_difference(differences: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """Mean of paired differences in [-1, 1], one per problem, with its interval.
+
+    It is `mean_with_interval` of (1 + d) / 2 on the scale of d: near mean +- t s / sqrt(P) where the differences vary,
+    inside [-1, 1], and no point where all are alike, which is little evidence that they always would be.
+
+    Raises:
+        ValueError: no differences, or a confidence outside (0, 1).
+    """
+    half = mean_with_interval([(1 + d) / 2 for d in differences], confidence)
+    return Estimate(2 * half.mean - 1, 2 * half.low - 1, 2 * half.high - 1, half.problems)

@@ -1,23 +1,29 @@
-"""`trl-ext probe passk`: pass@k of a model on a data set, sampled in batches, resumed by appending."""
+"""`trl-ext probe passk`: pass@k of models on a data set, sampled in batches, resumed by appending."""
 
 from __future__ import annotations
 
-import json
+import gc
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from trl_ext.data import refuse_missing_columns
-from trl_ext_mixing.estimators import Estimate, mean_with_interval, pass_at_k
-from trl_ext_mixing.sampling import RewardFunction, batches, complete, load_model, load_reward
+from trl_ext.errors import ConfigurationError
+from trl_ext_mixing.fingerprints import rows_fingerprint, weights_fingerprint
+from trl_ext_mixing.judging import Judge, RewardFunction, check_reward, load_reward
+from trl_ext_mixing.loading import check_template, load_model, load_tokenizer, refuse_bad_options
+from trl_ext_mixing.passk_results import Result, print_results, write_results
+from trl_ext_mixing.progress import Report
+from trl_ext_mixing.samples import SampleFile
+from trl_ext_mixing.sampling import batch_seed, batches, complete, end_ids
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the samples: a file of samples belongs to one of these."""
+    """What decides the samples: a file of samples belongs to one of these. `solved_at` alone only judges them."""
 
     model: str
     dataset: str
@@ -37,7 +43,9 @@ class Settings:
 
 
 def passk(
-    model: Annotated[str, typer.Option(help="Model: a path, an adapter's path, or a hub id.")],
+    model: Annotated[
+        list[str], typer.Option(help="Model: a path, an adapter's path, or a hub id. Several: compared with the first.")
+    ],
     dataset: Annotated[
         str, typer.Option(help="Problems: a .jsonl, .json, .csv or .parquet file, or a hub id, with a column `prompt`.")
     ],
@@ -58,57 +66,80 @@ def passk(
     batch_size: Annotated[int, typer.Option(help="Completions generated at a time.", min=1)] = 64,
     confidence: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
     dtype: Annotated[str, typer.Option(help="Precision of the weights: auto, float32, bfloat16, float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
 ) -> None:
     """pass@k on problems, unbiased, with confidence intervals; run it again to go on where it was interrupted."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     ks = read_ks(k, n)
-    settings = Settings(
-        model, dataset, reward, split, dataset_name, columns, limit, n, temperature, top_p, max_new_tokens, batch_size,
-        solved_at, dtype, seed,
+    refuse_bad_options(confidence, dtype, device)
+    outputs = output_files(output, model)
+    first = Settings(
+        model[0], dataset, reward, split, dataset_name, columns, limit, n, temperature, top_p, max_new_tokens,
+        batch_size, solved_at, dtype, seed,
     )  # fmt: skip
-    rows = load_rows(settings)
-    with Progress() as bar:
-        task = bar.add_task("samples", total=len(rows) * n)
-        for done in sample(settings, rows, output):
-            bar.update(task, completed=done)
-    results = estimate(output, ks, confidence)
-    report = {
-        "settings": asdict(settings),
-        "confidence": confidence,
-        "pass@k": {x: asdict(e) for x, e in results.items()},
-    }
-    output.with_suffix(".summary.json").write_text(json.dumps(report, indent=1) + "\n")
-    console = Console()
-    for x, e in results.items():
-        console.print(
-            f"pass@{x}: {100 * e.mean:.1f} % [{100 * e.low:.1f}, {100 * e.high:.1f}] ({e.problems} problems, n={n})",
-            highlight=False,
-        )
+    rows = load_rows(first)
+    function = load_reward(reward)
+    check_reward(function, reward, rows[0])
+    # Every model is looked at before the first one samples.
+    every = {name: header(replace(first, model=name), rows) for name in model}
+    for name in model:
+        if not isinstance(rows[0]["prompt"], str):
+            check_template(load_tokenizer(name), name, "prompt")
+    results = []
+    with Report() as report:
+        for name in model:
+            settings = replace(first, model=name)
+            report.start(name, len(rows) * n)
+            with SampleFile(outputs[name], every[name]) as file:
+                for done in sample(settings, rows, file, reward=function, device=device):
+                    report.update(done)
+            results.append(Result.of(name, file, len(rows), ks, solved_at, confidence))
+            gc.collect()  # models hold circles of references, and the next one wants the memory
+    write_results(output, results)
+    print_results(results)
 
 
 def read_ks(text: str, n: int) -> list[int]:
     """The values of k, ascending.
 
     Raises:
-        ValueError: not whole numbers from 1 to n.
+        ConfigurationError: not whole numbers from 1 to n.
     """
     try:
         ks = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise ValueError(f"--k {text!r} is not a list of whole numbers such as 1,8,32") from None
+        raise ConfigurationError(f"--k {text!r} is not a list of whole numbers such as 1,8,32") from None
     if ks[0] < 1 or ks[-1] > n:
-        raise ValueError(f"--k {text!r} with --n {n}: every k is in [1, n]; raise --n or lower --k")
+        raise ConfigurationError(f"--k {text!r} with --n {n}: every k is in [1, n]; raise --n or lower --k")
     return ks
+
+
+def output_files(output: Path, models: Sequence[str]) -> dict[str, Path]:
+    """The file of samples of each model: `output` of a single one, else p.MODEL.jsonl with `output` p.jsonl.
+
+    Raises:
+        ConfigurationError: a model is there twice, or two names give one file.
+    """
+    if len(models) == 1:
+        return {models[0]: output}
+    files: dict[str, Path] = {}
+    for model in models:
+        # The end of a long path tells checkpoints apart.
+        name = re.sub(r"[^\w.-]+", "-", model).strip("-.")[-100:]
+        file = output.with_name(f"{output.stem}.{name}{output.suffix}")
+        if model in files or file in files.values():
+            raise ConfigurationError(
+                f"--model {model!r}: its samples would go to {file}, as another model's; rename it"
+            )
+        files[model] = file
+    return files
 
 
 def load_rows(settings: Settings) -> list[dict[str, Any]]:
     """The problems.
 
     Raises:
-        ValueError: none, or without a column `prompt`.
+        ConfigurationError: none, without a column `prompt`, or with an empty one.
     """
     from trl_ext.data import load_dataset_spec, parse_columns
 
@@ -118,128 +149,87 @@ def load_rows(settings: Settings) -> list[dict[str, Any]]:
         "split": settings.split,
         "columns": parse_columns(settings.columns, "--columns"),
     }
-    rows = list(load_dataset_spec(spec))[: settings.limit]
-    if not rows:
-        raise ValueError(f"{settings.dataset} has no problems")
-    if "prompt" not in rows[0]:
-        raise ValueError(
-            f"{settings.dataset} has no column 'prompt' (there are {', '.join(rows[0])}); "
-            f"rename one: --columns {next(iter(rows[0]))}=prompt"
+    data = load_dataset_spec(spec)
+    names = data.column_names
+    if "prompt" not in names:
+        raise ConfigurationError(
+            f"{settings.dataset} has no column 'prompt' (there are {', '.join(names)}); "
+            f"rename one: --columns {names[0]}=prompt"
         )
+    if not len(data):
+        raise ConfigurationError(f"{settings.dataset} has no problems")
+    rows = list(data.select(range(min(settings.limit or len(data), len(data)))))
+    for i, row in enumerate(rows):
+        if not row["prompt"] or not isinstance(row["prompt"], str | list):
+            raise ConfigurationError(f"{settings.dataset}: the prompt of row {i} is {row['prompt']!r}")
     return rows
+
+
+def header(settings: Settings, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What samples belong to: the settings, and the content of the rows and weights that they name.
+
+    Raises:
+        ConfigurationError: there is no such model.
+    """
+    return {
+        "settings": asdict(settings),
+        "data": rows_fingerprint(rows),
+        "weights": weights_fingerprint(settings.model),
+    }
 
 
 def sample(
     settings: Settings,
     rows: Sequence[dict[str, Any]],
-    output: Path,
+    file: SampleFile,
     *,
     loaded: tuple[Any, Any] | None = None,
     reward: RewardFunction | None = None,
+    device: str = "auto",
 ) -> Iterator[int]:
     """Draw and judge the samples that the file does not hold yet, a batch at a time.
 
-    The file starts with the settings, then has a line a sample. Each batch has a seed of its own, so an interrupted run
-    ends with the samples of an uninterrupted one.
+    Each batch has a seed of its own, so an interrupted run ends with the samples of an uninterrupted one (on the same
+    kind of device).
 
     Args:
         settings: what to sample.
         rows: the problems; the reward function receives their columns.
-        output: the file.
+        file: where the samples go.
         loaded: model and tokenizer, where they are at hand.
         reward: the function, where it is at hand.
+        device: where to put the model.
 
     Yields:
         Number of samples in the file.
 
     Raises:
-        ValueError: the file holds samples of other settings.
+        ConfigurationError: the model or the reward function cannot be used.
     """
-    held = read_samples(output, settings) if output.exists() else set()
-    total = len(rows) * settings.n
+    held = file.samples
     yield len(held)
-    if len(held) == total:
+    if len(held) == len(rows) * settings.n:
         return
-    reward = reward or load_reward(settings.reward)
-    refuse_missing_columns(reward, rows[0], settings.reward)
-    model, tokenizer = loaded or load_model(settings.model, settings.dtype)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("a") as file:
-        if file.tell() == 0:
-            file.write(json.dumps({"settings": asdict(settings)}) + "\n")
+    with Judge(reward or load_reward(settings.reward), settings.reward, rows[0]) as judge:
+        model, tokenizer = loaded or load_model(settings.model, settings.dtype, device)
+        ends = end_ids(model, tokenizer)
         for number, pairs in batches(len(rows), settings.n, settings.batch_size):
-            if held.issuperset(pairs):
+            if all(pair in held for pair in pairs):
                 continue
             completions = complete(
                 model,
                 tokenizer,
                 [rows[i]["prompt"] for i, _ in pairs],
-                seed=settings.seed + number,
+                seed=batch_seed(settings.seed, number),
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 max_new_tokens=settings.max_new_tokens,
             )
-            rewards = judge(reward, [rows[i] for i, _ in pairs], completions)
-            lines = [
-                {
-                    "problem": i,
-                    "sample": j,
-                    "reward": value,
-                    "solved": value is not None and value >= settings.solved_at,
-                }
+            rewards = judge([rows[i] for i, _ in pairs], completions, [i for i, _ in pairs])
+            file.append(
+                {"problem": i, "sample": j, "reward": value, "tokens": len(ids), "cut": not ids or ids[-1] not in ends}
                 | {"completion": completion}
-                for (i, j), (completion, _), value in zip(pairs, completions, rewards, strict=True)
+                for (i, j), (completion, ids), value in zip(pairs, completions, rewards, strict=True)
                 if (i, j) not in held
-            ]
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-            file.flush()
-            held.update(pairs)
+            )
             yield len(held)
-
-
-def judge(
-    reward: RewardFunction, rows: Sequence[dict[str, Any]], completions: Sequence[tuple[Any, list[int]]]
-) -> list[float | None]:
-    """Call a reward function as TRL does: prompts, completions, token ids and the other columns, as lists.
-
-    Raises:
-        ValueError: it gives another number of rewards.
-    """
-    columns = {
-        key: [row[key] for row in rows] for key in rows[0] if key not in ("prompt", "completion", "completion_ids")
-    }
-    values = reward(
-        prompts=[row["prompt"] for row in rows],
-        completions=[completion for completion, _ in completions],
-        completion_ids=[ids for _, ids in completions],
-        **columns,
-    )
-    if len(values) != len(rows):
-        raise ValueError(f"the reward function gave {len(values)} rewards for {len(rows)} completions")
-    return [None if value is None else float(value) for value in values]
-
-
-def read_samples(output: Path, settings: Settings) -> set[tuple[int, int]]:
-    """The (problem, sample) pairs of a file, whose last line is cut off if it was not written to its end.
-
-    Raises:
-        ValueError: samples of other settings.
-    """
-    content = output.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with output.open("r+b") as file:
-            file.truncate(len(whole))
-    lines = [json.loads(line) for line in whole.splitlines()]
-    if lines and lines[0].get("settings") != asdict(settings):
-        raise ValueError(f"{output} holds samples of other settings; choose another --output, or delete it")
-    return {(line["problem"], line["sample"]) for line in lines[1:]}
-
-
-def estimate(output: Path, ks: Sequence[int], confidence: float = 0.95) -> dict[int, Estimate]:
-    """k to pass@k over the problems of a file of samples."""
-    lines = [json.loads(line) for line in output.read_text().splitlines()[1:]]
-    drawn: dict[int, list[bool]] = {}
-    for line in lines:
-        drawn.setdefault(line["problem"], []).append(line["solved"])
-    return {k: mean_with_interval([pass_at_k(len(s), sum(s), k) for s in drawn.values()], confidence) for k in ks}
