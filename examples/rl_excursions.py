@@ -1,7 +1,7 @@
 """RL, SFT, SFT then RL, and both in one step, from checkpoints along a short pre-training (after arXiv:2606.04272).
 
     python examples/rl_excursions.py            # CPU, tiny models
-    python examples/rl_excursions.py --gpu      # one GPU: a larger model, longer chains, more held-out problems
+    python examples/rl_excursions.py --gpu      # one GPU: a larger model, twice the problems and larger batches
 
 A model is pre-trained on general text (copying letters) with a share of worked chains of modular arithmetic. From its
 checkpoints each recipe trains on the same few problems, with one solution each. Reported on held-out problems, means
@@ -71,8 +71,8 @@ class Size:
     learning_rate: float
 
 
-CPU = Size(64, 2, 3, 2e-3, (400, 800), 64, 256, 240, 64, 8, 2e-4)
-GPU = Size(256, 4, 4, 1e-3, (500, 1000), 128, 512, 100, 256, 16, 1e-4)
+CPU = Size(64, 2, 3, 2e-3, (400, 800), 64, 64, 200, 128, 8, 2e-4)
+GPU = Size(256, 4, 3, 1e-3, (400, 1000), 128, 128, 100, 256, 16, 2e-4)
 
 
 @dataclass(frozen=True)
