@@ -72,6 +72,9 @@ def test_one_problem_says_nothing_of_the_others() -> None:
 
 @pytest.mark.parametrize("count", [2, 3, 10, 61])
 def test_the_mean_lies_in_its_interval(count: int) -> None:
+    for alike in range(2, 50):  # of 6, 7 and others the upper end would come out one rounding below 1
+        estimate = mean_with_interval([1.0] * alike, 0.5)
+        assert estimate.low <= estimate.mean <= estimate.high
     rng = random.Random(count)
     for _ in range(300):
         values = [rng.choice([0.0, 0.1, 1 / 3, 0.9999999999, 1.0]) for _ in range(count)]

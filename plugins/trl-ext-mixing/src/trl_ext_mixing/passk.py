@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,20 +81,20 @@ def passk(
     rows = load_rows(first)
     function = load_reward(reward)
     check_reward(function, reward, rows[0])
-    # Every model is looked at before the first one samples.
-    every = {name: header(replace(first, model=name), rows) for name in model}
-    for name in model:
-        if not isinstance(rows[0]["prompt"], str):
+    if not isinstance(rows[0]["prompt"], str):
+        for name in model:
             check_template(load_tokenizer(name), name, "prompt")
     results = []
-    with Report() as report:
+    with ExitStack() as stack:
+        # Every model and file is looked at before the first model samples, perhaps for hours.
+        settings = {name: replace(first, model=name) for name in model}
+        files = {name: stack.enter_context(SampleFile(outputs[name], header(settings[name], rows))) for name in model}
+        report = stack.enter_context(Report())
         for name in model:
-            settings = replace(first, model=name)
             report.start(name, len(rows) * n)
-            with SampleFile(outputs[name], every[name]) as file:
-                for done in sample(settings, rows, file, reward=function, device=device):
-                    report.update(done)
-            results.append(Result.of(name, file, len(rows), ks, solved_at, confidence))
+            for done in sample(settings[name], rows, files[name], reward=function, device=device):
+                report.update(done)
+            results.append(Result.of(name, files[name], len(rows), ks, solved_at, confidence))
             gc.collect()  # models hold circles of references, and the next one wants the memory
     write_results(output, results)
     print_results(results)

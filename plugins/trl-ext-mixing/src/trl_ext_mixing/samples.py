@@ -59,6 +59,8 @@ class SampleFile:
             raise ConfigurationError(
                 f"another run is writing to {self.path}; wait for it, or choose another --output"
             ) from None
+        except OSError:
+            pass  # some network file systems have no locks; going on without is better than not at all
 
     def _read(self, header: dict[str, Any]) -> None:
         self._file.seek(0)
