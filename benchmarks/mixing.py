@@ -4,7 +4,7 @@
     python benchmarks/mixing.py --device cuda       # one GPU
 
 All variants train in one process, a step of each in turn. Completions have a fixed length, so that every step does the
-same work; on CPU one thread, and the processor's time. The ratio is to GRPO + SFT of the same turn: the median over
+same work; on CPU one thread, the processor's time, and an allocator that keeps freed memory, as CUDA's does. The ratio is to GRPO + SFT of the same turn: the median over
 turns, with its 95 % interval. Memory is the peak of training above the higher of GRPO and SFT, in copies of the
 weights.
 """
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import trl
 from datasets import Dataset
-from measure import hardware, one_thread, peak_memory, peaks, ratio, settings, steps_in_turn
+from measure import hardware, keep_freed_memory, one_thread, peak_memory, peaks, ratio, settings, steps_in_turn
 
 import trl_ext
 from trl_ext.testing import tiny_llama, tiny_tokenizer
@@ -100,10 +100,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, default=62, help="of each variant; the first two do not count")
+    parser.add_argument("--system-malloc", action="store_true", help="on CPU: let glibc give freed memory back")
     parser.add_argument("--no-gradients", action="store_true", help="leave out mode=gradients")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--measure-memory", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if not options.system_malloc:
+        keep_freed_memory(options.device)
     one_thread(options.device)
     if options.measure_memory:
         print(json.dumps(measure_memory(options.measure_memory, options.device)))

@@ -209,6 +209,23 @@ def test_the_gradient_is_autograds_of_the_mean_nll(tmp_path, kind, accumulation,
         assert logged(trainer)[step]["general_stream/nll"] == nll
 
 
+@pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", MAKE)
+def test_in_mixed_precision_streams_compute_in_bf16(tmp_path, kind, peft):
+    """GRPO exchanges the head beneath accelerate's autocast, which has to apply all the same."""
+    plugin = reads(batch_size=3)
+    options = {"streams": {"general": additions(9, seed=4)}, "max_steps": 1, "bf16": True}
+    options |= {"trainer": {"peft_config": lora()}} if peft else {}
+    trainer = MAKE[kind](tmp_path / "run", plugins=[plugin], **options)
+    base = trainer.ext_base_model()
+    dtypes = []
+    layer = base.model.layers[0].mlp.down_proj
+    layer.register_forward_hook(lambda module, args, output: dtypes.append((args[0].shape[0], output.dtype)))
+    trainer.train()
+    assert {dtype for rows, dtype in dtypes if rows == 3} == {torch.bfloat16}
+    assert plugin.flats[0].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", MAKE)
 def test_an_objective_applies_to_streams_too(tmp_path, kind):
     plugin = reads()

@@ -212,7 +212,11 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
 
     @contextmanager
     def ext_sft_head(self) -> Iterator[None]:
-        """GRPO's head divides logits by the sampling temperature; SFT data wants them as they are."""
+        """GRPO's head divides logits by the sampling temperature; SFT data wants them as they are.
+
+        The heads are exchanged beneath the mixed precision that accelerate has put around the model's forward, so it is
+        put around this one too.
+        """
         base = self.ext_base_model()
         policy_head = base.forward
         if self._ext_stream_head is None:
@@ -221,7 +225,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             self._ext_stream_head = base.forward
         base.forward = self._ext_stream_head
         try:
-            yield
+            with self.accelerator.autocast():
+                yield
         finally:
             base.forward = policy_head
 

@@ -118,18 +118,19 @@ class BranchAverage(torch.optim.Optimizer):
         counted: dict[str, list[dict[str, Any]]] = {}
         for chunk in _chunks(self._parameters):
             theta = [local_tensor(p.detach()) for p in chunk]
-            start = rl = _flat(theta)
+            start = _flat(theta)
             if not (self.skip_rl and method == "step"):
                 self._run(RL, method, chunk, gradients.get(RL, {}), counted)
-                rl = _flat(theta)
-                torch._foreach_copy_(theta, _parts(start, theta))
+            rl = _flat(theta)
+            torch._foreach_copy_(theta, _parts(start, theta))
             self._run(SFT, method, chunk, gradients.get(SFT, {}), counted)
-            sft = _flat(theta) if tally is not None else start
+            if tally is not None:
+                rl_update = start - rl
+                torch._foreach_sub_(_parts(start, theta), theta)
+                tally.add(chunk[0], rl_update, start)  # both with the other sign, which no comparison sees
             # Both products are exact at 1/2, so this is the mean of the branches to the last bit; so are 0 and 1.
             torch._foreach_mul_(theta, self.coefficient)
             torch._foreach_add_(theta, _parts(rl, theta), alpha=1 - self.coefficient)
-            if tally is not None:
-                tally.add(chunk[0], rl - start if rl is start else rl.sub_(start), sft.sub_(start))
         for branch, groups in counted.items():
             for group, changes in zip(self.param_groups, groups, strict=True):
                 group.update({f"{key}_{branch}": value for key, value in changes.items()})
