@@ -4,9 +4,9 @@
     python benchmarks/mixing.py --device cuda       # one GPU
 
 All variants train in one process, a step of each in turn. Completions have a fixed length, so that every step does the
-same work; on CPU one thread, the processor's time, and an allocator that keeps freed memory, as CUDA's does. The ratio is to GRPO + SFT of the same turn: the median over
-turns, with its 95 % interval. Memory is the peak of training above the higher of GRPO and SFT, in copies of the
-weights.
+same work; on CPU one thread, the processor's time, and an allocator that keeps freed memory, as CUDA's does. The ratio
+is to GRPO + SFT of the same turn: the median over turns, with its 95 % interval. Memory is the peak of training above
+the higher of GRPO and SFT, in copies of the weights.
 """
 
 from __future__ import annotations

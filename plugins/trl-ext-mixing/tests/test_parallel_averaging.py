@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import trl
 from branches import OPTIMIZERS, SCHEDULE, Branch, largest_difference, two_branches
 from mixing_runs import SETTINGS, Recorder, Vector, demonstrations, grpo
+from oracles import combine
 from trl_ext_mixing import ParallelAveraging
 
 from trl_ext.testing import tiny_llama, tiny_tokenizer
@@ -117,11 +119,20 @@ def test_coefficient_one_is_plain_sft(tmp_path: Path) -> None:
     assert largest_difference([p.detach() for p in plain.model.parameters()], seen.weights[-1]) < 1e-9
 
 
-def test_the_rl_gradient_does_not_change_with_the_number_of_sft_tokens(tmp_path: Path) -> None:
-    first = {}
+@pytest.mark.parametrize("mode", ["updates", "gradients"])
+def test_the_rl_half_does_not_change_with_the_number_of_sft_tokens(tmp_path: Path, mode: Any) -> None:
+    """With SGD a step is (1 - c) and c times what each half moves by, so two values of c give the RL half alone."""
+    halves, sft = {}, {}
     for size in (1, 12):
-        seen = Recorder()
-        grpo(tmp_path / str(size), [ParallelAveraging(batch_size=size)], recorder=seen, max_steps=1).train()
-        first[size] = seen
-    assert largest_difference(first[1].rl[0], first[12].rl[0]) == 0
-    assert largest_difference(first[1].sft[0], first[12].sft[0]) > 0
+        moved = {}
+        for c in (0.25, 0.5):
+            seen = Recorder()
+            plugin = ParallelAveraging(batch_size=size, coefficient=c, mode=mode)
+            folder = tmp_path / f"{size}-{c}"
+            grpo(folder, [plugin], recorder=seen, max_steps=1, optim="sgd", max_grad_norm=0.0).train()
+            moved[c] = combine(seen.weights[1], seen.weights[0], 1.0, -1.0)
+        halves[size] = combine(moved[0.25], moved[0.5], 2.0, -1.0)  # 2 (3/4 r + 1/4 s) - (1/2 r + 1/2 s) = r
+        sft[size] = combine(moved[0.5], halves[size], 2.0, -1.0)
+    assert largest_difference(halves[1], halves[12]) < 1e-14  # rounding of weights below 4 in fp64
+    assert max(float(t.abs().max()) for t in halves[1]) > 1e-4
+    assert largest_difference(sft[1], sft[12]) > 1e-4
