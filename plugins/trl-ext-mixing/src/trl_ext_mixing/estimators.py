@@ -95,14 +95,29 @@ def mean_with_interval(values: Sequence[float], confidence: float = 0.95) -> Est
     return Estimate(p, min(max(centre - half, 0.0), p), max(min(centre + half, 1.0), p), count)
 
 
-def mean_difference(differences: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Mean of paired differences in [-1, 1], one per problem, with its interval.
+def mean_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> Estimate:
+    """Mean of second - first, values in [0, 1] of the same problems in the same order, with its interval.
 
-    It is `mean_with_interval` of (1 + d) / 2 on the scale of d: near mean +- t s / sqrt(P) where the differences vary,
-    inside [-1, 1], and no point where all are alike, which is little evidence that they always would be.
+    Newcombe's tenth method for paired shares (Statistics in Medicine 17, 1998, 2635-2650) on the intervals of
+    `mean_with_interval`: on each side it joins their half-widths a and b to sqrt(a^2 + b^2 - 2 r a b), with r the
+    correlation of the two over the problems. It is near mean +- t s / sqrt(P) of the differences, stays in [-1, 1] and,
+    where both solve all problems, keeps the doubt about each. Values that are the same throughout may give a point,
+    which is no evidence. It falls short where `mean_with_interval` does, and somewhat with 10 problems: two models with
+    uniform pass rates, pass@4 of 8 samples, 84 to 85 % at a level of 90 % (20 problems: 87, 60: 89).
 
     Raises:
-        ValueError: no differences, or a confidence outside (0, 1).
+        ValueError: no problems, another number of them, or a confidence outside (0, 1).
     """
-    half = mean_with_interval([(1 + d) / 2 for d in differences], confidence)
-    return Estimate(2 * half.mean - 1, 2 * half.low - 1, 2 * half.high - 1, half.problems)
+    pairs = list(zip(first, second, strict=True))
+    a, b = (mean_with_interval(values, confidence) for values in (first, second))
+    squares = [math.fsum((v - e.mean) ** 2 for v in values) for values, e in ((first, a), (second, b))]
+    product = math.fsum((x - a.mean) * (y - b.mean) for x, y in pairs)
+    r = product / math.sqrt(squares[0] * squares[1]) if min(squares) > _NO_VARIANCE else 0.0
+
+    def joined(x: float, y: float) -> float:
+        return math.sqrt(max(x * x + y * y - 2 * r * x * y, 0.0))
+
+    mean = b.mean - a.mean
+    low = mean - joined(b.mean - b.low, a.high - a.mean)
+    high = mean + joined(b.high - b.mean, a.mean - a.low)
+    return Estimate(mean, max(low, -1.0), min(high, 1.0), len(pairs))

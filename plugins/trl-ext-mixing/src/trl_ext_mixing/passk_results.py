@@ -77,9 +77,11 @@ class Result:
         """k to the mean difference from another model, over the problems that both have a value of."""
         result = {}
         for k, here in self.values.items():
-            pairs = [(here[i], there) for i, there in first.values[k].items() if i in here]
-            if pairs:
-                result[k] = mean_difference([a - b for a, b in pairs], self.confidence)
+            both = [i for i in first.values[k] if i in here]
+            if both:
+                result[k] = mean_difference(
+                    [first.values[k][i] for i in both], [here[i] for i in both], self.confidence
+                )
         return result
 
 
@@ -162,7 +164,7 @@ def print_results(results: Sequence[Result]) -> None:
             print(f"{result.model}: {result.unrated} of {total} samples have no reward and are left out")
             for k, values in result.values.items():
                 if left := len(result.problems) - len(values):
-                    print(f"{result.model}: {left} problems have fewer than {k} rewards and are left out of pass@{k}")
+                    print(f"{result.model}: problems with fewer than {k} rewards, left out of pass@{k}: {left}")
         if result.cut:
             print(f"{result.model}: {100 * result.cut:.1f} % of the completions were cut off by --max-new-tokens")
 
