@@ -288,7 +288,7 @@ REFUSED: dict[str, tuple[str, list[Plugin], dict[str, Any], str]] = {
         "grpo",
         [Nll()],
         {},
-        "'Nll' owns the loss per token of supervised data, and this GRPO run has none",
+        "'Nll' owns the loss per token of supervised data, and this GRPO run has none: give",
     ),
     "a stream with images": (
         "sft",

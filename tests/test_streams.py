@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trl_ext import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, hookimpl
-from trl_ext.errors import ConfigurationError, TrlExtError
+from trl_ext.errors import ConfigurationError, StreamExhaustedError
 from trl_ext.gradients import trainable_parameters
 from trl_ext.records import StreamGradient, StreamRequest
 from trl_ext.streams import Stream
@@ -139,7 +139,7 @@ def test_a_stream_that_stops_ends_the_training_after_its_last_full_batch(tmp_pat
 def test_a_stream_that_may_not_end_raises(tmp_path):
     plugin = reads(on_exhausted="error")
     trainer = make_sft(tmp_path, plugins=[plugin], streams={"general": additions(7)}, max_steps=8)
-    with pytest.raises(TrlExtError, match="stream 'general' is exhausted after 6 of 7 samples"):
+    with pytest.raises(StreamExhaustedError, match="stream 'general' is exhausted after 6 of 7 samples"):
         trainer.train()
     assert trainer.state.global_step == 3
 
@@ -441,15 +441,20 @@ def test_grpo_streams_use_their_own_length_limit(tmp_path):
     assert plugin.seen[0].tokens <= 4 * 5
 
 
-def test_messages_of_a_grpo_stream_go_through_the_template_as_the_prompts_do(tmp_path):
+@pytest.mark.parametrize("column", [False, True])
+def test_messages_of_a_grpo_stream_go_through_the_template_as_the_prompts_do(tmp_path, column):
     class Counts(Plugin):
         @hookimpl
         def streams(self):
             return [StreamRequest("general")]
 
     quiet = tokenizer()
-    quiet.chat_template = "{% if quiet %}Q{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    quiet.chat_template = (
+        "{% if quiet %}Q{% endif %}{% if loud %}L{% endif %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
     data = additions(4, "language_modeling", conversational=True)
+    if column:
+        data = data.add_column("chat_template_kwargs", [{"loud": True}] * 4)
     trainer = GRPOTrainer(
         tiny_model(),
         reward_funcs=varied_reward,
@@ -460,4 +465,6 @@ def test_messages_of_a_grpo_stream_go_through_the_template_as_the_prompts_do(tmp
         streams={"general": data},
     )
     for row, prepared in zip(data, trainer.ext_streams["general"].dataset, strict=True):
-        assert quiet.decode(prepared["input_ids"]) == "Q" + "".join(m["content"] for m in row["messages"])
+        assert quiet.decode(prepared["input_ids"]) == ("QL" if column else "Q") + "".join(
+            m["content"] for m in row["messages"]
+        )

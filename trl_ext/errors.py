@@ -15,6 +15,13 @@ class PluginError(TrlExtError, RuntimeError):
     """A plugin's hook failed; on several ranks, every rank raises it at the same step."""
 
 
+class OnAllRanksError(TrlExtError, RuntimeError):
+    """For hooks that have told all ranks of a failure on one: raised on every rank alike, it stops them at once.
+
+    A hook that communicates by itself raises it after the exchange, with one message on all ranks.
+    """
+
+
 class NonFiniteError(TrlExtError, ArithmeticError):
     """A gradient or loss was NaN or infinite before the optimiser's step."""
 

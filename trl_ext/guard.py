@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trl_ext.activation import PluginSet
-from trl_ext.errors import NonFiniteError, PluginError
+from trl_ext.errors import NonFiniteError, OnAllRanksError, PluginError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -63,6 +63,8 @@ class Guard:
             return call(**arguments)
         except AgreedError:
             raise
+        except OnAllRanksError as error:
+            raise AgreedError(str(self.failure(hook, plugin, str(error)))) from error
         except Exception as error:
             failure = self.failure(hook, plugin, f"{type(error).__name__}: {error}")
             if self.world_size == 1:

@@ -148,7 +148,7 @@ def prepare_stream(trainer: TrainerMixin, plugin: str, request: StreamRequest, d
     """Tokenize a data set as TRL's SFT would, with labels on the completion where there is one.
 
     Works in GRPO too: TRL's preparation needs only a tokenizer, a template and a few options. Messages go through the
-    template with GRPO's `chat_template_kwargs`, as the prompts of the rollouts do.
+    template with GRPO's `chat_template_kwargs`, as the prompts of the rollouts do, and with those of a column.
 
     Raises:
         ConfigurationError: a streaming or empty data set, or one with images.
@@ -166,9 +166,13 @@ def prepare_stream(trainer: TrainerMixin, plugin: str, request: StreamRequest, d
             "train on the text without its images"
         )
     args = trainer.args
-    options_of_template = getattr(args, "chat_template_kwargs", None)
-    if options_of_template and "chat_template_kwargs" not in dataset.column_names:
-        dataset = dataset.add_column("chat_template_kwargs", [dict(options_of_template)] * len(dataset))
+    if of_run := getattr(args, "chat_template_kwargs", None):
+        of_rows = (
+            dataset["chat_template_kwargs"] if "chat_template_kwargs" in dataset.column_names else [{}] * len(dataset)
+        )
+        merged = [{**of_run, **(of_row or {})} for of_row in of_rows]
+        kept = [name for name in dataset.column_names if name != "chat_template_kwargs"]
+        dataset = dataset.select_columns(kept).add_column("chat_template_kwargs", merged)
     max_length = request.max_length if request.max_length is not None else getattr(args, "max_length", None)
     # A namespace, not an SFTConfig: building one inside a live trainer resets accelerate's state.
     options = SimpleNamespace(
@@ -208,10 +212,14 @@ def stream_gradient(trainer: TrainerMixin, model: nn.Module, stream: Stream) -> 
     balancing loss where the trainer uses it; divided by the label tokens of the batch over all ranks.
     """
     seed = stream.seed + stream.position
-    batch = trainer.ext_guard.run("streams", stream.plugin, stream.next_batch, None)
-    if stream.request.select is not None:
-        trainer.ext_guard.agree()  # the rows are the plugin's choice, by this rank's data
-    inputs = trainer.ext_to_device(stream.empty_batch() if batch is None else batch)
+    if stream.request.select is None:
+        batch = stream.next_batch()  # fails on all ranks alike
+    else:
+        # The rows are the plugin's choice, by this rank's data.
+        chosen: dict[str, Tensor] | None = trainer.ext_guard.run("streams", stream.plugin, stream.next_batch, None)
+        trainer.ext_guard.agree()
+        batch = stream.empty_batch() if chosen is None else chosen
+    inputs = trainer.ext_to_device(batch)
     labels = inputs["labels"][:, 1:] != -100
     world = trainer.accelerator.num_processes
     tokens = trainer.accelerator.reduce(labels.sum(), reduction="sum").clamp(min=1)

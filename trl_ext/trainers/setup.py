@@ -108,8 +108,8 @@ class SetupMixin(Opened):
         owner = self.ext_plugins.owner("per_token_loss")
         if self.ext_kind == "grpo" and owner is not None and not matched:
             raise ConfigurationError(
-                f"plugin '{owner}' owns the loss per token of supervised data, and this GRPO run has none: no active "
-                "plugin asks for a stream; remove it, or add one that does"
+                f"plugin '{owner}' owns the loss per token of supervised data, and this GRPO run has none: give a "
+                "plugin that takes a stream its data under `streams:`, or remove this one"
             )
         return matched
 

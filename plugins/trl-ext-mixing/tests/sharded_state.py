@@ -13,7 +13,8 @@ from accelerate.utils.fsdp_utils import load_fsdp_optimizer, save_fsdp_optimizer
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
+from trl_ext_mixing import composite
 from trl_ext_mixing.composite import BranchAverage
 
 from trl_ext.testing import tiny_llama
@@ -49,6 +50,30 @@ def step(model: nn.Module, optimizer: BranchAverage, seed: int) -> None:
     optimizer.zero_grad()
 
 
+def uneven() -> None:
+    """Shards of other sizes on both ranks, cut into other numbers of chunks: the comparisons are those unsharded."""
+    composite.CHUNK["cpu"] = 10
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 2), (5, 2), (3, 2), (1, 3)]
+    values, rl, sft = ([torch.randn(s, generator=generator) for s in shapes] for _ in range(3))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    read = []
+    for split in (True, False):
+
+        def placed(tensors: Sequence[Tensor], split: bool = split) -> list[Tensor]:
+            return [distribute_tensor(t, mesh, [Shard(0)]) if split else t.clone() for t in tensors]
+
+        parameters = [nn.Parameter(t) for t in placed(values)]
+        optimizer = BranchAverage(torch.optim.SGD(parameters, 0.1))
+        for p, g in zip(parameters, placed(rl), strict=True):
+            p.grad = g
+        optimizer.give_sft(dict(zip(parameters, placed(sft), strict=True)))
+        optimizer.step()
+        read.append(optimizer.updates.read())
+    for name, value in read[0].items():
+        assert abs(value - read[1][name]) < 1e-6, (name, read)
+
+
 def whole(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.full_tensor().detach().clone() for name, p in model.named_parameters()}
 
@@ -72,6 +97,7 @@ def main(folder: Path) -> None:
         for name, value in uninterrupted.items():
             assert torch.equal(value, continued[name]), (kind, name)
             assert not torch.equal(value, saved[name]), (kind, name)
+    uneven()
     dist.destroy_process_group()
 
 

@@ -71,6 +71,20 @@ def test_gradients_are_put_back_and_matched_by_parameter() -> None:
         assert p.grad is rl[i]
 
 
+@pytest.mark.parametrize("c", [0.0, 0.3, 0.5, 0.85, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_that_neither_branch_moves_stay_where_they_are(c: float, dtype: torch.dtype) -> None:
+    """Products with c and 1 - c, rounded in bf16, would move a fifth of them at c = 0.9."""
+    params = [nn.Parameter(torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(dtype))]
+    optimizer = BranchAverage(torch.optim.AdamW(params, 0.1, weight_decay=0.0))
+    optimizer.coefficient = c
+    before = values(params)
+    params[0].grad = torch.zeros_like(params[0])
+    optimizer.give_sft({params[0]: torch.zeros_like(params[0])})
+    optimizer.step()
+    assert equal(values(params), before)
+
+
 def test_update_diagnostics_match_the_closed_form_for_sgd() -> None:
     params = parameters()
     optimizer = BranchAverage(torch.optim.SGD(params, 0.1), lr_ratio=3.0)

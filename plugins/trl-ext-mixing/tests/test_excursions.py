@@ -111,8 +111,25 @@ def test_what_has_ended_is_kept_and_what_was_interrupted_goes_on(tmp_path: Path,
     assert calls[3][4:] == []
     assert run(tmp_path, asked) == []
     (tmp_path / "sft.yaml").write_text("sft: 2\n")
-    with pytest.raises(ConfigurationError, match=r"trained from another model or another sft.yaml; move it away"):
+    with pytest.raises(ConfigurationError, match=r"trained by another sft.yaml or from something else; move it away"):
         run(tmp_path, asked)
+    # Trained again, a stage has its successors trained again too.
+    out = tmp_path / "out"
+    for folder in out.glob("*/*/1-sft"):
+        folder.rename(folder.with_name("old"))
+    with pytest.raises(ConfigurationError, match=r"2-grpo was trained by another rl.yaml or from something else"):
+        run(tmp_path, asked)
+
+
+def test_a_second_run_may_ask_for_other_figures_and_recipes(tmp_path: Path, asked: dict[str, Any]) -> None:
+    run(tmp_path, asked)
+    asked["passk"]["k"] = "2"
+    asked["recipes"] = {"imitation": asked["recipes"].pop("SFT"), **asked["recipes"]}
+    assert [call[0] for call in run(tmp_path, asked)] == ["sft", "sft"]
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [(row["recipe"], list(row["pass@k"])) for row in rows] == [
+        (recipe, ["2"]) for recipe in ("base", "imitation", "SFT, then RL")
+    ] * 2
 
 
 def test_a_training_that_leaves_no_model_is_noticed(tmp_path: Path, asked: dict[str, Any]) -> None:
@@ -125,6 +142,9 @@ def test_a_training_that_leaves_no_model_is_noticed(tmp_path: Path, asked: dict[
     [
         ({"checkpoint": ["a"]}, "unknown keys checkpoint; there are checkpoints"),
         ({"passk": None}, "lacks passk"),
+        ({"checkpoints": "step-1"}, "checkpoints is a str, and should be a list"),
+        ({"recipes": ["A"]}, "recipes is a list, and should be a dict"),
+        ({"recipes": {"A": []}}, "recipe 'A' has no stage"),
         ({"recipes": {"A": {"dpo": "sft.yaml"}}}, "recipe 'A' has .*a stage is `sft: FILE` or `grpo: FILE`"),
         ({"recipes": {"A": {"sft": "none.yaml"}}}, r"recipe 'A' names .*none.yaml', which is no file"),
         ({"recipes": {"base": {"sft": "sft.yaml"}}}, "none a recipe `base`"),

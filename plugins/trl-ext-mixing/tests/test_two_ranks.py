@@ -84,6 +84,9 @@ def test_a_row_that_fails_on_one_rank_stops_both_with_its_message(tmp_path: Path
         messages, steps = zip(*(rank[method] for rank in ranks), strict=True)
         wanted = "row 99 was asked of the stream" if "stream_row" in method else "column 'completion' is empty"
         assert all(wanted in message and method.split(":")[0] in message for message in messages), method
+        # One message, which names the rank that it was met on.
+        assert messages[0] == messages[1]
+        assert messages[0].count(" [on rank") == messages[0].count(" [on rank 1 of 2]") == 1
         assert steps[0] == steps[1] < 4
 
 

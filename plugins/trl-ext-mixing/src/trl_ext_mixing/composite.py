@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.gradients import local_tensor
-from trl_ext_mixing.comparison import Comparison, products
+from trl_ext_mixing.comparison import UpdateTally
 
 CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}
-"""Parameters stepped at a time: of each chunk the starting point and both branches are held, 12 bytes a parameter in
-fp32. On a CPU they stay in its cache; on a GPU they fill the chip, and take 192 MiB."""
+"""Parameters stepped at a time, or one that is larger: of each chunk the starting point and both branches are held, 12
+bytes a parameter in fp32. On a CPU they stay in its cache; on a GPU they fill the chip, and take 192 MiB."""
 
 RL, SFT = "rl", "sft"
 _COEFFICIENT, _MODE = "sft_coefficient", "weights_for"
@@ -124,18 +124,31 @@ class BranchAverage(torch.optim.Optimizer):
             rl = _flat(theta)
             torch._foreach_copy_(theta, _parts(start, theta))
             self._run(SFT, method, chunk, gradients.get(SFT, {}), counted)
-            if tally is not None:
-                rl_update = start - rl
-                torch._foreach_sub_(_parts(start, theta), theta)
-                tally.add(chunk[0], rl_update, start)  # both with the other sign, which no comparison sees
-            # Both products are exact at 1/2, so this is the mean of the branches to the last bit; so are 0 and 1.
-            torch._foreach_mul_(theta, self.coefficient)
-            torch._foreach_add_(theta, _parts(rl, theta), alpha=1 - self.coefficient)
+            if tally is None:
+                self._blend(theta, _parts(rl, theta))
+                continue
+            rl_update = start - rl
+            torch._foreach_sub_(_parts(start, theta), theta)
+            self._blend(theta, _parts(rl, theta))
+            del rl  # the comparison needs memory of its own
+            tally.add(chunk[0], rl_update, start)  # both with the other sign, which no comparison sees
         for branch, groups in counted.items():
             for group, changes in zip(self.param_groups, groups, strict=True):
                 group.update({f"{key}_{branch}": value for key, value in changes.items()})
         if tally is not None:
             tally.end_step(sum(p.numel() for p in self._parameters))
+
+    def _blend(self, sft: list[Tensor], rl: list[Tensor]) -> None:
+        """Leave (1 - c) rl + c sft in `sft`; `rl` is overwritten."""
+        c = self.coefficient
+        if c == 0.5:
+            # Both products are exact, so this is the mean to the last bit.
+            torch._foreach_mul_(sft, 0.5)
+            torch._foreach_add_(sft, rl, alpha=0.5)
+        else:
+            # Not by products: rounded, in bf16 they move weights that neither branch has moved. 0 and 1 are exact.
+            torch._foreach_lerp_(rl, sft, c)
+            torch._foreach_copy_(sft, rl)
 
     def _run(
         self,
@@ -245,39 +258,6 @@ class BranchAverage(torch.optim.Optimizer):
             optimizer.load_state_dict({**state_dict, "state": parts[branch]})
         self.param_groups = self.branches[RL].param_groups
         self._share_groups()
-
-
-class UpdateTally:
-    """Comparisons of both updates, kept on the device until they are read."""
-
-    NAMES = ("update_norm_rl", "update_norm_sft", "update_cosine", "update_sign_conflicts")
-
-    def __init__(self) -> None:
-        self._parts: list[list[Tensor]] = []
-        self._owners: list[Tensor] = []
-        self._total: Tensor | None = None
-        self._steps = 0
-
-    def add(self, owner: Tensor, rl: Tensor, sft: Tensor) -> None:
-        """Add the updates of some parameters as flat local tensors, sharded like `owner`."""
-        self._parts.append(products(rl, sft))
-        self._owners.append(owner)
-
-    def end_step(self, size: int) -> None:
-        """Close an optimiser step on `size` parameters over all ranks. Collective where they are sharded."""
-        step = Comparison.of(self._parts, self._owners, size)
-        self._parts, self._owners = [], []
-        values = torch.stack([step.norm_a, step.norm_b, step.cosine, step.sign_conflicts])
-        self._total = values if self._total is None else self._total + values
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """Means per step since the last reading; empty before the first step."""
-        if self._total is None:
-            return {}
-        values = dict(zip(self.NAMES, (self._total / self._steps).tolist(), strict=True))
-        self._total, self._steps = None, 0
-        return values
 
 
 def as_gradient(parameter: nn.Parameter, local: Tensor) -> Tensor:

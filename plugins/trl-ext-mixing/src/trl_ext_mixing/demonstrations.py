@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from trl_ext.errors import ConfigurationError
+from trl_ext.errors import ConfigurationError, OnAllRanksError
 from trl_ext.gradients import GradientView
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, StreamGradient
 
@@ -115,8 +115,8 @@ def on_every_rank(context: SetupContext, make: Callable[[], T]) -> T:
     For hooks that go on to communicate: a rank that had raised alone would be waited for.
 
     Raises:
-        Exception: what `make` raised here.
-        RuntimeError: what it raised elsewhere.
+        Exception: what `make` raised, on one rank.
+        OnAllRanksError: on several, the same on each.
     """
     if context.world_size == 1:
         return make()
@@ -127,11 +127,9 @@ def on_every_rank(context: SetupContext, make: Callable[[], T]) -> T:
         failure = error
     messages: list[str | None] = [None] * context.world_size
     dist.all_gather_object(messages, None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
     for rank, message in enumerate(messages):
         if message is not None:
-            raise RuntimeError(f"{message} [on rank {rank}]")
+            raise OnAllRanksError(f"{message} [on rank {rank} of {context.world_size}]") from failure
     return result  # type: ignore[return-value]
 
 
@@ -154,7 +152,7 @@ class Demonstrations:
         self.template = dict(template or {})
         self.tokenizer = getattr(context.tokenizer, "tokenizer", context.tokenizer)
         self.dropped = 0
-        """Demonstrations so far of which `max_length` left no label."""
+        """Demonstrations on this rank, since the run began or was resumed, of which `max_length` left no label."""
         self._warned = False
 
     def of_prompts(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -19,10 +18,10 @@ import yaml
 
 from trl_ext.errors import ConfigurationError
 from trl_ext_mixing.drift import drift
-from trl_ext_mixing.excursions_results import write_results
+from trl_ext_mixing.excursions_results import MODELS, slug, write_results
 from trl_ext_mixing.passk import passk
 
-KEYS = {"checkpoints", "output_dir", "recipes", "passk", "drift", "launcher"}
+KEYS = {"checkpoints": list, "output_dir": str, "recipes": dict, "passk": dict, "drift": dict, "launcher": str}
 DONE = "excursion.json"
 """Written into a stage's folder when its training has ended; says what it was of."""
 
@@ -49,7 +48,7 @@ class Excursions:
 
     def folder(self, checkpoint: str, *below: str) -> Path:
         """Where what starts at a checkpoint goes."""
-        return self.output_dir.joinpath(_slug(checkpoint), *map(_slug, below))
+        return self.output_dir.joinpath(slug(checkpoint), *map(slug, below))
 
 
 def excursions(
@@ -61,24 +60,25 @@ def excursions(
     and samples that are drawn are kept.
     """
     asked = read(config)
-    for checkpoint in asked.checkpoints:
+    for i, checkpoint in enumerate(asked.checkpoints):
         models = {"base": checkpoint}
         for recipe, stages in asked.recipes.items():
             models[recipe] = train(asked, checkpoint, recipe, stages)
         measure(asked, checkpoint, models)
-        write_results(asked.output_dir, asked.checkpoints, ["base", *asked.recipes], asked.folder)
+        folders = {name: asked.folder(name) for name in asked.checkpoints[: i + 1]}
+        write_results(asked.output_dir, folders, ["base", *asked.recipes])
 
 
 def measure(asked: Excursions, checkpoint: str, models: Mapping[str, str]) -> None:
     """Run both probes on the models that came of a checkpoint; pass@k is compared with the checkpoint's own."""
     folder = asked.folder(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "models.json").write_text(json.dumps(models, indent=1) + "\n")
     passk(model=list(models.values()), output=folder / "passk.jsonl", **asked.passk)
     if asked.drift is not None:
         for recipe, model in models.items():
             if recipe != "base":
-                drift(model=model, base=checkpoint, output=folder / f"drift.{_slug(recipe)}.json", **asked.drift)
+                drift(model=model, base=checkpoint, output=folder / f"drift.{slug(recipe)}.json", **asked.drift)
+    (folder / MODELS).write_text(json.dumps(models, indent=1) + "\n")
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -90,16 +90,18 @@ def train(asked: Excursions, checkpoint: str, recipe: str, stages: Sequence[Stag
     Raises:
         ConfigurationError: a training failed, or left no model.
     """
-    model = checkpoint
+    model, before = checkpoint, ""
     for i, stage in enumerate(stages):
         folder = asked.folder(checkpoint, recipe, f"{i + 1}-{stage.kind}")
-        what = {"kind": stage.kind, "model": model, "config": hashlib.sha256(stage.config.read_bytes()).hexdigest()}
+        config = hashlib.sha256(stage.config.read_bytes()).hexdigest()
+        what = {"kind": stage.kind, "model": model, "config": config, "after": before}
+        before = hashlib.sha256(json.dumps(what).encode()).hexdigest()
         done = folder / DONE
         if done.exists():
             if json.loads(done.read_text()) != what:
                 raise ConfigurationError(
-                    f"{folder} was trained from another model or another {stage.config.name}; move it away, or choose "
-                    "another output_dir"
+                    f"{folder} was trained by another {stage.config.name} or from something else; move it away, or "
+                    "choose another output_dir"
                 )
         else:
             command = [*asked.launcher, stage.kind, "--config", str(stage.config), "--model_name_or_path", model]
@@ -135,15 +137,20 @@ def read(path: Path) -> Excursions:
         asked = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{path} is no YAML: {error}") from error
-    if not isinstance(asked, dict) or asked.keys() - KEYS:
-        unknown = sorted(asked.keys() - KEYS) if isinstance(asked, dict) else []
-        raise ConfigurationError(f"{path}: unknown keys {', '.join(unknown)}; there are {', '.join(sorted(KEYS))}")
+    if not isinstance(asked, dict):
+        raise ConfigurationError(f"{path} has no keys; there are {', '.join(KEYS)}")
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if unknown := sorted(asked.keys() - KEYS.keys()):
+        raise ConfigurationError(f"{path}: unknown keys {', '.join(unknown)}; there are {', '.join(KEYS)}")
     if missing := sorted({"checkpoints", "output_dir", "recipes", "passk"} - asked.keys()):
         raise ConfigurationError(f"{path} lacks {', '.join(missing)}")
+    for key, value in asked.items():
+        if not isinstance(value, KEYS[key]):
+            raise ConfigurationError(f"{path}: {key} is a {type(value).__name__}, and should be a {KEYS[key].__name__}")
     checkpoints = tuple(map(str, asked["checkpoints"]))
     recipes = {str(name): _stages(path, str(name), stages) for name, stages in asked["recipes"].items()}
     for what, names in (("checkpoints", checkpoints), ("recipes", ("base", *recipes))):
-        if len({_slug(name) for name in names}) < len(names) or not checkpoints or not recipes:
+        if len({slug(name) for name in names}) < len(names) or not checkpoints or not recipes:
             raise ConfigurationError(f"{path}: {what} have to be there, of different names, and none a recipe `base`")
     default = (sys.executable, "-m", "trl_ext")
     return Excursions(
@@ -152,7 +159,7 @@ def read(path: Path) -> Excursions:
         output_dir=Path(asked["output_dir"]),
         passk=_options(path, "passk", passk, asked["passk"], {"model", "output"}),
         drift=_options(path, "drift", drift, asked["drift"], {"model", "base", "output"}) if "drift" in asked else None,
-        launcher=tuple(shlex.split(asked["launcher"])) if asked.get("launcher") else default,
+        launcher=tuple(shlex.split(asked["launcher"])) if "launcher" in asked else default,
     )
 
 
@@ -166,6 +173,8 @@ def _stages(path: Path, recipe: str, stages: Any) -> tuple[Stage, ...]:
         if not config.is_file():
             raise ConfigurationError(f"{path}: recipe {recipe!r} names {str(config)!r}, which is no file")
         result.append(Stage(kind, config))
+    if not result:
+        raise ConfigurationError(f"{path}: recipe {recipe!r} has no stage")
     return tuple(result)
 
 
@@ -180,8 +189,3 @@ def _options(
     if missing := sorted(needed - given.keys()):
         raise ConfigurationError(f"{path}: {key} lacks {', '.join(missing)}")
     return dict(given)
-
-
-def _slug(name: str) -> str:
-    """A name for a folder: the end of a long path tells checkpoints apart."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[-100:]

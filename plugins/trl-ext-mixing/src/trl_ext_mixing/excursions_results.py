@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+MODELS = "models.json"
+"""In the folder of a checkpoint, once it is measured: recipe to model."""
 
-def write_results(
-    output_dir: Path, checkpoints: Sequence[str], recipes: Sequence[str], folder: Callable[..., Path]
-) -> None:
+
+def slug(name: str) -> str:
+    """A name for a folder: the end of a long path tells checkpoints apart."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[-100:]
+
+
+def write_results(output_dir: Path, folders: Mapping[str, Path], recipes: Sequence[str]) -> None:
     """Write `results.json`, `table.md` and, with matplotlib, `plot.png`; print the table.
 
     Args:
         output_dir: where to.
-        checkpoints: in the order of pre-training; those without results are left out.
+        folders: checkpoint to its folder, in the order of pre-training; all of them measured.
         recipes: `base` first.
-        folder: gives the folder of a checkpoint.
     """
-    rows = [row for checkpoint in checkpoints for row in results_of(checkpoint, folder(checkpoint), recipes)]
+    rows = [row for checkpoint, folder in folders.items() for row in results_of(checkpoint, folder, recipes)]
     (output_dir / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
     table = as_table(rows)
     (output_dir / "table.md").write_text(table)
@@ -31,24 +37,24 @@ def write_results(
 
 
 def results_of(checkpoint: str, folder: Path, recipes: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each recipe of a checkpoint; none where it has not been measured."""
-    summary = folder / "passk.jsonl.summary.json"
-    if not summary.exists():
-        return []
-    recipe_of = {model: recipe for recipe, model in json.loads((folder / "models.json").read_text()).items()}
+    """A row for each recipe of a checkpoint that has been measured."""
+    models = json.loads((folder / MODELS).read_text())
+    entries = json.loads((folder / "passk.jsonl.summary.json").read_text())["models"]
+    by_model = {entry["model"]: entry for entry in entries}
     rows = []
-    for entry in json.loads(summary.read_text())["models"]:
-        row = {
-            "checkpoint": checkpoint,
-            "recipe": recipe_of[entry["model"]],
-            "model": entry["model"],
-            "pass@k": entry["pass@k"],
-            "difference_from_base": entry.get("difference_from_first"),
-        }
-        drift = [path for path in folder.glob("drift.*.json") if json.loads(path.read_text())["model"] == row["model"]]
-        row["drift"] = json.loads(drift[0].read_text())["nll"] if drift else None
-        rows.append(row)
-    return sorted(rows, key=lambda row: recipes.index(row["recipe"]))
+    for recipe in recipes:
+        entry, drift = by_model[models[recipe]], folder / f"drift.{slug(recipe)}.json"
+        rows.append(
+            {
+                "checkpoint": checkpoint,
+                "recipe": recipe,
+                "model": models[recipe],
+                "pass@k": entry["pass@k"],
+                "difference_from_base": entry.get("difference_from_first"),
+                "drift": json.loads(drift.read_text())["nll"] if drift.exists() else None,
+            }
+        )
+    return rows
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -154,9 +154,13 @@ class ReLIFT:
 
     def state_dict(self) -> dict[str, Any]:
         """The buffered demonstrations and the number of SFT steps, the same on all ranks."""
-        return {"buffer": [[d.start, *d.ids] for d in self._buffer], "sft_steps": self._sft_steps}
+        return {
+            "buffer": [[d.start, *d.ids] for d in self._buffer],
+            "sft_steps": self._sft_steps,
+            "skipped_sft_steps": self._skipped,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with a saved buffer."""
         self._buffer = [Demonstration(ids, start) for start, *ids in state["buffer"]]
-        self._sft_steps = int(state["sft_steps"])
+        self._sft_steps, self._skipped = int(state["sft_steps"]), int(state["skipped_sft_steps"])

@@ -79,10 +79,9 @@ class Surgery(TwoGradients):
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
         super().advantages(rollouts, rewards, advantages)
+        # Brought to the SFT gradient's norm, the rounding of the advantages would be half of the step.
         if self.no_signal(rollouts, rewards):
-            return torch.zeros_like(
-                advantages
-            )  # brought to the SFT gradient's norm, rounding would be half of the step
+            return torch.zeros_like(advantages)
         return advantages
 
     def mix(self, gradients: GradientView, sft: StreamGradient, both: Comparison) -> None:
