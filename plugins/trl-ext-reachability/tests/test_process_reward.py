@@ -58,15 +58,17 @@ def constant_process(**options: Any) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("split", ["token", "delimiter"])
 def test_constant_process_reward_is_plain_grpo(tmp_path: Path, settings: dict[str, Any], split: str) -> None:
+    # SGD: Adam's first steps would amplify rounding in small gradients, by how much depends on the processor.
+    settings = {**settings, "optim": "sgd", "learning_rate": 0.5}
     plain = grpo(tmp_path / "a", plain=True, **settings)
     start = weights(plain)
     plain.train()
     # Made here: the constructor seeds the generation.
     process = grpo(tmp_path / "b", [constant_process(split=split, delimiter="e")], **settings)
     process.train()
-    assert distance(start, weights(plain)) > 1e-3
-    # The standard deviation is summed in another order; Adam's first steps amplify rounding in small gradients.
-    assert distance(weights(plain), weights(process)) < 2e-5
+    assert distance(start, weights(plain)) > 1e-2
+    # The standard deviation is summed in another order.
+    assert distance(weights(plain), weights(process)) < 2e-6
 
 
 def fake(completions: list[str], mask: list[list[int]] | None = None, **row: Any) -> Rollouts:
