@@ -56,6 +56,7 @@ READ: dict[str, str] = {
     "trl.trainer.sft_trainer:DataCollatorForLanguageModeling.torch_call": "position_ids restart at 0 with each sample",
     "trl.trainer.utils:RepeatSampler": "shuffles once a pass by its seed, drops the last part of a generation batch",
     "trl.trainer.utils:add_fused_lm_head": "replaces `forward` on the instance; outputs are chosen by name",
+    "trl.trainer.utils:get_callable_name": "names a reward function, partial or callable object in logs and rewards",
     "trl.trainer.utils:FusedCausalLMOutput": "log_probs, entropy, label_mask, is_top1 and the rest, shifted, (B, T)",
     "trl.scripts.sft:make_parser": "parses TRL's flags and YAML into script, training, model and data arguments",
     "trl.scripts.sft:main": "takes the four, and builds the trainer that it finds under TRL's names",

@@ -13,6 +13,7 @@ from datasets import IterableDataset
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from trl.trainer.utils import get_callable_name
 
 from trl_ext.activation import activate
 from trl_ext.config import upgrade_config
@@ -202,8 +203,9 @@ def _renamed(dataset: Any, columns: Mapping[str, str]) -> Any:
 
 
 def _reward_names(bound: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names that TRL will give the reward functions; none where they are not all plain functions."""
+    """The names that TRL will give the reward functions; none where models or an environment are among them."""
     functions = bound.get("reward_funcs")
     functions = functions if isinstance(functions, list) else [functions]
-    names = [getattr(function, "__name__", None) for function in functions]
-    return () if None in names or bound.get("environment_factory") is not None else tuple(map(str, names))
+    plain = all(callable(function) and not isinstance(function, nn.Module) for function in functions)
+    known = plain and bound.get("environment_factory") is None
+    return tuple(map(get_callable_name, functions)) if known else ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,14 @@ def test_the_reward_that_decides_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match=r"reward=checksum_reward \(or constant_reward\)"):
             grpo(tmp_path, [plugin], **two)
         grpo(tmp_path, [f"{plugin}:reward=constant_reward"], **two)
+
+    class Judges:
+        def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+            return constant_reward(completions)
+
+    partial: dict[str, Any] = {"reward": [functools.partial(checksum_reward), Judges()], **PLAIN}
+    with pytest.raises(ConfigurationError, match=r"reward=checksum_reward \(or Judges\)"):
+        grpo(tmp_path, ["hpt"], **partial)
     for plugin in ("hpt:reward=chekcsum", "chord:reward=chekcsum,demonstrations=completion"):
         with pytest.raises(ConfigurationError, match="'chekcsum' is not one of the reward functions: checksum_reward"):
             grpo(tmp_path, [plugin], **PLAIN)

@@ -163,7 +163,7 @@ class BranchAverage(torch.optim.Optimizer):
         What it counts in its groups starts at the same values for each chunk, has to end at the same, and goes into
         `counted`: by group, entry to value.
         """
-        optimizer, members, suffix = self.branches[branch], set(chunk), f"_{branch}"
+        optimizer, suffix = self.branches[branch], f"_{branch}"
         before = []
         for group in self.param_groups:
             own = {key.removesuffix(suffix): value for key, value in group.items() if key.endswith(suffix)}
@@ -171,6 +171,7 @@ class BranchAverage(torch.optim.Optimizer):
             if branch == SFT and self.lr_ratio != 1.0:
                 before[-1]["lr"] = group["lr"] * self.lr_ratio
             if method != "step":  # a step leaves parameters without a gradient alone, the other methods none
+                members = set(chunk)
                 before[-1]["params"] = [p for p in group["params"] if p in members]
         optimizer.param_groups = [dict(group) for group in before]
         for p in chunk:

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from trl_ext.errors import ConfigurationError, OnAllRanksError
 from trl_ext.gradients import GradientView
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, StreamGradient
+from trl_ext_mixing.tokens import prompt_and_completion_ids
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -187,9 +188,6 @@ class Demonstrations:
     def encode(self, prompt: Any, row: Mapping[str, Any]) -> tuple[Demonstration | None, list[int]]:
         """Tokenize one row as TRL's SFT does: prompt, completion, end of sequence.
 
-        Labels begin where prompt and whole part ways, which is inside of the prompt where tokens merge across the
-        border, or where the template opens a turn that answers are rendered without (`<think>`).
-
         Returns:
             the demonstration, None where `max_length` leaves no label; and the ids of the prompt alone.
         """
@@ -199,25 +197,17 @@ class Demonstrations:
         if isinstance(prompt, str):
             if not isinstance(answer, str):
                 raise ValueError(f"column {self.column!r} holds messages, but the prompt is text: {prompt!r}")
-            eos = self.tokenizer.eos_token or ""
-            head = self.tokenizer(prompt)["input_ids"]
-            ids = self.tokenizer(prompt + answer + ("" if answer.endswith(eos) else eos))["input_ids"]
-        else:
-            reply = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-            tools = row.get("tools")
-            options = {
-                **self.template,
-                **(row.get("chat_template_kwargs") or {}),
-                "tools": json.loads(tools) if isinstance(tools, str) else tools,
-                "tokenize": True,
-                "return_dict": True,
-            }
-            template = self.tokenizer.apply_chat_template
-            head = template(prompt, add_generation_prompt=True, **options)["input_ids"]
-            ids = template([*prompt, *reply], **options)["input_ids"]
-        start = next((i for i, (a, b) in enumerate(zip(head, ids, strict=False)) if a != b), min(len(head), len(ids)))
-        cut = Demonstration(list(ids[: self.max_length]), start)
-        return (cut if cut.tokens > 0 else None), list(head)
+        elif isinstance(answer, str):
+            answer = [{"role": "assistant", "content": answer}]
+        tools = row.get("tools")
+        template = {
+            **self.template,
+            **(row.get("chat_template_kwargs") or {}),
+            "tools": json.loads(tools) if isinstance(tools, str) else tools,
+        }
+        ids, head, start = prompt_and_completion_ids(self.tokenizer, prompt, answer, **template)
+        cut = Demonstration(ids[: self.max_length], start)
+        return (cut if cut.tokens > 0 else None), head
 
     def _compare_prompts(self, mine: list[int], rolled_out: list[int]) -> None:
         if mine != rolled_out:

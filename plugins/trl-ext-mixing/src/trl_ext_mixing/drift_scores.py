@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trl_ext.errors import ConfigurationError
+from trl_ext_mixing.tokens import message_ids, prompt_and_completion_ids, text_ids
 
 Encoded = tuple[list[int], int]
 """Token ids, and the position of the first label among them: at least 1, and their number where there is no label."""
@@ -46,40 +46,25 @@ def data_column(columns: Sequence[str]) -> str:
 def encode(tokenizer: Any, row: dict[str, Any], max_length: int = 1024) -> Encoded:
     """Tokenise a row as TRL's SFTTrainer does: text ends with EOS, once; truncated at the end.
 
-    Labels are the completion where a row has one: from where the tokens of the prompt and those of prompt and
-    completion part, since a token may reach across the boundary, and templates may write a prompt alone in another
-    way. They are all tokens but the first otherwise (of messages: as the chat template writes them).
+    Labels are the completion where a row has one, and all tokens but the first otherwise (of messages: as the chat
+    template writes them).
 
     Raises:
         ConfigurationError: one of prompt and completion is text and the other messages.
     """
     column = data_column(list(row))
-    content, head = row[column], row["prompt"] if column == "completion" else None
+    content = row[column]
     if not content:
         return [], 1
-    if head is not None and isinstance(head, str) != isinstance(content, str):
-        raise ConfigurationError("one of prompt and completion is text and the other messages; make both one kind")
-    if not isinstance(content, str):
-        ids = _chat(tokenizer, [*(head or []), *content])
-        start = _chat(tokenizer, head, add_generation_prompt=True) if head else []
+    first = 1
+    if column == "completion" and row["prompt"]:
+        if isinstance(row["prompt"], str) != isinstance(content, str):
+            raise ConfigurationError("one of prompt and completion is text and the other messages; make both one kind")
+        ids, _, first = prompt_and_completion_ids(tokenizer, row["prompt"], content)
     else:
-        end = tokenizer.eos_token or ""
-        ids = _text(tokenizer, (head or "") + content + ("" if content.endswith(end) else end))
-        # Some tokenizers put EOS behind every text by themselves, and then this is the second.
-        if ids[-2:] == [tokenizer.eos_token_id] * 2:
-            ids.pop()
-        start = _text(tokenizer, head) if head else []
-    first = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(start, ids, strict=False)))
+        ids = text_ids(tokenizer, content) if isinstance(content, str) else message_ids(tokenizer, content)
     ids = ids[:max_length]
     return ids, min(max(first, 1), max(len(ids), 1))
-
-
-def _text(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text=text)["input_ids"])
-
-
-def _chat(tokenizer: Any, messages: Any, **options: Any) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
 
 def score(
