@@ -59,7 +59,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Undo afterwards what a command does to its process, so that it can be tried in this one (loading TRL is slow)."""
-    from trl_ext.patching import PLACES
+    from trl_ext.cli.patching import PLACES
 
     for name, places in PLACES.items():
         for place in places:

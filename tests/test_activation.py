@@ -7,10 +7,10 @@ from typing import Any, Literal
 import pytest
 
 from trl_ext import API_VERSION, hookimpl
-from trl_ext.activation import PluginSet, activate, parse_specs
 from trl_ext.errors import ConfigurationError
 from trl_ext.hookspecs import EXCLUSIVE, GRPO_ONLY, HOOKS
-from trl_ext.options import coerce
+from trl_ext.plugins.activation import PluginSet, activate, parse_specs
+from trl_ext.plugins.coercion import coerce
 
 HEADER = """
     from dataclasses import dataclass, field

@@ -13,7 +13,7 @@ from helpers import additions, assert_close, assert_equal_bits, tiny_model, toke
 from safetensors.torch import load_file
 
 from trl_ext.cli.train import run_script, train
-from trl_ext.report import RUN_FILE
+from trl_ext.startup.report import RUN_FILE
 from trl_ext.testing import save_model
 
 SCRIPTS = Path(trl.__file__).parent / "scripts"

@@ -117,7 +117,7 @@ def known_settings(trainer: str) -> set[str]:
     """Every flag of `trl-ext sft` or `trl-ext grpo`, and so every key of its YAML, without dashes."""
     from importlib import import_module
 
-    from trl_ext.patching import PLACES
+    from trl_ext.cli.patching import PLACES
 
     with pytest.MonkeyPatch.context() as patch:
         import trl_ext

@@ -16,7 +16,7 @@ import torch
 from helpers import assert_close, assert_equal_bits, moved, parameters, tiny_model
 from rank_scenarios import SCENARIOS, outcome
 
-from trl_ext.divergence import bit_sum
+from trl_ext.engine.rank_comparison import bit_sum
 
 WORKERS = Path(__file__).parent / "workers"
 RANKS = 2

@@ -31,10 +31,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trl_ext import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, hookimpl
+from trl_ext.engine.streams import Stream
 from trl_ext.errors import ConfigurationError, StreamExhaustedError
 from trl_ext.gradients import trainable_parameters
 from trl_ext.records import StreamGradient, StreamRequest
-from trl_ext.streams import Stream
 from trl_ext.testing import tiny_moe
 
 # -- order -----------------------------------------------------------------------------------------------------------

@@ -1,20 +1,66 @@
-"""Options of a plugin: from config values to the types of its dataclass's annotations."""
+"""What a plugin declares about its options beside their types: bounds of numbers. The core refuses what is outside.
+
+A choice is declared as `Literal["a", "b"]`, a bounded number as `Annotated[float, Range(gt=0, le=1)]`; both also
+inside `X | None`, `list[X]`, `tuple[X, ...]` and `dict[str, X]`. What is declared needs no check in `__post_init__`, is
+shown by `trl-ext plugins info`, and is refused with the plugin, the option and the config line to change, for values
+from a config and for instances made in a script.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
-import json
+import math
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any, Literal, Union
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Union
 
-from trl_ext.errors import ConfigurationError
-from trl_ext.specs import RESERVED, config_line, split_outside_brackets, unquote
+_MISSING = object()
 
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+    """The numbers that an option may have: finite ones within the bounds that are given.
+
+    Args:
+        gt: Lower bound that is not itself allowed.
+        ge: Lower bound that is.
+        lt: Upper bound that is not itself allowed.
+        le: Upper bound that is.
+
+    Raises:
+        ValueError: Two lower bounds, two upper bounds, or none at all.
+    """
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+
+    def __post_init__(self) -> None:
+        if None not in (self.gt, self.ge) or None not in (self.lt, self.le):
+            raise ValueError(f"{self!r} has two bounds on one side")
+        if (self.gt, self.ge, self.lt, self.le) == (None,) * 4:
+            raise ValueError("a Range needs at least one bound")
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.gt is None or value > self.gt)
+            and (self.ge is None or value >= self.ge)
+            and (self.lt is None or value < self.lt)
+            and (self.le is None or value <= self.le)
+        )
+
+    def __str__(self) -> str:
+        """The bounds as one writes them: `> 0`, `in [0, 1)`."""
+        low, high = self.gt if self.ge is None else self.ge, self.lt if self.le is None else self.le
+        if high is None:
+            return f"{'>' if self.ge is None else '>='} {low:g}"
+        if low is None:
+            return f"{'<' if self.le is None else '<='} {high:g}"
+        return f"in {'(' if self.ge is None else '['}{low:g}, {high:g}{')' if self.le is None else ']'}"
 
 
 def option_fields(plugin_class: type) -> dict[str, dataclasses.Field[Any]]:
@@ -23,177 +69,78 @@ def option_fields(plugin_class: type) -> dict[str, dataclasses.Field[Any]]:
 
 
 def option_type(plugin_class: type, option: str) -> Any:
-    """The annotation of one option. Each is resolved on its own, since other fields may name types that only a type
-    checker imports."""
+    """The annotation of one option, with its `Annotated` parts.
+
+    Each is resolved on its own, since other fields may name types that only a type checker imports.
+    """
     owner = next(base for base in plugin_class.__mro__ if option in inspect.get_annotations(base))
     annotation = inspect.get_annotations(owner)[option]
     alone = type("_", (), {"__annotations__": {option: annotation}, "__module__": owner.__module__})
-    return typing.get_type_hints(alone, localns=dict(vars(owner)))[option]
+    return typing.get_type_hints(alone, localns=dict(vars(owner)), include_extras=True)[option]
 
 
-def type_name(annotation: Any) -> str:
-    """An annotation as its author wrote it: `float`, `int | None`, `one of 'a', 'b'`."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation is type(None):
-        return "None"
-    if origin is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in arguments)
-    if origin in (Union, types.UnionType):
-        return " | ".join(type_name(member) for member in arguments)
-    if arguments:
-        inner = ", ".join("..." if member is Ellipsis else type_name(member) for member in arguments)
-        return f"{origin.__name__}[{inner}]"
-    return getattr(annotation, "__name__", str(annotation))
+def check_options(plugin: Any) -> None:
+    """Check the values of a plugin's options against what their annotations declare.
 
-
-def coerce(value: Any, annotation: Any) -> Any:
-    """Turn a value from a config into one of the annotated type: text into numbers, truth values, lists and mappings.
+    The core calls this when it activates a plugin; a test of a plugin may call it too.
 
     Raises:
-        ValueError: The value is not of the type; the message says what was expected.
-        TypeError: The type cannot come from a config.
+        ValueError: Names the option, its value, and what it may be.
     """
-    origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
-    if origin is Any:
-        return value
-    if origin is Literal:
-        return _choose(value, arguments)
-    if origin in (Union, types.UnionType):
-        return _coerce_union(value, arguments)
-    if origin in (list, tuple, dict):
-        return _coerce_container(value, origin, arguments)
-    if origin not in _SCALARS:
-        raise TypeError(f"type {type_name(annotation)} cannot be written in a config")
-    try:
-        return _SCALARS[origin](value)
-    except (KeyError, TypeError, ValueError):
-        raise _mismatch(value, annotation) from None
-
-
-def build_options(plugin_class: type, spec: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Check a spec's options against the plugin's dataclass, and give the constructor's arguments.
-
-    Args:
-        origin: The plugin in words, for messages: `'power' (trl-ext-objectives 0.1.0)`.
-
-    Raises:
-        ConfigurationError: An option is unknown, missing or of the wrong type.
-    """
-    fields = option_fields(plugin_class)
-    given = {key: value for key, value in spec.items() if key not in RESERVED}
-    for option in given:
-        if option not in fields:
-            near = difflib.get_close_matches(option, fields, n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ConfigurationError(
-                f"plugin {origin} has no option {option!r}; {hint}Its options: {', '.join(fields) or 'none'}. "
-                f"Change {config_line(spec)}"
-            )
-    for option, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and option not in given:
-            kind = type_name(option_type(plugin_class, option))
-            line = config_line(spec, **{option: f"<{kind}>"})
-            raise ConfigurationError(f"plugin {origin} needs a value for option {option!r} ({kind}): {line}")
-    values = {}
-    for option, value in given.items():
-        annotation = option_type(plugin_class, option)
-        try:
-            values[option] = coerce(value, annotation)
-        except (TypeError, ValueError) as error:
-            line = config_line(spec, **{option: f"<{type_name(annotation)}>"})
-            raise ConfigurationError(f"plugin {origin}, option {option!r}: {error}. Change it to {line}") from error
-    return values
-
-
-def resolved_options(plugin: object) -> dict[str, Any]:
-    """The options of an instance as JSON values; what JSON cannot hold is given as its `repr`. {} for a plain class."""
     if not dataclasses.is_dataclass(plugin):
-        return {}
-    values = {name: getattr(plugin, name) for name in option_fields(type(plugin))}
-    return json.loads(json.dumps(values, default=repr))
-
-
-def _to_bool(value: Any) -> bool:
-    return value if isinstance(value, bool) else _TRUTH[_to_str(value).strip().lower()]
-
-
-def _to_number(kind: type[int] | type[float]) -> Any:
-    accepted = (int, str) if kind is int else (int, float, str)
-
-    def convert(value: Any) -> int | float:
-        if isinstance(value, bool) or not isinstance(value, accepted):
-            raise TypeError
-        return kind(value)
-
-    return convert
-
-
-def _to_str(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def _to_none(value: Any) -> None:
-    if value is not None and not (isinstance(value, str) and value.strip().lower() in ("none", "null")):
-        raise TypeError
-
-
-_SCALARS: dict[Any, Any] = {
-    bool: _to_bool,
-    int: _to_number(int),
-    float: _to_number(float),
-    str: _to_str,
-    type(None): _to_none,
-}
-
-
-def _choose(value: Any, choices: tuple[Any, ...]) -> Any:
-    for choice in choices:
-        if (value == choice and type(value) is type(choice)) or (isinstance(value, str) and value == str(choice)):
-            return choice
-    raise _mismatch(value, Literal[choices])
-
-
-def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:
-    # A text may be any member in disguise: `str` takes all of them, and `bool` the number 1, so these are asked last.
-    for member in sorted(members, key=lambda member: {bool: 1, str: 2}.get(member, 0)):
+        return
+    for option in option_fields(type(plugin)):
+        value = getattr(plugin, option, _MISSING)
         try:
-            return coerce(value, member)
-        except (TypeError, ValueError):
+            annotation = option_type(type(plugin), option)
+        except NameError:  # a type that only a type checker imports; `plugins check` reports it
             continue
-    raise _mismatch(value, Union[members])  # noqa: UP007  # of a tuple
+        if value is not _MISSING and (reason := violation(value, annotation)):
+            raise ValueError(f"{option}={value!r} {reason}")
 
 
-def _coerce_container(value: Any, kind: type, arguments: tuple[Any, ...]) -> Any:
-    if isinstance(value, str):
-        value = _read_container(value, kind)
-    annotation = kind[arguments] if arguments else kind  # type: ignore[index]
-    if kind is dict:
-        if not isinstance(value, Mapping):
-            raise _mismatch(value, annotation)
-        key_type, value_type = arguments or (Any, Any)
-        return {coerce(key, key_type): coerce(item, value_type) for key, item in value.items()}
-    if not isinstance(value, list | tuple):
-        raise _mismatch(value, annotation)
-    if kind is list or not arguments or arguments[-1] is Ellipsis:
-        return kind(coerce(item, arguments[0] if arguments else Any) for item in value)
-    if len(value) != len(arguments):
-        raise ValueError(f"expected {type_name(annotation)}, got {len(value)} values: {value!r}")
-    return tuple(coerce(item, member) for item, member in zip(value, arguments, strict=True))
+def violation(value: Any, annotation: Any) -> str | None:
+    """Say how a value misses a declared choice or range ("is not > 0"); None where it fits, or nothing is declared."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        inner, *marks = arguments
+        if reason := violation(value, inner):
+            return reason
+        ranges = [mark for mark in marks if isinstance(mark, Range)]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return next((f"is not {bounds}" for bounds in ranges if number and value not in bounds), None)
+    if origin is Literal:
+        return None if value in arguments else f"is not one of {', '.join(map(str, arguments))}"
+    if origin in (Union, types.UnionType):
+        reasons = [violation(value, member) for member in arguments if _may_be(value, member)]
+        return None if not reasons or None in reasons else reasons[0]
+    return next(filter(None, (violation(item, inner) for item, inner in _items(value, origin, arguments))), None)
 
 
-def _read_container(text: str, kind: type) -> Any:
-    """Read JSON, or a list without quotes around its texts: `[q_proj,v_proj]`."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        inner = text.strip()
-        if kind is dict or not inner or (inner[0], inner[-1]) not in (("[", "]"), ("(", ")")):
-            return text
-        return [unquote(part) for part in split_outside_brackets(inner[1:-1]) if part.strip()]
+def _may_be(value: Any, annotation: Any) -> bool:
+    """Whether a value is of a member of a union, bounds and choices aside."""
+    while typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return any(type(value) is type(choice) for choice in typing.get_args(annotation))
+    kind = origin or annotation
+    if kind is Any:
+        return True
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    kinds = (int, float) if kind is float else kind
+    return isinstance(kind, type) and isinstance(value, kinds)
 
 
-def _mismatch(value: Any, annotation: Any) -> ValueError:
-    return ValueError(f"expected {type_name(annotation)}, got {value!r} ({type(value).__name__})")
+def _items(value: Any, origin: Any, arguments: tuple[Any, ...]) -> Iterable[tuple[Any, Any]]:
+    """The members of a container, each with its annotation."""
+    if not arguments:
+        return []
+    if origin is dict and isinstance(value, Mapping):
+        return [(item, arguments[1]) for item in value.values()]
+    if origin not in (list, tuple) or not isinstance(value, list | tuple):
+        return []
+    if origin is list or arguments[-1] is Ellipsis:
+        return [(item, arguments[0]) for item in value]
+    return list(zip(value, arguments, strict=False))

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from trl_ext.cli.contributed import contributed_group
-from trl_ext.cli.plugins import plugins_app
+from trl_ext.cli.plugin_commands import plugins_app
 
 app = typer.Typer(
     cls=contributed_group("trl_ext.commands"),

@@ -10,7 +10,7 @@ from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 from trl_ext.errors import ConfigurationError
-from trl_ext.static_check import SourceInspector, StaticError
+from trl_ext.plugins.sources import SourceInspector, StaticError
 
 
 def contributed_group(entry_point_group: str) -> type[TyperGroup]:

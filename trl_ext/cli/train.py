@@ -11,10 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-from trl_ext.activation import activate
+from trl_ext.cli.patching import patch_trl
 from trl_ext.data import FILE_FORMATS
 from trl_ext.errors import ConfigurationError
-from trl_ext.patching import patch_trl
+from trl_ext.plugins.activation import activate
 from trl_ext.specs import PLUGINS_VARIABLE, parse_specs
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from trl_ext.activation import PluginSet
-from trl_ext.guard import Guard
+from trl_ext.engine.guard import Guard
+from trl_ext.engine.streams import Stream
+from trl_ext.engine.tally import LossTally
+from trl_ext.plugins.activation import PluginSet
 from trl_ext.records import WeightsView
-from trl_ext.streams import Stream
-from trl_ext.tally import LossTally
 
 if TYPE_CHECKING:
     from trl.trainer.base_trainer import _BaseTrainer as Trainer

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from trl_ext.divergence import compare_ranks
+from trl_ext.engine.rank_comparison import compare_ranks
 from trl_ext.gradients import trainable_parameters
 
 if TYPE_CHECKING:

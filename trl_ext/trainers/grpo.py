@@ -13,13 +13,13 @@ import trl
 from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
+from trl_ext.checkpoints.files import State
 from trl_ext.config import GRPOConfig
+from trl_ext.engine.losses import add_auxiliary_losses
+from trl_ext.engine.prompt_order import PromptSampler, check_order
+from trl_ext.engine.token_weights import RolloutLogProbs, token_weights
 from trl_ext.errors import PluginError
-from trl_ext.losses import add_auxiliary_losses
-from trl_ext.policy import RolloutLogProbs, token_weights
-from trl_ext.prompts import PromptSampler, check_order
 from trl_ext.records import MicroStep, PolicyTokens, Rewards, Rollouts
-from trl_ext.state import State
 from trl_ext.trainers.mixin import TrainerMixin
 from trl_ext.trainers.step import same_shape
 

@@ -6,9 +6,9 @@ plugins every override is a plain call to `super()`.
 
 from __future__ import annotations
 
-from trl_ext.trainers.checkpoints import CheckpointMixin
+from trl_ext.trainers.construction import SetupMixin
 from trl_ext.trainers.evaluation import EvaluationMixin
-from trl_ext.trainers.setup import SetupMixin
+from trl_ext.trainers.saving import CheckpointMixin
 from trl_ext.trainers.step import StepMixin
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.config import SFTConfig
+from trl_ext.engine.losses import add_auxiliary_losses, token_record
+from trl_ext.engine.passes import fused_forward, gradient_of, standing_aside
 from trl_ext.gradients import GradientView
-from trl_ext.isolated import fused_forward, gradient_of, standing_aside
-from trl_ext.losses import add_auxiliary_losses, token_record
 from trl_ext.records import MicroStep, SampleWeights, TokenRecord, Window
 from trl_ext.trainers.mixin import TrainerMixin
 

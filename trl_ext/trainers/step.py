@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from trl_ext.engine.streams import stream_gradient
 from trl_ext.gradients import GradientView
 from trl_ext.records import StreamGradient, TokenRecord
-from trl_ext.streams import stream_gradient
 from trl_ext.trainers.base import Opened
 
 

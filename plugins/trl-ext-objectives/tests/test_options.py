@@ -16,8 +16,8 @@ from trl_ext_objectives.rho1 import Rho1
 from trl_ext_objectives.schedule import POSITIVE, UNIT, parse_schedule
 from trl_ext_objectives.threshold import Threshold
 
-from trl_ext.activation import activate
 from trl_ext.errors import ConfigurationError
+from trl_ext.plugins.activation import activate
 from trl_ext.records import TokenRecord
 
 MakeRecord = Callable[..., TokenRecord]

@@ -13,7 +13,7 @@ import pytest
 from trl_ext_reachability.from_scratch.arms import Base
 from trl_ext_reachability.from_scratch.settings import Settings
 
-from trl_ext.patching import PLACES
+from trl_ext.cli.patching import PLACES
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
 
 SEED = 5

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl_ext import hookimpl
-from trl_ext.activation import activate
+from trl_ext.plugins.activation import activate
 from trl_ext_objectives.objective import Objective
 from trl_ext_objectives.schedule import UNIT
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 
+from trl_ext.engine.losses import token_record
+from trl_ext.engine.passes import fused_forward, gradient_of
 from trl_ext.errors import ConfigurationError, StreamExhaustedError
-from trl_ext.isolated import fused_forward, gradient_of
-from trl_ext.losses import token_record
 from trl_ext.records import StreamGradient, StreamRequest
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import os
 import sys
 from typing import Any, Literal
 
-from trl_ext.activation import PluginSet
 from trl_ext.errors import ConfigurationError
+from trl_ext.plugins.activation import PluginSet
 from trl_ext.records import RunDescription
 
 Sharding = Literal["none", "ddp", "fsdp1", "fsdp2", "deepspeed"]

@@ -15,17 +15,17 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from trl.trainer.utils import get_callable_name
 
-from trl_ext.activation import activate
 from trl_ext.config import upgrade_config
 from trl_ext.data import load_dataset_spec, rename_columns
+from trl_ext.engine.guard import Guard
+from trl_ext.engine.streams import match_streams, prepare_stream
+from trl_ext.engine.tally import LossTally
 from trl_ext.errors import ConfigurationError
 from trl_ext.gradients import trainable_parameters
-from trl_ext.guard import Guard
+from trl_ext.plugins.activation import activate
 from trl_ext.records import RunDescription, SetupContext, StreamRequest, WeightsView
-from trl_ext.refusals import refuse_unsupported, sharding_of
-from trl_ext.report import print_header, write_run_file
-from trl_ext.streams import match_streams, prepare_stream
-from trl_ext.tally import LossTally
+from trl_ext.startup.refusals import refuse_unsupported, sharding_of
+from trl_ext.startup.report import print_header, write_run_file
 from trl_ext.trainers.base import Opened
 from trl_ext.trainers.callback import StepCallback
 

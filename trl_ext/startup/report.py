@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import trl_ext
-from trl_ext.activation import PluginSet
 from trl_ext.hookspecs import EXCLUSIVE, FOREIGN, HOOKS
+from trl_ext.plugins.activation import PluginSet
 
 RUN_FILE = "trl_ext_run.json"
 _CARD_START = "<!-- trl_ext -->"

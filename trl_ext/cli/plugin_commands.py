@@ -18,7 +18,7 @@ plugins_app = typer.Typer(help="Show and check the installed plugins.", no_args_
 @plugins_app.command("list")
 def list_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the installed plugins, without importing them."""
-    from trl_ext.discovery import list_plugins
+    from trl_ext.plugins.discovery import list_plugins
 
     gc.disable()  # the sources' syntax trees are many small objects, and the process is about to end
     infos = list_plugins()
@@ -41,9 +41,9 @@ def info(
     draw: Annotated[Path | None, typer.Option(help="Draw what it does, with these options, into this image.")] = None,
 ) -> None:
     """Show a plugin's options, hooks, trainers and citation; imports it."""
-    from trl_ext.activation import from_spec, parse_specs
-    from trl_ext.discovery import load_plugin
     from trl_ext.errors import ConfigurationError
+    from trl_ext.plugins.activation import from_spec, parse_specs
+    from trl_ext.plugins.discovery import load_plugin
 
     specs = parse_specs(plugin)
     if len(specs) != 1:
@@ -75,9 +75,9 @@ def check(
     name: Annotated[str | None, typer.Argument(help="The plugin's name; all of them if left out.")] = None,
 ) -> None:
     """Import and validate plugins; exit with 1 if any is BROKEN."""
-    from trl_ext.activation import check_plugin
-    from trl_ext.discovery import list_plugins
     from trl_ext.errors import ConfigurationError
+    from trl_ext.plugins.activation import check_plugin
+    from trl_ext.plugins.discovery import list_plugins
 
     failures = 0
     for plugin in [name] if name else sorted({info.name for info in list_plugins()}):
@@ -95,7 +95,7 @@ def check(
 def _describe(plugin_class: type) -> list[str]:
     import inspect
 
-    from trl_ext.hook_check import marked_hooks, supported_trainers
+    from trl_ext.plugins.implementations import marked_hooks, supported_trainers
 
     facts = {
         "Trainers": ", ".join(supported_trainers(plugin_class)),
@@ -114,7 +114,8 @@ def _describe(plugin_class: type) -> list[str]:
 
 
 def _options(plugin_class: type) -> list[tuple[str, ...]]:
-    from trl_ext.options import option_fields, option_type, type_name
+    from trl_ext.options import option_fields, option_type
+    from trl_ext.plugins.coercion import type_name
 
     return [
         (name, type_name(option_type(plugin_class, name)), _default(field))

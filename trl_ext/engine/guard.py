@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trl_ext.activation import PluginSet
 from trl_ext.errors import NonFiniteError, OnAllRanksError, PluginError
+from trl_ext.plugins.activation import PluginSet
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -20,8 +20,8 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.hookspecs import API_VERSION
+from trl_ext.plugins.sources import Facts, SourceInspector, StaticError
 from trl_ext.specs import NAME
-from trl_ext.static_check import Facts, SourceInspector, StaticError
 
 ENTRY_POINT_GROUP = "trl_ext"
 

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import pluggy
 
-from trl_ext.discovery import PluginInfo, find_distribution, load_plugin, range_error
 from trl_ext.errors import ConfigurationError
-from trl_ext.hook_check import implementations, refuse_other_trainer
 from trl_ext.hookspecs import EXCLUSIVE, HOOKS, PROJECT, HookSpecs
-from trl_ext.options import build_options, option_fields, option_type, resolved_options
+from trl_ext.options import check_options, option_fields, option_type
+from trl_ext.plugins.coercion import build_options, resolved_options
+from trl_ext.plugins.discovery import PluginInfo, find_distribution, load_plugin, range_error
+from trl_ext.plugins.implementations import implementations, refuse_other_trainer
 from trl_ext.specs import RESERVED, config_line, parse_specs, registered_name
 
 __all__ = ["ActivePlugin", "PluginSet", "activate", "check_plugin", "from_spec", "parse_specs"]
@@ -201,6 +202,10 @@ def _from_instance(instance: Any, before: Sequence[ActivePlugin]) -> ActivePlugi
         raise ConfigurationError(f"{line}: the same instance {instance!r} is given twice; make one for each place")
     if error := range_error(getattr(instance, "requires_api", None), getattr(instance, "requires_trl", None)):
         raise ConfigurationError(f"{line}: {type(instance).__qualname__} of {type(instance).__module__} {error}")
+    try:
+        check_options(instance)
+    except ValueError as error:
+        raise ConfigurationError(f"{line}: {type(instance).__qualname__} refuses its options: {error}") from error
     info = find_distribution(type(instance))
     name = getattr(instance, "label", None) or (info.name if info else type(instance).__name__)
     if any(plugin.name == name for plugin in before):

@@ -1,0 +1,1 @@
+"""What happens in one optimiser step, without the trainer: streams, extra passes, weights, agreement between ranks."""

@@ -1,0 +1,1 @@
+"""From the names in a config to checked, ordered and bound calls of plugins."""

@@ -1,0 +1,1 @@
+"""What is refused, loaded and reported before the first step."""
