@@ -8,13 +8,10 @@ derivative at the leaf is exactly w_t.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from trl_ext.trainers.grpo import GRPOTrainer
 
 
 class RolloutLogProbs:
@@ -38,14 +35,11 @@ class RolloutLogProbs:
         self._given = log_probs, self.entropy.detach()
 
 
-def token_weights(
-    trainer: GRPOTrainer, compute_loss: Callable[..., Tensor], inputs: dict[str, Any], tap: RolloutLogProbs
-) -> Tensor:
-    """(B, T) float: the weight of each token in TRL's policy term. The trainer's metrics stay as they are.
+def token_weights(compute_loss: Callable[..., Tensor], inputs: dict[str, Any], tap: RolloutLogProbs) -> Tensor:
+    """(B, T) float: the weight of each token in TRL's policy term.
 
     Args:
-        trainer: the trainer; its KL, entropy and MoE terms are off during the call.
-        compute_loss: TRL's `_compute_loss`.
+        compute_loss: TRL's `_compute_loss`, with all other terms off.
         inputs: the micro-batch.
         tap: has seen the micro-batch's forward.
     """
@@ -54,17 +48,6 @@ def token_weights(
     # Without the old log-probabilities TRL takes the leaf's own, detached: the ratio is 1 and nothing is clipped.
     on_policy = {k: v for k, v in inputs.items() if k != "old_per_token_logps"}
     on_policy["advantages"] = -torch.ones(len(leaf), device=leaf.device)
-    off = {"beta": 0.0, "_entropy_bonus_enabled": False, "aux_loss_enabled": False}
-    saved = {name: getattr(trainer, name) for name in off}
-    metrics = trainer._metrics
-    trainer._metrics = {mode: type(kept)(list) for mode, kept in metrics.items()}
-    for name, value in off.items():
-        setattr(trainer, name, value)
-    try:
-        with torch.enable_grad():
-            (weights,) = torch.autograd.grad(compute_loss(None, on_policy), leaf)
-    finally:
-        trainer._metrics = metrics
-        for name, value in saved.items():
-            setattr(trainer, name, value)
+    with torch.enable_grad():
+        (weights,) = torch.autograd.grad(compute_loss(None, on_policy), leaf)
     return weights

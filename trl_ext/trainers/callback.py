@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from transformers import TrainerCallback
 
-from trl_ext.engine.rank_comparison import compare_ranks
-from trl_ext.gradients import trainable_parameters
-
-if TYPE_CHECKING:
-    from trl_ext.trainers.mixin import TrainerMixin
+from trl_ext.engine.step import OptimizerStep
 
 
 class StepCallback(TrainerCallback):
-    """Runs `weights_updated` after the optimiser, and compares ranks every `rank_check_steps`."""
+    """Goes on with a step after the optimiser.
 
-    def __init__(self, trainer: TrainerMixin) -> None:
-        self.trainer = trainer
+    Args:
+        step: the run's.
+        skipped: whether accelerate left the optimiser's step out.
+        rank_check_steps: optimiser steps between comparisons of ranks; 0 for none.
+    """
+
+    def __init__(self, step: OptimizerStep, skipped: Callable[[], bool], rank_check_steps: int) -> None:
+        self.step = step
+        self.skipped = skipped
+        self.rank_check_steps = rank_check_steps
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        if not trainer.ext_plugins.implements("weights_updated"):
-            return
-        skipped = trainer.ext_skipped or trainer.accelerator.optimizer_step_was_skipped
-        trainer.ext_guard.run_all(
-            "weights_updated", weights=trainer.ext_weights, step=state.global_step + 1, skipped=skipped
-        )
-        trainer.ext_guard.agree()
+        self.step.weights_updated(self.skipped())
+        if self.step.out_of_data:
+            control.should_training_stop = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer, every = self.trainer, args.rank_check_steps
-        if every and trainer.accelerator.num_processes > 1 and state.global_step % every == 0:
-            named = trainable_parameters(trainer.model)
-            compare_ranks(named, trainer.ext_plugins, trainer.accelerator.device, state.global_step)
+        every = self.rank_check_steps
+        if every and self.step.run.world_size > 1 and state.global_step % every == 0:
+            self.step.compare_ranks()

@@ -6,13 +6,13 @@ plugins every override is a plain call to `super()`.
 
 from __future__ import annotations
 
-from trl_ext.trainers.construction import SetupMixin
-from trl_ext.trainers.evaluation import EvaluationMixin
+from trl_ext.trainers.construction import ConstructionMixin
+from trl_ext.trainers.deployment import DeploymentMixin
 from trl_ext.trainers.saving import CheckpointMixin
-from trl_ext.trainers.step import StepMixin
+from trl_ext.trainers.training import TrainingMixin
 
 
-class TrainerMixin(CheckpointMixin, EvaluationMixin, StepMixin, SetupMixin):
+class TrainerMixin(CheckpointMixin, DeploymentMixin, TrainingMixin, ConstructionMixin):
     """Opens the hook points in a TRL trainer.
 
     Args:
