@@ -26,10 +26,10 @@ from helpers import (
     tiny_model,
 )
 from safetensors.torch import load_file
-from trl_ext.checkpoints import newest_complete
-from trl_ext.checkpoints.completeness import incompleteness
 
 from trl_ext import hookimpl
+from trl_ext.checkpoints import newest_complete
+from trl_ext.checkpoints.completeness import incompleteness
 from trl_ext.errors import CheckpointError, ConfigurationError
 from trl_ext.records import StreamRequest
 

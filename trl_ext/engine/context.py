@@ -1,9 +1,10 @@
-"""What the engine knows of a run: a small record that the trainer builds once, so that no trainer comes down here."""
+"""What the engine knows of a run: small records that the trainer builds once, so that no trainer comes down here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,3 +36,19 @@ class RunContext:
     """Micro-batches of the current window; the last window of an epoch may be shorter."""
     fused_outputs: tuple[str, ...] = ()
     """Outputs that plugins want of the fused head, beside those that TRL's trainer asks for."""
+
+
+@dataclass
+class AccumulationWindow:
+    """The micro-batches of this rank for one optimiser step, and how far the step has come."""
+
+    micro_batches: Sequence[Any] = ()
+    """As the data loader gave them."""
+    num_items: Tensor | int | None = None
+    """Label tokens of the window over all ranks, as transformers counts them."""
+    done: int = 0
+    """Micro-steps already done."""
+    sequences: Tensor | None = None
+    """() float: samples of the window over all ranks, where an auxiliary loss may need them (SFT)."""
+    weights: Sequence[Tensor] | None = None
+    """(B, T) float per micro-batch: the weight of each label's loss, where a plugin weighs samples (SFT)."""

@@ -39,6 +39,14 @@ def token_record(
     )
 
 
+def label_tokens(num_items: Tensor | int, counted_ranks: int, device: torch.device) -> Tensor:
+    """() float: a window's label tokens, at least one, as seen from a rank whose gradients are averaged with others'.
+
+    `num_items` is transformers' count, over all ranks or, with `counted_ranks` = 1, of this rank alone.
+    """
+    return torch.as_tensor(num_items, device=device).clamp(min=1) / counted_ranks
+
+
 def per_token_loss(run: RunContext, tokens: TokenRecord) -> Tensor:
     """(B, T) the objective's loss, 0 without a label: the owner's, or the negative log-probability."""
     nll = -tokens.log_probs

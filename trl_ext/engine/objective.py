@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from trl_ext.engine.context import RunContext
-from trl_ext.engine.losses import add_auxiliary_losses, per_token_loss, token_record
-from trl_ext.engine.window import AccumulationWindow, label_tokens
+from trl_ext.engine.context import AccumulationWindow, RunContext
+from trl_ext.engine.losses import add_auxiliary_losses, label_tokens, per_token_loss, token_record
 from trl_ext.records import MicroStep, TokenRecord
 
 
@@ -31,12 +30,7 @@ class SFTObjective:
         return_outputs: bool,
         num_items: Tensor | int | None,
     ) -> Any:
-        """The micro-batch's loss, with the outputs where they are asked for.
-
-        Args:
-            compute_loss: TRL's.
-            model, inputs, return_outputs, num_items: its arguments.
-        """
+        """The micro-batch's loss, with the outputs where they are asked for: TRL's `compute_loss` and its arguments."""
         training = self.run.training()
         weights = self.window.weights[self.window.done] if training and self.window.weights is not None else None
         tap = _ModelTap(self, model, num_items, weights)
@@ -73,6 +67,7 @@ class SFTObjective:
         return self.run.accumulation_steps() if num_items is None and self.run.training() else 1
 
 
+@dataclass
 class _ModelTap:
     """Stands in for the model in TRL's `compute_loss`, and puts the objective where TRL reads the log-probabilities.
 
@@ -80,14 +75,11 @@ class _ModelTap:
     the whole of TRL's reduction, metrics and MoE loss stays as it is.
     """
 
-    def __init__(
-        self, objective: SFTObjective, model: nn.Module, num_items: Tensor | int | None, weights: Tensor | None
-    ) -> None:
-        self.objective = objective
-        self.model = model
-        self.num_items = num_items
-        self.weights = weights
-        self.tokens: TokenRecord
+    objective: SFTObjective
+    model: nn.Module
+    num_items: Tensor | int | None
+    weights: Tensor | None
+    tokens: TokenRecord = field(init=False)
 
     def __call__(self, **inputs: Any) -> Any:
         outputs = self.model(**inputs)

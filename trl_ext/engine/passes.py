@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.gradients import GradientView, local_tensor
 from trl_ext.records import WeightsView
@@ -70,10 +71,11 @@ def gradient_sync(model: nn.Module, syncing: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ExtraPasses:
-    """How to run the model outside of TRL's step; the trainer builds it once. What changes during a run is a function."""
+    """How to run the model outside of TRL's step. What changes during a run is a function."""
 
     device: torch.device
     weights: Callable[[], WeightsView]
+    """Gives the trainable parameters, once the model is prepared."""
     unwrapped: Callable[[], nn.Module]
     """The model without DDP around it, whose passes reduce nothing."""
     syncing: Callable[[], bool]
@@ -116,3 +118,41 @@ class ExtraPasses:
                 self.backward(value)
             tensors = [None if p.grad is None else local_tensor(p.grad) for p in weights.parameters]
             return GradientView(weights.names, weights.parameters, tensors, self.agree)
+
+
+def sft_head(
+    base_model: Callable[[], nn.Module],
+    outputs: Sequence[str],
+    autocast: Callable[[], AbstractContextManager[Any]],
+    cast_to_fp32: bool,
+) -> Callable[[], AbstractContextManager[None]]:
+    """Give contexts in which a GRPO model's fused head yields SFT log-probabilities.
+
+    GRPO's head divides logits by the sampling temperature; SFT data wants them as they are. The heads are exchanged
+    beneath the mixed precision that accelerate has put around the model's forward, so it is put around this one too.
+
+    Args:
+        base_model: gives the model that carries the head.
+        outputs: the head's outputs beside "log_probs" and "entropy".
+        autocast: gives accelerate's mixed precision.
+        cast_to_fp32: whether the run computes the head in fp32.
+    """
+    forward: Any = None
+
+    @contextmanager
+    def exchanged() -> Iterator[None]:
+        nonlocal forward
+        base = base_model()
+        policy_forward = base.forward
+        if forward is None:
+            names = tuple(dict.fromkeys(("log_probs", "entropy", *outputs)))
+            add_fused_lm_head(base, cast_lm_head_to_fp32=cast_to_fp32, outputs=names)
+            forward = base.forward
+        base.forward = forward
+        try:
+            with autocast():
+                yield
+        finally:
+            base.forward = policy_forward
+
+    return exchanged

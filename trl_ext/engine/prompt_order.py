@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -51,19 +52,15 @@ class PromptSampler(Sampler[int]):
         return len(self._places)
 
 
+@dataclass
 class PromptOrder:
-    """The order of the training prompts that the `prompt_order` hooks give, once an epoch.
+    """The order of the training prompts that the `prompt_order` hooks give, once an epoch."""
 
-    Args:
-        guard: calls the hooks.
-        gather: gives the list of every rank's object, on every rank.
-    """
-
-    def __init__(self, guard: Guard, gather: Callable[[Any], list[Any]]) -> None:
-        self.guard = guard
-        self.gather = gather
-        self.chosen: tuple[int, list[int]] | None = None
-        """The epoch whose order was chosen last, and the order: an epoch that is resumed keeps its own."""
+    guard: Guard
+    gather: Callable[[Any], list[Any]]
+    """Gives the list of every rank's object, on every rank."""
+    chosen: tuple[int, list[int]] | None = None
+    """The epoch whose order was chosen last, and the order: an epoch that is resumed keeps its own."""
 
     def choose(self, prompts: Any, order: list[int], epoch: int) -> list[int]:
         """The rows of `prompts` in the order to draw them in, out of TRL's. Collective.

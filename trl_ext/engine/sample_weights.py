@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl_ext.engine.context import RunContext
-from trl_ext.engine.losses import per_token_loss, token_record
+from trl_ext.engine.context import AccumulationWindow, RunContext
+from trl_ext.engine.losses import label_tokens, per_token_loss, token_record
 from trl_ext.engine.passes import ExtraPasses
-from trl_ext.engine.window import AccumulationWindow, label_tokens, sample_index
 from trl_ext.gradients import GradientView
 from trl_ext.records import SampleWeights, StreamGradient, TokenRecord, Window
 
@@ -110,6 +109,18 @@ class SampleWeighting:
             return passes.gradient(model, loss)
 
         return Window(batches, index, samples, run.step(), streams, forward, local_loss, gradient)
+
+
+def sample_index(batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """(B, T) long per micro-batch: the sample that each label belongs to, counted from 0 over the whole window."""
+    index, offset = [], 0
+    for batch in batches:
+        labels = batch["labels"][:, 1:]
+        none = labels.new_zeros(labels.shape)
+        record = TokenRecord(none, none, none, True, none, 1, 0.0, inputs=batch)
+        index.append(record.sample_index + offset)
+        offset += record.num_samples
+    return index
 
 
 def _check(samples: int) -> Callable[[SampleWeights | Tensor | None], None]:

@@ -10,9 +10,9 @@
     agree            failures of hooks and finite gradients, on all ranks alike
                      the optimiser steps
     weights_updated  `weights_updated`
-    compare_ranks    are the replicas still the same?
+    end              whether replicas are still the same, every `rank_check_steps`
 
-The trainers' overrides (trainers/training.py, trainers/callback.py) call these methods in this order.
+The overrides of trainers/training.py call these methods in this order.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trl_ext.engine import rank_comparison
-from trl_ext.engine.context import RunContext
+from trl_ext.engine.context import AccumulationWindow, RunContext
 from trl_ext.engine.passes import ExtraPasses
+from trl_ext.engine.rank_comparison import compare_ranks
 from trl_ext.engine.sample_weights import SampleWeighting
 from trl_ext.engine.streams import Stream, stream_gradient
-from trl_ext.engine.window import AccumulationWindow
 from trl_ext.gradients import GradientView, trainable_parameters
 from trl_ext.records import StreamGradient
 
@@ -43,8 +42,10 @@ class OptimizerStep:
     passes: ExtraPasses
     streams: Mapping[str, Stream]
     """Auxiliary data sets by role."""
-    nonfinite: Literal["raise", "skip", "ignore"]
-    """What to do on a NaN or infinite loss or gradient."""
+    nonfinite: str
+    """What to do on a NaN or infinite loss or gradient: "raise", "skip" or "ignore"."""
+    rank_check_steps: int = 0
+    """Optimiser steps between comparisons of ranks; 0 for none."""
     weighting: SampleWeighting | None = None
     """SFT: asks for the weights of the window's samples."""
     window: AccumulationWindow = field(default_factory=AccumulationWindow)
@@ -55,7 +56,7 @@ class OptimizerStep:
 
     def take_window(self, micro_batches: Sequence[Any], num_items: Tensor | int | None) -> None:
         """Note the next window. Nothing more: on resume this runs before the random state is restored."""
-        self.window.start(micro_batches, num_items)
+        vars(self.window).update(vars(AccumulationWindow(micro_batches, num_items)))
 
     def micro_step(self, model: nn.Module, train: Callable[[], Tensor]) -> Tensor:
         """Train on the window's next micro-batch.
@@ -124,10 +125,11 @@ class OptimizerStep:
             self.run.guard.run_all("weights_updated", weights=weights, step=step, skipped=skipped or self.skipped)
             self.run.guard.agree()
 
-    def compare_ranks(self) -> None:
-        """Raise on every rank if replicated parameters or plugin state differ between ranks. Collective."""
-        named = trainable_parameters(self.passes.unwrapped())
-        rank_comparison.compare_ranks(named, self.run.plugins, self.run.device, self.run.step())
+    def end(self) -> None:
+        """After the step is counted: raises on every rank if what should be replicated differs. Collective."""
+        run, every = self.run, self.rank_check_steps
+        if every and run.world_size > 1 and run.step() % every == 0:
+            compare_ranks(trainable_parameters(self.passes.unwrapped()), run.plugins, run.device, run.step())
 
     @property
     def out_of_data(self) -> bool:

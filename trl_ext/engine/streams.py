@@ -8,6 +8,7 @@ integer, the number of samples drawn by all ranks, is the whole state.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,41 +22,30 @@ from trl_ext.errors import ConfigurationError, StreamExhaustedError
 from trl_ext.records import StreamGradient, StreamRequest
 
 
+@dataclass(eq=False)
 class Stream:
-    """The batches of one auxiliary data set on one rank.
+    """The batches of one auxiliary data set on one rank."""
 
-    Args:
-        request: what the plugin asked for.
-        dataset: prepared samples with `input_ids` and `labels`.
-        collate: makes a batch of a list of samples.
-        seed: seed of the order.
-        rank, world_size: this rank's part.
-        plugin: name of the plugin that asked.
-    """
+    request: StreamRequest
+    dataset: Dataset
+    """Prepared samples with `input_ids` and `labels`."""
+    collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]]
+    seed: int
+    """Seed of the order."""
+    rank: int
+    world_size: int
+    plugin: str = ""
+    """Name of the plugin that asked."""
+    position: int = 0
+    """Samples drawn by all ranks."""
+    _pass: tuple[int, Tensor] | None = None
 
-    def __init__(
-        self,
-        request: StreamRequest,
-        dataset: Dataset,
-        collate: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
-        seed: int,
-        rank: int,
-        world_size: int,
-        plugin: str = "",
-    ) -> None:
-        self.plugin = plugin
-        self.request = request
-        self.dataset = dataset
-        self.collate = collate
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.position = 0
-        self._pass: tuple[int, Tensor] | None = None
-        if request.on_exhausted != "cycle" and len(dataset) < self.global_batch_size:
+    def __post_init__(self) -> None:
+        request = self.request
+        if self.exhausted:
             raise ConfigurationError(
-                f"stream '{request.role}' has {len(dataset)} usable samples, fewer than one batch of "
-                f"{request.batch_size} x {world_size} ranks, and on_exhausted='{request.on_exhausted}'; "
+                f"stream '{request.role}' has {len(self.dataset)} usable samples, fewer than one batch of "
+                f"{request.batch_size} x {self.world_size} ranks, and on_exhausted='{request.on_exhausted}'; "
                 "use on_exhausted='cycle', a smaller batch_size or more data"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 from trl_ext.engine.context import RunContext
 from trl_ext.records import WeightsView
@@ -11,20 +12,16 @@ from trl_ext.records import WeightsView
 Context = AbstractContextManager[None]
 
 
+@dataclass
 class WeightSwaps:
-    """Asks the owners of `deployed_weights` and `sampling_weights`, and enters what they give, one at a time.
+    """Asks the owners of `deployed_weights` and `sampling_weights`, and enters what they give, one at a time."""
 
-    Args:
-        run: the run.
-        weights: gives the trainable parameters; None before the model is prepared.
-        changed: called whenever other weights are in place than before.
-    """
-
-    def __init__(self, run: RunContext, weights: Callable[[], WeightsView | None], changed: Callable[[], None]) -> None:
-        self.run = run
-        self.weights = weights
-        self.changed = changed
-        self.swapped = False
+    run: RunContext
+    weights: Callable[[], WeightsView | None]
+    """Gives the trainable parameters; None before the model is prepared."""
+    changed: Callable[[], None]
+    """Called whenever other weights are in place than before."""
+    swapped: bool = False
 
     def deployed(self) -> dict[str, Context]:
         """Contexts to evaluate under, by metric name; the first is the one to save under, its name is not shown."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.engine.streams import Stream
-from trl_ext.hookspecs import API_VERSION, EXCLUSIVE, FOREIGN, HOOKS
+from trl_ext.hookspecs import API_VERSION, HOOKS
 from trl_ext.plugins.activation import PluginSet
 
 RUN_FILE = "trl_ext_run.json"
@@ -18,7 +18,7 @@ _CARD_START = "<!-- trl_ext -->"
 
 def run_facts(kind: str, plugins: PluginSet, streams: Mapping[str, Stream]) -> dict[str, Any]:
     """Plugins with origin, options and hooks in their order, owners of exclusive hooks, streams and versions."""
-    called = [hook for hook in HOOKS if hook not in FOREIGN[kind]]
+    called = [hook for hook, facts in HOOKS.items() if kind in facts.trainers]
     return {
         "trainer": kind,
         "versions": {name: version(name) for name in ("trl", "transformers", "accelerate", "torch")}
@@ -34,7 +34,7 @@ def run_facts(kind: str, plugins: PluginSet, streams: Mapping[str, Stream]) -> d
             for p in plugins
         ],
         "exclusive": {
-            hook: owner for hook in sorted(EXCLUSIVE.intersection(called)) if (owner := plugins.owner(hook)) is not None
+            hook: plugins.owner(hook) for hook in called if HOOKS[hook].kind == "exclusive" and plugins.implements(hook)
         },
         "streams": {
             role: {"samples": len(stream.dataset), "seed": stream.seed, **_request(stream.request)}
@@ -66,8 +66,9 @@ def header(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def report_run(facts: dict[str, Any], folder: Path) -> None:
+def report_run(kind: str, plugins: PluginSet, streams: Mapping[str, Stream], folder: Path) -> None:
     """Show what runs, before the first step, and write the same to `trl_ext_run.json` in the run folder."""
+    facts = run_facts(kind, plugins, streams)
     print(header(facts), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RUN_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n")

@@ -29,7 +29,7 @@ class Opened(Trainer):
     """The active plugins, in order."""
     ext_streams: Mapping[str, Stream] = {}
     """Auxiliary data sets by role."""
-    ext_weights: WeightsView | None = None
+    ext_weights: WeightsView = None  # type: ignore[assignment]
     """The trainable parameters; set when the model is prepared."""
     ext_run: RunContext
     ext_passes: ExtraPasses

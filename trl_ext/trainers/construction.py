@@ -24,10 +24,10 @@ from trl_ext.gradients import trainable_parameters
 from trl_ext.records import SetupContext, WeightsView
 from trl_ext.startup.plan import RunPlan, plan_run
 from trl_ext.startup.refusals import refuse_wrapped
-from trl_ext.startup.report import report_run, run_facts
+from trl_ext.startup.report import report_run
 from trl_ext.startup.stream_data import TextForm, prepare_stream
 from trl_ext.trainers.base import Opened
-from trl_ext.trainers.callback import StepCallback
+from trl_ext.trainers.training import StepCallback
 
 
 class ConstructionMixin(Opened):
@@ -49,63 +49,49 @@ class ConstructionMixin(Opened):
     def _ext_open(self, plan: RunPlan) -> None:
         """Build what the overrides call; SFT and GRPO add their objective."""
         self.ext_run = self._ext_run_context(plan.fused_outputs)
-        self.ext_passes = self._ext_extra_passes(plan.fused_outputs)
-        form = TextForm(
-            args=self.args,
-            tokenizer=self._tokenizer,
-            processing_class=self.processing_class,
-            chat_template=getattr(self, "chat_template", None),
-            padding_free=getattr(self, "padding_free", False),
-        )
+        self.ext_passes = self._ext_extra_passes()
+        chat_template, padding_free = getattr(self, "chat_template", None), getattr(self, "padding_free", False)
+        form = TextForm(self.args, self._tokenizer, self.processing_class, chat_template, padding_free)
         self.ext_streams = {role: prepare_stream(form, *request) for role, request in plan.streams.items()}
         nonfinite = self.args.nonfinite or ("raise" if self.ext_plugins else "ignore")
-        self.ext_step = OptimizerStep(self.ext_run, self.ext_passes, self.ext_streams, nonfinite)
+        every = self.args.rank_check_steps
+        self.ext_step = OptimizerStep(self.ext_run, self.ext_passes, self.ext_streams, nonfinite, every)
         self.ext_swaps = WeightSwaps(self.ext_run, lambda: self.ext_weights, self._ext_forget_generator)
-        if self.ext_plugins or self.args.rank_check_steps:
-            accelerator = self.accelerator
-            skipped = lambda: accelerator.optimizer_step_was_skipped  # noqa: E731
-            self.add_callback(StepCallback(self.ext_step, skipped, self.args.rank_check_steps))
+        if self.ext_plugins or every:
+            self.add_callback(StepCallback(self.ext_step, self.accelerator))
 
     def _ext_run_context(self, fused_outputs: tuple[str, ...]) -> RunContext:
         device, world_size = self.accelerator.device, self.accelerator.num_processes
-
-        def step() -> int:
-            return self.state.global_step
-
         return RunContext(
             plugins=self.ext_plugins,
-            guard=Guard(self.ext_plugins, device, world_size, step),
+            guard=Guard(self.ext_plugins, device, world_size, lambda: self.state.global_step),
             tally=LossTally(device),
             device=device,
             world_size=world_size,
             sum_over_ranks=partial(self.accelerator.reduce, reduction="sum"),
             training=lambda: self.model.training,
-            step=step,
+            step=lambda: self.state.global_step,
             progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
             accumulation_steps=lambda: self.current_gradient_accumulation_steps,
             fused_outputs=fused_outputs,
         )
 
-    def _ext_extra_passes(self, fused_outputs: tuple[str, ...]) -> ExtraPasses:
+    def _ext_extra_passes(self) -> ExtraPasses:
         return ExtraPasses(
             device=self.accelerator.device,
-            weights=self._ext_prepared_weights,
+            weights=lambda: self.ext_weights,
             unwrapped=lambda: self.model,
             syncing=lambda: self.accelerator.sync_gradients,
             surroundings=self._ext_surroundings,
             backward=self.accelerator.backward,
             agree=self.ext_run.guard.agree,
             to_device=lambda inputs: self._prepare_input(dict(inputs)),
-            sft_head=self._ext_sft_head(fused_outputs),
+            sft_head=self._ext_sft_head(),
             router_aux_loss_coef=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
         )
 
-    def _ext_prepared_weights(self) -> WeightsView:
-        assert self.ext_weights is not None, "the model is prepared before the first step"
-        return self.ext_weights
-
-    def _ext_sft_head(self, fused_outputs: tuple[str, ...]) -> Callable[[], AbstractContextManager[None]]:
-        """Gives contexts in which the fused head yields plain SFT log-probabilities, as SFT's always does."""
+    def _ext_sft_head(self) -> Callable[[], AbstractContextManager[None]]:
+        """Gives contexts in which the fused head yields plain SFT log-probabilities, as SFT's own always does."""
         return nullcontext
 
     @contextmanager
@@ -144,7 +130,7 @@ class ConstructionMixin(Opened):
         if self.ext_plugins:
             self._ext_setup(max_steps, resume_from_checkpoint)
             if self.accelerator.is_main_process:
-                report_run(run_facts(self.ext_kind, self.ext_plugins, self.ext_streams), Path(self.args.output_dir))
+                report_run(self.ext_kind, self.ext_plugins, self.ext_streams, Path(self.args.output_dir))
         return prepared
 
     def _ext_setup(self, max_steps: int, checkpoint: str | None) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from trl_ext.checkpoints import State
 from trl_ext.config import GRPOConfig
 from trl_ext.engine import rollouts
-from trl_ext.engine.policy_objective import PolicyObjective, TrlLoss
+from trl_ext.engine.passes import sft_head
+from trl_ext.engine.policy_objective import PolicyObjective
 from trl_ext.engine.prompt_order import PromptOrder, PromptSampler
-from trl_ext.engine.stream_head import StreamHead
 from trl_ext.records import Rewards
 from trl_ext.startup.plan import RunPlan
 from trl_ext.trainers.mixin import TrainerMixin
@@ -38,18 +38,19 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
 
     def _ext_open(self, plan: RunPlan) -> None:
         super()._ext_open(plan)
-        trl_loss = TrlLoss(
+        self.ext_objective = PolicyObjective(
+            self.ext_run,
             policy_term_alone=self._ext_policy_term_alone,
             metrics=lambda: self._metrics["train" if self.model.training else "eval"],
             gather=self.accelerator.gather,
             loss_type=self.loss_type,
             steps_per_generation=self.args.steps_per_generation,
         )
-        self.ext_objective = PolicyObjective(self.ext_run, trl_loss)
         self.ext_order = PromptOrder(self.ext_run.guard, self.ext_gather)
 
-    def _ext_sft_head(self, fused_outputs: tuple[str, ...]) -> Callable[[], AbstractContextManager[None]]:
-        return StreamHead(self.ext_base_model, fused_outputs, self.accelerator.autocast, self.args.cast_lm_head_to_fp32)
+    def _ext_sft_head(self) -> Callable[[], AbstractContextManager[None]]:
+        outputs, cast = self.ext_run.fused_outputs, self.args.cast_lm_head_to_fp32
+        return sft_head(self.ext_base_model, outputs, self.accelerator.autocast, cast)
 
     @contextmanager
     def _ext_policy_term_alone(self) -> Iterator[None]:

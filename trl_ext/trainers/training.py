@@ -7,7 +7,9 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
+from trl_ext.engine.step import OptimizerStep
 from trl_ext.trainers.base import Opened
 
 
@@ -39,3 +41,19 @@ class TrainingMixin(Opened):
                 numbers = self.ext_run.guard.collect("metrics", mode=mode)
                 logs.update({prefix + k: v for k, v in numbers.items()})
         super().log(logs, start_time)
+
+
+class StepCallback(TrainerCallback):
+    """The moments of a step that transformers offers only to callbacks."""
+
+    def __init__(self, step: OptimizerStep, accelerator: Any) -> None:
+        self.step = step
+        self.accelerator = accelerator
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step.weights_updated(self.accelerator.optimizer_step_was_skipped)
+        if self.step.out_of_data:
+            control.should_training_stop = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step.end()

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import trl
 from torch import Tensor
 from transformers import TrainerCallback
-from trl_ext.checkpoints import newest_complete
 
 from trl_ext import SFTTrainer
+from trl_ext.checkpoints import newest_complete
 from trl_ext.cli.train import parse
 
 FIXED: dict[str, Any] = {
