@@ -59,19 +59,15 @@ def add_auxiliary_losses(
         PluginError: a plugin returns anything but a mapping of names to scalar `AuxiliaryLoss`.
     """
     denominators = {"token": per_token, "sequence": per_sequence, "batch": per_batch}
-    for plugin, call in trainer.ext_plugins.calls("auxiliary_losses"):
 
-        def checked(call: Any = call, **arguments: Any) -> Mapping[str, AuxiliaryLoss]:
-            terms = call(**arguments)
-            for name, term in terms.items():
-                if not isinstance(term, AuxiliaryLoss) or term.value.ndim or term.per not in denominators:
-                    raise TypeError(f"term '{name}' is {term!r}; expected AuxiliaryLoss(scalar, per)")
-            return terms
-
-        none: Mapping[str, AuxiliaryLoss] = {}
-        terms = trainer.ext_guard.run("auxiliary_losses", plugin, checked, none, micro_step=micro_step)
+    def check(terms: Mapping[str, AuxiliaryLoss]) -> None:
         for name, term in terms.items():
-            value = term.value / denominators[term.per]
-            loss = loss + value
-            trainer.ext_tally.add_term(f"{plugin}/{name}", value)
+            if not isinstance(term, AuxiliaryLoss) or term.value.ndim or term.per not in denominators:
+                raise TypeError(f"term '{name}' is {term!r}; expected AuxiliaryLoss(scalar, per)")
+
+    terms = trainer.ext_guard.sum("auxiliary_losses", check=check, micro_step=micro_step)
+    for name, term in terms.items():
+        value = term.value / denominators[term.per]
+        loss = loss + value
+        trainer.ext_tally.add_term(name, value)
     return loss

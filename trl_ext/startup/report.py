@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import trl_ext
-from trl_ext.hookspecs import EXCLUSIVE, FOREIGN, HOOKS
+from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.activation import PluginSet
 
 RUN_FILE = "trl_ext_run.json"
@@ -18,7 +18,7 @@ _CARD_START = "<!-- trl_ext -->"
 def run_facts(trainer: Any) -> dict[str, Any]:
     """Plugins with origin, options and hooks in their order, owners of exclusive hooks, streams and versions."""
     plugins: PluginSet = trainer.ext_plugins
-    called = [hook for hook in HOOKS if hook not in FOREIGN[trainer.ext_kind]]
+    called = [hook for hook, facts in HOOKS.items() if trainer.ext_kind in facts.trainers]
     return {
         "trainer": trainer.ext_kind,
         "versions": {name: version(name) for name in ("trl", "transformers", "accelerate", "torch")}
@@ -34,7 +34,7 @@ def run_facts(trainer: Any) -> dict[str, Any]:
             for p in plugins
         ],
         "exclusive": {
-            hook: owner for hook in sorted(EXCLUSIVE.intersection(called)) if (owner := plugins.owner(hook)) is not None
+            hook: plugins.owner(hook) for hook in called if HOOKS[hook].kind == "exclusive" and plugins.implements(hook)
         },
         "streams": {
             role: {"samples": len(stream.dataset), "seed": stream.seed, **_request(stream.request)}

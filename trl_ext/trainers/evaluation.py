@@ -20,11 +20,10 @@ class EvaluationMixin(Opened):
 
     def ext_deployed(self) -> dict[str, AbstractContextManager[None]]:
         """Contexts to evaluate under, by metric name; the first is the one to save under, its name is not shown."""
-        if self.ext_prepared and not self._ext_swapped:
-            for plugin, call in self.ext_plugins.calls("deployed_weights"):
-                contexts = self.ext_guard.run("deployed_weights", plugin, call, nullcontext(), weights=self.ext_weights)
-                self.ext_guard.agree()
-                return dict(contexts) if isinstance(contexts, Mapping) else {"": contexts}
+        if self.ext_prepared and not self._ext_swapped and self.ext_plugins.implements("deployed_weights"):
+            contexts = self.ext_guard.exclusive("deployed_weights", nullcontext(), weights=self.ext_weights)
+            self.ext_guard.agree()
+            return dict(contexts) if isinstance(contexts, Mapping) else {"": contexts}
         return {"": nullcontext()}
 
     @contextmanager

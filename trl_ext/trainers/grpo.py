@@ -74,12 +74,11 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
 
     def _ext_sampling(self) -> AbstractContextManager[None]:
         """In training, the weights that a plugin wants to sample with; evaluation has swapped its own already."""
-        if self.model.training and not self._ext_swapped:
-            for plugin, call in self.ext_plugins.calls("sampling_weights"):
-                context = self.ext_guard.run("sampling_weights", plugin, call, None, weights=self.ext_weights)
-                self.ext_guard.agree()
-                if context is not None:
-                    return self.ext_deploy(context)
+        if self.model.training and not self._ext_swapped and self.ext_plugins.implements("sampling_weights"):
+            context = self.ext_guard.exclusive("sampling_weights", None, weights=self.ext_weights)
+            self.ext_guard.agree()
+            if context is not None:
+                return self.ext_deploy(context)
         return nullcontext()
 
     # -- advantages --------------------------------------------------------------------------------------------------
@@ -140,14 +139,12 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             return super()._compute_loss(model, inputs)
         self._ext_log_probs = tap = RolloutLogProbs()
         try:
-            loss = (
-                super()._compute_loss(model, inputs) if owner is None else self._ext_policy_loss(owner, model, inputs)
-            )
+            loss = super()._compute_loss(model, inputs) if owner is None else self._ext_policy_loss(model, inputs)
         finally:
             self._ext_log_probs = None
         return self._ext_add_auxiliary(loss, tap, inputs) if auxiliary else loss
 
-    def _ext_policy_loss(self, owner: str, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def _ext_policy_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """TRL's loss with the clipped term replaced: the rest, plus TRL's token weights times the plugin's loss."""
         tap = self._ext_log_probs
         assert tap is not None
@@ -171,9 +168,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             progress=self.ext_progress(),
             reference_log_probs=inputs.get("ref_per_token_logps"),
         )
-        ((_, call),) = self.ext_plugins.calls("policy_loss")
-
-        loss = self.ext_guard.run("policy_loss", owner, same_shape(call), -log_probs, tokens=tokens)
+        loss = self.ext_guard.exclusive("policy_loss", -log_probs, check=same_shape(log_probs), tokens=tokens)
         term = (weights * torch.where(mask, loss, torch.zeros_like(loss))).sum()
         if metrics.get("policy_loss"):
             # TRL logs it where an entropy bonus is on; so far without this term, and before accumulation's share.

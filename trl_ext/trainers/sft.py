@@ -143,21 +143,19 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             per_token_loss=per_token_loss,
             gradient=gradient,
         )
-        ((owner, call),) = self.ext_plugins.calls("sample_weights")
 
-        def checked(window: Window) -> SampleWeights | None:
-            result = call(window=window)
+        def check(result: SampleWeights | Tensor | None) -> None:
             if result is None:
-                return None
+                return
             chosen = result if isinstance(result, SampleWeights) else SampleWeights(result)
             if chosen.weights.shape != (samples,):
                 raise TypeError(f"returned weights of shape {tuple(chosen.weights.shape)}; expected ({samples},)")
             if chosen.denominator == "weighted" and bool((chosen.weights < 0).any()):
                 raise ValueError("returned negative weights, which have no weighted mean; use denominator='tokens'")
-            return chosen
 
-        chosen = self.ext_guard.run("sample_weights", owner, checked, None, window=window)
+        chosen = self.ext_guard.exclusive("sample_weights", None, check=check, window=window)
         self.ext_guard.agree()
+        chosen = SampleWeights(chosen) if isinstance(chosen, Tensor) else chosen
         # Whether weights are used must not depend on the rank, or the ranks would divide by different counts.
         used = torch.tensor(float(chosen is not None), device=self.accelerator.device)
         if self.accelerator.reduce(used, reduction="sum").item() > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,11 +78,11 @@ class StepMixin(Opened):
     def ext_per_token_loss(self, record: TokenRecord) -> Tensor:
         """(B, T) the objective's loss, 0 without a label: the owner's, or the negative log-probability."""
         nll = -record.log_probs
-        for owner, call in self.ext_plugins.calls("per_token_loss"):
-            loss = self.ext_guard.run("per_token_loss", owner, same_shape(call), nll, tokens=record)
-            # `where`, not a product: a loss may be infinite at masked positions, where the log-probability reads 0.
-            return torch.where(record.mask, loss, torch.zeros_like(loss))
-        return nll
+        if not self.ext_plugins.implements("per_token_loss"):
+            return nll
+        loss = self.ext_guard.exclusive("per_token_loss", nll, check=same_shape(nll), tokens=record)
+        # `where`, not a product: a loss may be infinite at masked positions, where the log-probability reads 0.
+        return torch.where(record.mask, loss, torch.zeros_like(loss))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """After clipping, right before the optimiser: all ranks agree on failures and on finiteness."""
@@ -109,18 +110,16 @@ class StepMixin(Opened):
                 self._metrics[mode] = defaultdict(list, {name + k: v for k, v in self._metrics[mode].items()})
             if "train_runtime" not in logs:  # not the summary at the end, which belongs to no step
                 prefix = "" if mode == "train" else f"eval_{name}"
-                logs.update({prefix + k: v for k, v in self.ext_guard.metrics(mode).items()})
+                logs.update({prefix + k: v for k, v in self.ext_guard.collect("metrics", mode=mode).items()})
         super().log(logs, start_time)
 
 
-def same_shape(call: Any) -> Any:
-    """A loss hook whose result is checked to be per token."""
+def same_shape(log_probs: Tensor) -> Callable[[Any], None]:
+    """A check that a loss hook has returned one number per token."""
 
-    def checked(tokens: Any) -> Tensor:
-        loss = call(tokens=tokens)
-        if not isinstance(loss, Tensor) or loss.shape != tokens.log_probs.shape:
+    def check(loss: Any) -> None:
+        if not isinstance(loss, Tensor) or loss.shape != log_probs.shape:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"returned {got}; expected a loss of shape {tuple(tokens.log_probs.shape)}")
-        return loss
+            raise TypeError(f"returned {got}; expected a loss of shape {tuple(log_probs.shape)}")
 
-    return checked
+    return check
