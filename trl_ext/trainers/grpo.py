@@ -57,11 +57,11 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         off = {"beta": 0.0, "_entropy_bonus_enabled": False, "aux_loss_enabled": False}
         apart = {"_metrics": {mode: type(kept)(list) for mode, kept in self._metrics.items()}}
         saved = {name: getattr(self, name) for name in (*off, *apart)}
-        vars(self).update(off | apart)
+        self.__dict__.update(off | apart)
         try:
             yield
         finally:
-            vars(self).update(saved)
+            self.__dict__.update(saved)
 
     # -- prompts and completions -------------------------------------------------------------------------------------
 
