@@ -52,3 +52,8 @@ class AccumulationWindow:
     """() float: samples of the window over all ranks, where an auxiliary loss may need them (SFT)."""
     weights: Sequence[Tensor] | None = None
     """(B, T) float per micro-batch: the weight of each label's loss, where a plugin weighs samples (SFT)."""
+
+    def start(self, micro_batches: Sequence[Any], num_items: Tensor | int | None) -> None:
+        """Go on to the next window."""
+        self.micro_batches, self.num_items, self.done = micro_batches, num_items, 0
+        self.sequences = self.weights = None

@@ -126,16 +126,10 @@ def sft_head(
     autocast: Callable[[], AbstractContextManager[Any]],
     cast_to_fp32: bool,
 ) -> Callable[[], AbstractContextManager[None]]:
-    """Give contexts in which a GRPO model's fused head yields SFT log-probabilities.
+    """Give contexts in which the fused head of a GRPO model yields SFT log-probabilities, and the named outputs too.
 
     GRPO's head divides logits by the sampling temperature; SFT data wants them as they are. The heads are exchanged
     beneath the mixed precision that accelerate has put around the model's forward, so it is put around this one too.
-
-    Args:
-        base_model: gives the model that carries the head.
-        outputs: the head's outputs beside "log_probs" and "entropy".
-        autocast: gives accelerate's mixed precision.
-        cast_to_fp32: whether the run computes the head in fp32.
     """
     forward: Any = None
 

@@ -32,10 +32,7 @@ class SampleWeighting:
     def begin_window(self, model: nn.Module, window: AccumulationWindow, streams: Streams) -> None:
         """Fill in `window.sequences` and `window.weights` where a plugin has a use for them. Collective.
 
-        Args:
-            model: the wrapped model.
-            window: before its first forward.
-            streams: gradients of the streams asked for before the window.
+        It comes before the window's first forward; `streams` are those asked for before the window.
         """
         weighs = self.run.plugins.implements("sample_weights")
         if not weighs and not self.run.plugins.implements("auxiliary_losses"):

@@ -56,15 +56,10 @@ class OptimizerStep:
 
     def take_window(self, micro_batches: Sequence[Any], num_items: Tensor | int | None) -> None:
         """Note the next window. Nothing more: on resume this runs before the random state is restored."""
-        vars(self.window).update(vars(AccumulationWindow(micro_batches, num_items)))
+        self.window.start(micro_batches, num_items)
 
     def micro_step(self, model: nn.Module, train: Callable[[], Tensor]) -> Tensor:
-        """Train on the window's next micro-batch.
-
-        Args:
-            model: the wrapped model.
-            train: TRL's training step: forward, loss and backward.
-        """
+        """Train on the window's next micro-batch: `train` is TRL's training step of the wrapped model."""
         if self.run.plugins and self.window.done == 0:
             model.train()  # as TRL is about to; after an evaluation it is not yet
             self.begin_window(model)
@@ -96,9 +91,7 @@ class OptimizerStep:
     def agree(self, model: nn.Module, grad_norm: Tensor | float) -> None:
         """After clipping, right before the optimiser: all ranks agree on failures and on finiteness. Collective.
 
-        Args:
-            model: loses its gradients where the step is skipped.
-            grad_norm: () the global gradient norm before clipping.
+        `grad_norm` is () the global norm before clipping. A skipped step takes the gradients from the model.
 
         Raises:
             PluginError: a hook failed on some rank.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
@@ -15,11 +15,9 @@ from trl_ext.config import upgrade_config
 from trl_ext.data import load_dataset_spec, rename_columns
 from trl_ext.errors import ConfigurationError
 from trl_ext.plugins.activation import PluginSet, activate
-from trl_ext.records import RunDescription, StreamRequest
+from trl_ext.records import RunDescription, TrainerKind
 from trl_ext.startup.refusals import refuse_unsupported, sharding_of
-from trl_ext.startup.stream_data import match_streams
-
-Kind = Literal["sft", "grpo"]
+from trl_ext.startup.stream_data import Matched, match_streams
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,8 @@ class RunPlan:
     arguments: Mapping[str, Any]
     """Of TRL's constructor, with a config of ours and columns renamed."""
     plugins: PluginSet
-    streams: Mapping[str, tuple[str, StreamRequest, Any]]
-    """Role to the plugin that asks, its request, and the data set."""
+    streams: Matched
+    """The auxiliary data sets to prepare."""
 
     @property
     def fused_outputs(self) -> tuple[str, ...]:
@@ -41,7 +39,11 @@ class RunPlan:
 
 
 def plan_run(
-    kind: Kind, config_class: type[Any], given: Mapping[str, Any], instances: Sequence[Any], streams: Mapping[str, Any]
+    kind: TrainerKind,
+    config_class: type[Any],
+    given: Mapping[str, Any],
+    instances: Sequence[Any],
+    streams: Mapping[str, Any],
 ) -> RunPlan:
     """Activate, load and check everything that does not need the model.
 
@@ -75,7 +77,7 @@ def plan_run(
     return RunPlan(arguments, plugins, _streams(kind, plugins, datasets))
 
 
-def _config(kind: Kind, config_class: type[Any], given: Mapping[str, Any]) -> Any:
+def _config(kind: TrainerKind, config_class: type[Any], given: Mapping[str, Any]) -> Any:
     args, model = given.get("args"), given.get("model")
     if args is None and "model" in given:  # named as TRL names it
         name = model if isinstance(model, str) else model.config._name_or_path  # type: ignore[union-attr]
@@ -84,7 +86,7 @@ def _config(kind: Kind, config_class: type[Any], given: Mapping[str, Any]) -> An
 
 
 def _description(
-    kind: Kind, config: Any, arguments: Mapping[str, Any], plugins: PluginSet, datasets: Mapping[str, Any]
+    kind: TrainerKind, config: Any, arguments: Mapping[str, Any], plugins: PluginSet, datasets: Mapping[str, Any]
 ) -> RunDescription:
     model = arguments.get("model")
     return RunDescription(
@@ -101,7 +103,7 @@ def _description(
     )
 
 
-def _streams(kind: Kind, plugins: PluginSet, datasets: Mapping[str, Any]) -> dict[str, tuple[str, StreamRequest, Any]]:
+def _streams(kind: TrainerKind, plugins: PluginSet, datasets: Mapping[str, Any]) -> Matched:
     requests = {}
     for plugin, call in plugins.calls("streams"):
         try:

@@ -29,10 +29,12 @@ class TextForm:
     padding_free: bool = False
 
 
-def match_streams(
-    requests: Mapping[str, list[StreamRequest]], datasets: Mapping[str, Any]
-) -> dict[str, tuple[str, StreamRequest, Any]]:
-    """Pair what plugins ask for with the data sets given, by role: the plugin that asks first, its request, the data.
+Matched = dict[str, tuple[str, StreamRequest, Any]]
+"""Role to the plugin that asks first, its request, and the data set."""
+
+
+def match_streams(requests: Mapping[str, list[StreamRequest]], datasets: Mapping[str, Any]) -> Matched:
+    """Pair what plugins ask for with the data sets given, by role.
 
     Args:
         requests: plugin name to its requests.
@@ -41,7 +43,7 @@ def match_streams(
     Raises:
         ConfigurationError: a role without data, data that no plugin asks for, or two different requests for a role.
     """
-    matched: dict[str, tuple[str, StreamRequest, Any]] = {}
+    matched: Matched = {}
     for plugin, wanted in requests.items():
         for request in wanted:
             if request.role not in datasets:

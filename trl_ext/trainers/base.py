@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from trl_ext.engine.context import RunContext
 from trl_ext.engine.passes import ExtraPasses
@@ -11,7 +11,7 @@ from trl_ext.engine.step import OptimizerStep
 from trl_ext.engine.streams import Stream
 from trl_ext.engine.weight_swaps import WeightSwaps
 from trl_ext.plugins.activation import PluginSet
-from trl_ext.records import WeightsView
+from trl_ext.records import TrainerKind, WeightsView
 
 if TYPE_CHECKING:
     from trl.trainer.base_trainer import _BaseTrainer as Trainer
@@ -22,7 +22,7 @@ else:
 class Opened(Trainer):
     """What the mixins share. Defaults are on the class: TRL calls some methods on objects made without `__init__`."""
 
-    ext_kind: ClassVar[Literal["sft", "grpo"]]
+    ext_kind: ClassVar[TrainerKind]
     ext_config_class: ClassVar[type]
 
     ext_plugins: PluginSet = PluginSet()

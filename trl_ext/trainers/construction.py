@@ -1,4 +1,7 @@
-"""Construction and preparation: what the engine needs of TRL's trainer is put into its records here, once."""
+"""The mixin that opens a TRL trainer: its construction fills the engine's records, once, with what they need of TRL.
+
+All overrides here and in the other files wrap methods of TRL and transformers; `trl_ext.seams` lists each of them.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,22 @@ from trl_ext.startup.plan import RunPlan, plan_run
 from trl_ext.startup.refusals import refuse_wrapped
 from trl_ext.startup.report import report_run
 from trl_ext.startup.stream_data import TextForm, prepare_stream
-from trl_ext.trainers.base import Opened
-from trl_ext.trainers.training import StepCallback
+from trl_ext.trainers.deployment import DeploymentMixin
+from trl_ext.trainers.saving import CheckpointMixin
+from trl_ext.trainers.training import StepCallback, TrainingMixin
 
 
-class ConstructionMixin(Opened):
-    """Wraps construction, the optimiser's creation and the model's preparation."""
+class TrainerMixin(CheckpointMixin, DeploymentMixin, TrainingMixin):
+    """Opens the hook points in a TRL trainer. Without plugins every override is a plain call to `super()`.
+
+    Args:
+        *args, **kwargs: those of the TRL trainer, under the same names.
+        plugins: instances to activate after the plugins that `args.plugins` names.
+        streams: role to auxiliary `datasets.Dataset`, in addition to those that `args.streams` names.
+
+    Raises:
+        ConfigurationError: before the model loads, for anything that cannot work.
+    """
 
     _ext_optimizer: torch.optim.Optimizer | None = None
 

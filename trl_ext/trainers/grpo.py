@@ -19,7 +19,7 @@ from trl_ext.engine.policy_objective import PolicyObjective
 from trl_ext.engine.prompt_order import PromptOrder, PromptSampler
 from trl_ext.records import Rewards
 from trl_ext.startup.plan import RunPlan
-from trl_ext.trainers.mixin import TrainerMixin
+from trl_ext.trainers.construction import TrainerMixin
 
 
 class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):

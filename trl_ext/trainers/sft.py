@@ -12,7 +12,7 @@ from trl_ext.config import SFTConfig
 from trl_ext.engine.objective import SFTObjective
 from trl_ext.engine.sample_weights import SampleWeighting
 from trl_ext.startup.plan import RunPlan
-from trl_ext.trainers.mixin import TrainerMixin
+from trl_ext.trainers.construction import TrainerMixin
 
 
 class SFTTrainer(TrainerMixin, trl.SFTTrainer):
