@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trl_ext.checkpoints import State
 from trl_ext.engine.context import RunContext
-from trl_ext.engine.policy_objective import loss_mask
+from trl_ext.engine.grpo_loss import loss_mask
 from trl_ext.records import Rewards, Rollouts
 
 _PREFIX = "rollouts"

@@ -3,7 +3,7 @@
     take_window      the data loader's micro-batches are noted
     micro_step       the first:  `begin_window`: "before" streams, `sample_weights`
                      each:       TRL's forward and backward, with the losses of plugins inside of TRL's loss:
-                                 `per_token_loss` (objective.py) or `policy_loss` (policy_objective.py),
+                                 `per_token_loss` (sft_loss.py) or `policy_loss` (grpo_loss.py),
                                  `auxiliary_losses` (losses.py)
                      the last:   `end_window`: "after" streams, `gradients_ready`
                      TRL clips the gradients
@@ -12,7 +12,7 @@
     weights_updated  `weights_updated`
     end              whether replicas are still the same, every `rank_check_steps`
 
-The overrides of trainers/training.py call these methods in this order.
+The overrides of trainers/stepping.py call these methods in this order.
 """
 
 from __future__ import annotations

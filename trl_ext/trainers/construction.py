@@ -31,10 +31,10 @@ from trl_ext.startup.report import report_run
 from trl_ext.startup.stream_data import TextForm, prepare_stream
 from trl_ext.trainers.deployment import DeploymentMixin
 from trl_ext.trainers.saving import CheckpointMixin
-from trl_ext.trainers.training import StepCallback, TrainingMixin
+from trl_ext.trainers.stepping import StepCallback, SteppingMixin
 
 
-class TrainerMixin(CheckpointMixin, DeploymentMixin, TrainingMixin):
+class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
     """Opens the hook points in a TRL trainer. Without plugins every override is a plain call to `super()`.
 
     Args:
@@ -60,7 +60,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, TrainingMixin):
     # -- records for the engine --------------------------------------------------------------------------------------
 
     def _ext_open(self, plan: RunPlan) -> None:
-        """Build what the overrides call; SFT and GRPO add their objective."""
+        """Build what the overrides call; SFT and GRPO add their loss."""
         self.ext_run = self._ext_run_context(plan.fused_outputs)
         self.ext_passes = self._ext_extra_passes()
         chat_template, padding_free = getattr(self, "chat_template", None), getattr(self, "padding_free", False)

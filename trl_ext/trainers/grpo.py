@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from trl_ext.checkpoints import State
 from trl_ext.config import GRPOConfig
 from trl_ext.engine import rollouts
+from trl_ext.engine.grpo_loss import GRPOLoss
 from trl_ext.engine.passes import sft_head
-from trl_ext.engine.policy_objective import PolicyObjective
 from trl_ext.engine.prompt_order import PromptOrder, PromptSampler
 from trl_ext.records import Rewards
 from trl_ext.startup.plan import RunPlan
@@ -38,7 +38,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
 
     def _ext_open(self, plan: RunPlan) -> None:
         super()._ext_open(plan)
-        self.ext_objective = PolicyObjective(
+        self.ext_loss = GRPOLoss(
             self.ext_run,
             policy_term_alone=self._ext_policy_term_alone,
             metrics=lambda: self._metrics["train" if self.model.training else "eval"],
@@ -97,10 +97,10 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
     # -- loss --------------------------------------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        return self.ext_objective.log_probs(super()._get_per_token_logps_and_entropies, *args, **kwargs)
+        return self.ext_loss.log_probs(super()._get_per_token_logps_and_entropies, *args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        return self.ext_objective.loss(super()._compute_loss, model, inputs)
+        return self.ext_loss.loss(super()._compute_loss, model, inputs)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

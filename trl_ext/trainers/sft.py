@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.config import SFTConfig
-from trl_ext.engine.objective import SFTObjective
 from trl_ext.engine.sample_weights import SampleWeighting
+from trl_ext.engine.sft_loss import SFTLoss
 from trl_ext.startup.plan import RunPlan
 from trl_ext.trainers.construction import TrainerMixin
 
@@ -33,7 +33,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         super()._ext_open(plan)
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         self.ext_step.weighting = SampleWeighting(self.ext_run, self.ext_passes, self._prepare_inputs, ranks)
-        self.ext_objective = SFTObjective(self.ext_run, self.ext_step.window, ranks)
+        self.ext_loss = SFTLoss(self.ext_run, self.ext_step.window, ranks)
         if plan.fused_outputs:
             outputs = dict.fromkeys(("log_probs", "entropy", "is_top1", *plan.fused_outputs))
             add_fused_lm_head(self.ext_base_model(), outputs=tuple(outputs))
@@ -47,7 +47,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     ) -> Any:
         if not self.ext_plugins:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return self.ext_objective.loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
+        return self.ext_loss.loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
 
 
 __all__ = ["SFTTrainer"]

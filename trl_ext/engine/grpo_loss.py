@@ -29,7 +29,7 @@ TrlLoss = Callable[[Any, Inputs], Tensor]
 
 
 @dataclass
-class PolicyObjective:
+class GRPOLoss:
     """What plugins make of TRL's `_compute_loss`, in training and evaluation."""
 
     run: RunContext

@@ -13,7 +13,7 @@ from trl_ext.engine.step import OptimizerStep
 from trl_ext.trainers.base import Opened
 
 
-class TrainingMixin(Opened):
+class SteppingMixin(Opened):
     """Wraps the training step, the gradient norm and the log."""
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

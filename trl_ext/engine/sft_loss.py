@@ -14,7 +14,7 @@ from trl_ext.records import MicroStep, TokenRecord
 
 
 @dataclass(frozen=True)
-class SFTObjective:
+class SFTLoss:
     """What plugins make of TRL's `compute_loss`, in training and evaluation."""
 
     run: RunContext
@@ -75,7 +75,7 @@ class _ModelTap:
     the whole of TRL's reduction, metrics and MoE loss stays as it is.
     """
 
-    objective: SFTObjective
+    owner: SFTLoss
     model: nn.Module
     num_items: Tensor | int | None
     weights: Tensor | None
@@ -85,8 +85,8 @@ class _ModelTap:
         outputs = self.model(**inputs)
         if not inputs.get("fused_lm_head"):
             return outputs
-        run = self.objective.run
-        denominator = self.objective.denominator(self.num_items, outputs.label_mask)
+        run = self.owner.run
+        denominator = self.owner.denominator(self.num_items, outputs.label_mask)
         self.tokens = token_record(run, outputs, inputs, denominator)
         run.tally.add_tokens("train" if run.training() else "eval", outputs.log_probs, outputs.label_mask)
         if run.plugins.implements("per_token_loss") or self.weights is not None:
