@@ -292,9 +292,12 @@ MOMENTS = {
     [(hook, kind) for hook, facts in HOOKS.items() for kind in facts.trainers],
 )
 def test_hook_fires_at_its_moment(runs, hook, kind):
-    assert hook in MOMENTS, f"add the moment at which '{hook}' fires to MOMENTS, and the hook to Spy"
     assert hook in runs[kind].order()
     MOMENTS[hook](runs[kind])
+
+
+def test_every_declared_hook_and_no_other_has_its_moment_here():
+    assert MOMENTS.keys() == HOOKS.keys()
 
 
 STREAM, MICRO = "per_token_loss", ["per_token_loss", "auxiliary_losses"]
@@ -321,6 +324,13 @@ ORDER = {
 @pytest.mark.parametrize("kind", ORDER)
 def test_hooks_fire_in_the_stated_order(runs, kind):
     assert runs[kind].order() == ORDER[kind]
+
+
+@pytest.mark.parametrize("kind", ORDER)
+def test_hooks_are_declared_in_the_order_in_which_they_first_fire(runs, kind):
+    own = [hook for hook, facts in runs[kind].spy.events if hook in HOOKS and not facts.get("stream")]
+    declared = [hook for hook, facts in HOOKS.items() if kind in facts.trainers and hook in own]
+    assert list(dict.fromkeys(own)) == declared
 
 
 def test_check_runs_before_the_model_loads(tmp_path):

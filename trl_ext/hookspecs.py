@@ -90,23 +90,23 @@ def hook(
 class HookSpecs:
     """Version 1 of the hook contract. A hook may be implemented with any subset of the arguments below."""
 
-    @hook("all", moment="construction, before the model loads", bystander=True)
+    @hook("all", moment="at construction, before the model loads", bystander=True)
     def check(self, run: RunDescription) -> None:
         """Raise, before the model loads, with the reason why this run cannot work."""
 
-    @hook("collect", moment="construction, before the model loads")
+    @hook("collect", moment="at construction, before the model loads")
     def streams(self) -> list[StreamRequest]:
         """Name the auxiliary data sets that are wanted, at construction."""
 
-    @hook("chain", moment="start of training")
+    @hook("chain", moment="at the start of training")
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         """Give the optimiser to use in place of the one that TRL's arguments chose."""
 
-    @hook("all", moment="start of training", bystander=True)
+    @hook("all", moment="at the start of training", bystander=True)
     def setup(self, context: SetupContext) -> None:
         """Take what is needed of the wrapped and prepared model, before the first step."""
 
-    @hook("chain", moment="start of an epoch", trainers=("grpo",))
+    @hook("chain", moment="at the start of an epoch", trainers=("grpo",))
     def prompt_order(self, order: list[int], prompts: datasets.Dataset, epoch: int) -> list[int]:
         """Give the rows of the training set in the order to draw them in this epoch."""
 
@@ -120,26 +120,30 @@ class HookSpecs:
 
     @hook(
         "exclusive",
-        moment='first micro-step of a window, after its "before" streams',
+        moment='in the first micro-step of a window, after its "before" streams',
         trainers=("sft",),
         touches_update=True,
     )
     def sample_weights(self, window: Window) -> torch.Tensor | SampleWeights | None:
         """Weigh the samples of an accumulation window, at its first training step."""
 
-    @hook("exclusive", moment="every micro-step, before its backward", touches_update=True)
+    @hook("exclusive", moment="in every micro-step, before its backward pass", touches_update=True)
     def per_token_loss(self, tokens: TokenRecord) -> torch.Tensor:
         """Give the loss (B, T) of each label token of an SFT batch or of an SFT stream."""
 
-    @hook("exclusive", moment="every micro-step, before its backward", trainers=("grpo",), touches_update=True)
+    @hook("exclusive", moment="in every micro-step, before its backward pass", trainers=("grpo",), touches_update=True)
     def policy_loss(self, tokens: PolicyTokens) -> torch.Tensor:
         """Give the policy term (B, T) in place of the clipped one, before masks and reduction."""
 
-    @hook("sum", moment="every micro-step, before its backward", touches_update=True)
+    @hook("sum", moment="in every micro-step, before its backward pass", touches_update=True)
     def auxiliary_losses(self, micro_step: MicroStep) -> Mapping[str, AuxiliaryLoss]:
         """Add named terms to the loss of every training micro-step."""
 
-    @hook("in place", moment='last micro-step, after the "after" streams and before clipping', touches_update=True)
+    @hook(
+        "in place",
+        moment='in the last micro-step of a window, after its "after" streams and before clipping',
+        touches_update=True,
+    )
     def gradients_ready(self, gradients: GradientView, streams: Mapping[str, StreamGradient]) -> None:
         """Read or edit the window's reduced gradients in place, before clipping."""
 
@@ -147,7 +151,7 @@ class HookSpecs:
     def weights_updated(self, weights: WeightsView, step: int, skipped: bool) -> None:
         """See the weights right after the optimiser's step number `step` (from 1), skipped or not."""
 
-    @hook("collect", moment="logging", bystander=True)
+    @hook("collect", moment="at each log", bystander=True)
     def metrics(self, mode: str) -> Mapping[str, float]:
         """Give numbers to log under the plugin's name, on every rank; `mode` is "train" or "eval"."""
 
