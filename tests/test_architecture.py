@@ -7,6 +7,7 @@ layers, and what distributions may import, are contracts in pyproject.toml that 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,3 +111,16 @@ def test_a_diamond_is_no_circle(tmp_path):
     for name, text in {**texts, "c": "from .d import x", "d": "x = 1"}.items():
         (package / f"{name}.py").write_text(text)
     assert circle(arrows_of(package)) == []
+
+
+def test_the_walk_through_the_code_names_files_and_functions_that_are_there():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`((?:[a-z_]+/)*[a-z_]+\.py)(?::(\w+))?`", text)
+    assert len(named) > 40
+    for file, name in named:
+        path = next((at for at in (ROOT / "trl_ext" / file, ROOT / file) if at.is_file()), None)
+        assert path is not None, file
+        if name:
+            kinds = (ast.FunctionDef, ast.ClassDef)
+            defined = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)}
+            assert name in defined, f"{file}:{name}"

@@ -15,14 +15,9 @@ from trl_ext.records import AuxiliaryLoss, MicroStep, TokenRecord
 def token_record(
     run: RunContext, outputs: Any, inputs: Mapping[str, Any], denominator: Tensor, stream: str | None = None
 ) -> TokenRecord:
-    """What `per_token_loss` receives for the outputs of TRL's fused head.
+    """What `per_token_loss` receives for a batch (`inputs`) and TRL's `FusedCausalLMOutput` of it (`outputs`).
 
-    Args:
-        run: the run.
-        outputs: TRL's `FusedCausalLMOutput`.
-        inputs: the micro-batch.
-        denominator: () what the sum of the losses is divided by on this rank.
-        stream: name of the stream that the batch is of.
+    `denominator` is () what the sum of the losses is divided by on this rank; `stream` names the stream of the batch.
     """
     own_step = run.training() and stream is None
     return TokenRecord(

@@ -20,12 +20,7 @@ def shaped_advantages(
 ) -> Tensor:
     """The advantages (N,) or (N, T) of this rank's completions, as the `advantages` hooks leave them. Collective.
 
-    Args:
-        run: the run.
-        output: what TRL's `_generate_and_score_completions` returns.
-        rows: `inputs`, `prompts` and `completions` of the batch.
-        rewards: of all ranks.
-        num_generations: completions a prompt.
+    `output` is what TRL's `_generate_and_score_completions` returns, `rows` its inputs, prompts and completions.
     """
     rollouts = Rollouts(
         **rows,

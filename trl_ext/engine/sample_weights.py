@@ -65,7 +65,7 @@ class SampleWeighting:
     ) -> Tensor:
         """(samples,) float: the weights, with a denominator of their own as a factor."""
         weights = chosen.weights.detach().to(self.run.device, torch.float32)
-        if chosen.denominator == "tokens":
+        if chosen.denominator != "weighted":
             return weights
         masks = [batch["labels"][:, 1:] != -100 for batch in batches]
         total = torch.stack([(weights[i] * mask).sum() for i, mask in zip(index, masks, strict=True)]).sum()

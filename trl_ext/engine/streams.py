@@ -134,11 +134,6 @@ def stream_gradient(run: RunContext, passes: ExtraPasses, model: nn.Module, stre
 
     The loss is the objective of the `per_token_loss` plugin where one is active, plain NLL otherwise, plus the MoE
     balancing loss where the run uses it; divided by the label tokens of the batch over all ranks.
-
-    Args:
-        run, passes: the run.
-        model: the wrapped model.
-        stream: moves to its next batch.
     """
     seed = stream.seed + stream.position
     inputs = passes.to_device(_next_batch(run, stream))

@@ -47,12 +47,7 @@ def plan_run(
 ) -> RunPlan:
     """Activate, load and check everything that does not need the model.
 
-    Args:
-        kind: the trainer.
-        config_class: its config.
-        given: arguments of TRL's constructor, by name.
-        instances: plugins made by the caller.
-        streams: role to auxiliary data set, beside those that the config names.
+    `given` are the arguments of TRL's constructor, `instances` and `streams` what the caller passed beside the config.
 
     Raises:
         ConfigurationError: for anything that cannot work; it names the line to change.
