@@ -63,10 +63,6 @@ class Spy(Plugin):
         return {"zero": AuxiliaryLoss(0 * micro_step.log_probs.sum(), "token")}
 
     @hookimpl
-    def window_ends(self, window):
-        self.note("window_ends", step=window.step, micro_batches=window.micro_batches)
-
-    @hookimpl
     def gradients_ready(self, gradients, streams):
         self.note("gradients_ready", norm=float(gradients.norm()), streams=set(streams), weights=self.weights())
 
@@ -234,12 +230,6 @@ def every_micro_step(run: Run) -> None:
     assert [facts["step"] for facts in run.of("auxiliary_losses")] == [0] * ACCUMULATION + [1] * ACCUMULATION
 
 
-def after_the_last_backward(run: Run) -> None:
-    assert [(facts["step"], facts["micro_batches"]) for facts in run.of("window_ends")] == [
-        (step, ACCUMULATION) for step in range(STEPS)
-    ]
-
-
 def before_clipping(run: Run) -> None:
     seen = [facts["norm"] for facts in run.of("gradients_ready")]
     norms = [entry["grad_norm"] for entry in run.trainer.state.log_history if "grad_norm" in entry]
@@ -289,7 +279,6 @@ MOMENTS = {
     "advantages": after_rewards,
     "policy_loss": in_place_of_the_clipped_term,
     "auxiliary_losses": every_micro_step,
-    "window_ends": after_the_last_backward,
     "gradients_ready": before_clipping,
     "wrap_optimizer": at_optimiser_creation,
     "weights_updated": after_the_step,
@@ -314,7 +303,7 @@ def test_every_declared_hook_and_no_other_has_its_moment_here():
 STREAM, MICRO = "per_token_loss", ["per_token_loss", "auxiliary_losses"]
 SAMPLING = ["sampling_weights", "sampling_weights ends"]
 START = ["check", "streams", "wrap_optimizer", "setup"]
-END = ["window_ends", STREAM, "gradients_ready", "weights_updated", "metrics"]
+END = [STREAM, "gradients_ready", "weights_updated", "metrics"]
 ORDER = {
     "sft": [
         *START,

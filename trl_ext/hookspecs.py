@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from trl_ext.gradients import GradientView
     from trl_ext.records import (
         AuxiliaryLoss,
-        FinishedWindow,
         MicroStep,
         PolicyTokens,
         Rewards,
@@ -139,10 +138,6 @@ class HookSpecs:
     @hook("sum", moment="in every micro-step, before its backward pass", touches_update=True)
     def auxiliary_losses(self, micro_step: MicroStep) -> Mapping[str, AuxiliaryLoss]:
         """Add named terms to the loss of every training micro-step."""
-
-    @hook("all", moment="after the last backward pass of a window")
-    def window_ends(self, window: FinishedWindow) -> None:
-        """See the window whose backward passes are done."""
 
     @hook(
         "in place",

@@ -288,16 +288,6 @@ class MicroStep:
 
 
 @dataclass(frozen=True)
-class FinishedWindow:
-    """One accumulation window whose backward passes are done (`window_ends`)."""
-
-    step: int
-    """Optimiser steps already done."""
-    micro_batches: int
-    """Micro-batches of the window."""
-
-
-@dataclass(frozen=True)
 class StreamGradient:
     """What one stream's forward and backward gave, reduced over ranks."""
 

@@ -31,7 +31,7 @@ from trl_ext.engine.rank_comparison import compare_ranks
 from trl_ext.engine.sample_weights import SampleWeighting
 from trl_ext.engine.streams import Stream, stream_gradient
 from trl_ext.gradients import GradientView, trainable_parameters
-from trl_ext.records import FinishedWindow, StreamGradient
+from trl_ext.records import StreamGradient
 
 
 @dataclass
@@ -79,7 +79,6 @@ class OptimizerStep:
 
     def end_window(self, model: nn.Module) -> None:
         """After the window's last backward: gradients are reduced and not clipped yet."""
-        self.run.guard.run_all("window_ends", window=FinishedWindow(self.run.step(), self.window.done + 1))
         streams = {**self._before, **self._stream_gradients(model, "after")}
         self._before = {}
         if self.run.plugins.implements("gradients_ready"):
