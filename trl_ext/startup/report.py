@@ -101,6 +101,6 @@ def add_to_model_card(path: Path, plugins: PluginSet) -> None:
 def where_weights_are(owner: str) -> str:
     """Say which weights are saved where, in a run in which the plugin `owner` deploys others than are trained."""
     return (
-        f"`trainer.save_model()` writes the weights that `{owner}` deploys and, where training ended with others, those "
-        f"into the folder `{RAW_FOLDER}`. `model.save_pretrained()` writes the weights that training ended with."
+        f"`trainer.save_model()` writes the weights that `{owner}` deploys and, where training ended with others, "
+        f"those into `{RAW_FOLDER}`. `model.save_pretrained()` writes the weights that training ended with."
     )
