@@ -71,10 +71,10 @@ class PluginSet:
             self.manager.register(registration, plugin.name)
         # The training loop asks for these at every micro-step, so they are looked up once.
         self._calls: dict[str, list[HookCall]] = {hook: self._bind(hook) for hook in HOOKS}
+        refuse_relations(self.plugins)  # first: a plugin that declares a conflict says what to do instead
         for hook, facts in HOOKS.items():
             if facts.kind == "exclusive":
                 self._refuse_two_owners(hook)
-        refuse_relations(self.plugins)
 
     def __bool__(self) -> bool:
         return bool(self.plugins)
