@@ -135,6 +135,18 @@ class TokenRecord:
     """The micro-batch as the model received it."""
 
     @cached_property
+    def probs(self) -> Tensor:
+        """(B, T) float in [0, 1], differentiable: probability p of each label; 1 where `mask` is False."""
+        return self.log_probs.exp()
+
+    @cached_property
+    def one_minus_probs(self) -> Tensor:
+        """(B, T) float in [0, 1], differentiable: 1 - p, exact where p is close to 1; 0 where `mask` is False."""
+        from trl_ext.numerics import one_minus_exp
+
+        return one_minus_exp(self.log_probs)
+
+    @cached_property
     def sample_index(self) -> Tensor:
         """(B, T) long: the sample of the micro-batch that each label belongs to, counted from 0.
 

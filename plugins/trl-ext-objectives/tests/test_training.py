@@ -38,13 +38,15 @@ OBJECTIVES = {
     "focal": "focal",
     "huber": "huber:delta=0.997",
     "dft": "dft",
-    "eaft": "eaft:support=300",
+    "eaft": "eaft:exponent=2",
+    "eaft-whole": "eaft:support=300,gate=whole",
     "deft": "deft",
     "talr": "talr",
     "entropy": "entropy:beta=0.3",
     "idft": "idft",
     "chord-phi": "chord-phi",
     "gem": "gem",
+    "gem-linear": "gem:h=linear",
     "psft": "psft",
     "iw-sft": "iw-sft:temperature=20",
     "rho1": "rho1:reference=model:{other}",
@@ -54,8 +56,8 @@ OBJECTIVES = {
     "auto": "auto",
 }
 # Of each kind of need one: nothing, another fused output, a differentiable entropy, a sample's extent, a denominator,
-# hidden states and a reference, a change of the model's forward.
-KINDS = ("power", "deft", "entropy", "iw-sft", "threshold-kept", "asft-start", "gem")
+# hidden states and a reference, hidden states alone, a change of the model's forward.
+KINDS = ("power", "deft", "entropy", "iw-sft", "threshold-kept", "asft-start", "eaft", "gem")
 
 
 @dataclass

@@ -20,10 +20,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from trl_ext_objectives.cache import write_cache
 from trl_ext_objectives.capability import SHARE_ABOVE, Capability, Tally, recommend
-from trl_ext_objectives.drawing import draw_capability
-from trl_ext_objectives.scoring import ROW, ChunkScores, Scorer, Settings
+from trl_ext_objectives.figures import draw_capability
+from trl_ext_objectives.log_prob_cache import write_cache
+from trl_ext_objectives.scoring import ROW, CapabilitySettings, ChunkScores, Scorer
 
 
 def capability(
@@ -49,7 +49,7 @@ def capability(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    settings = Settings(
+    settings = CapabilitySettings(
         model=model,
         dataset=dataset,
         dataset_name=dataset_name,
@@ -70,13 +70,15 @@ def capability(
     Console().print((output / "capability.md").read_text(), markup=False, highlight=False, soft_wrap=True)
 
 
-def measure(settings: Settings, output: Path, log_probs: Path | None = None) -> Iterator[tuple[int, int | None]]:
+def measure(
+    settings: CapabilitySettings, output: Path, log_probs: Path | None = None
+) -> Iterator[tuple[int, int | None]]:
     """Measure chunk by chunk, and write the results after the last one.
 
     Args:
         settings: what to measure.
         output: folder of the results: `capability.json`, `capability.md`, `examples.csv`, `capability.png`.
-        log_probs: file for the cached log-probabilities (`trl_ext_objectives.cache`).
+        log_probs: file for the cached log-probabilities (`trl_ext_objectives.log_prob_cache`).
 
     Yields:
         Examples done, and their number where it is known.
@@ -112,7 +114,7 @@ def _resume(parts: Path, about: dict[str, Any]) -> int:
     return max(finished) + 1 if finished else 0
 
 
-def _load(settings: Settings) -> Any:
+def _load(settings: CapabilitySettings) -> Any:
     from trl_ext.data import load_dataset_spec, parse_columns
 
     spec = {

@@ -1,4 +1,8 @@
-"""The pieces of a causal language model that TRL's fused head is made of: backbone, and a plain linear LM head."""
+"""The pieces of a causal language model that TRL's fused head is made of: backbone, and a plain linear LM head.
+
+What a formula needs of the whole vocabulary, and the fused head does not give, is computed from the backbone's hidden
+states and the head's weight.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
+    from trl_ext.records import RunDescription
+
 _RESCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
@@ -20,12 +26,29 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def refuse_rescaled_logits(model: nn.Module, objective: str) -> None:
+def refuse_unreadable_states(run: RunDescription, reader: str, instead: str) -> None:
+    """Refuse a run whose hidden states or LM head cannot be read.
+
+    Args:
+        run: the run.
+        reader: who reads them, for the message.
+        instead: what the user should do.
+
+    Raises:
+        ValueError: the trainer is GRPO's, or the weights are sharded.
+    """
+    if run.trainer == "grpo":
+        raise ValueError(f"{reader} reads the hidden states of SFT's own forward, which GRPO does not run; {instead}")
+    if run.sharding not in ("none", "ddp"):
+        raise ValueError(f"{reader} projects with the LM head itself, whose weight {run.sharding} splits up; {instead}")
+
+
+def refuse_rescaled_logits(model: nn.Module, reader: str, instead: str = "take another model") -> None:
     """Raise ValueError where the logits are more than a matrix product of the hidden states."""
     config = causal_lm(model).config.get_text_config()  # type: ignore[union-attr, operator]
     rescaled = [name for name in _RESCALED if getattr(config, name, None) not in (None, 1, 1.0)]
     if rescaled:
-        raise ValueError(f"{objective} does not support models with {rescaled[0]} ({config.model_type}); take another")
+        raise ValueError(f"{reader} does not support models with {rescaled[0]} ({config.model_type}); {instead}")
 
 
 class BackboneTap:
@@ -43,10 +66,12 @@ class BackboneTap:
 
     @property
     def backbone(self) -> nn.Module:
+        """The model without its LM head."""
         return self._lm.base_model  # type: ignore[return-value]
 
     @property
     def head(self) -> nn.Module:
+        """The LM head."""
         return self._lm.get_output_embeddings()  # type: ignore[operator]
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
