@@ -41,6 +41,8 @@ ARMS: dict[str, str | None] = {
     PLAIN_AGAIN: None,
     **{name: name for name in ("nll", "power", "log1mp", "focal", "huber", "dft", "chord-phi", "eaft", "deft", "idft")},
     **{name: name for name in ("talr", "entropy", "gem", "auto")},
+    "eaft, whole": "eaft:gate=whole",
+    "gem, linear": "gem:h=linear",
     "threshold": "threshold",
     "threshold, kept": "threshold:normalization=kept",
     "mixture": "mixture:first=power:alpha=10,second=nll,weight=linear:0:1",

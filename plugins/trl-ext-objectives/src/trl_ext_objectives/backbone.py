@@ -69,10 +69,10 @@ class BackboneTap:
         """The model without its LM head."""
         return self._lm.base_model  # type: ignore[return-value]
 
-    @property
-    def head(self) -> nn.Module:
-        """The LM head."""
-        return self._lm.get_output_embeddings()  # type: ignore[operator]
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, H) and bias (V,) of the LM head, as TRL's fused head takes them."""
+        head = self._lm.get_output_embeddings()  # type: ignore[operator]
+        return head.weight, head.bias
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self._hidden = output.last_hidden_state

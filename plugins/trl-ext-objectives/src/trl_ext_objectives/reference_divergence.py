@@ -10,7 +10,7 @@ from trl_ext_objectives.backbone import BackboneTap, refuse_rescaled_logits, ref
 from trl_ext_objectives.live_reference import LiveReference, inference_only
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from trl_ext.records import RunDescription, SetupContext, TokenRecord
 
@@ -72,7 +72,7 @@ class ReferenceDivergence:
             raise RuntimeError("the reference is taken when training starts; call train() before evaluate()")
         hidden = self._tap.take()[tokens.mask]
         ref_hidden, ref_weight, ref_bias = self._of_reference(tokens, self._tap, self._ref_tap)
-        weight, bias = _parts(self._tap.head)
+        weight, bias = self._tap.head()
         with self._tap.autocast():
             kl = tiled_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
         return torch.zeros_like(tokens.log_probs).masked_scatter(tokens.mask, kl.to(tokens.log_probs.dtype))
@@ -86,9 +86,5 @@ class ReferenceDivergence:
             with inference_only(self._reference.ready()), tap.autocast():
                 ref_tap.backbone(**inputs, use_cache=False)
             # Detached inside: outside, the parameter holds the trained weight again.
-            weight, bias = _parts(ref_tap.head)
+            weight, bias = ref_tap.head()
             return ref_tap.take()[tokens.mask], weight.detach(), None if bias is None else bias.detach()
-
-
-def _parts(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    return cast("Tensor", head.weight), cast("Tensor | None", head.bias)

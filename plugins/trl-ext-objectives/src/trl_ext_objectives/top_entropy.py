@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn import functional
 
 from trl_ext_objectives.backbone import BackboneTap, refuse_rescaled_logits, refuse_unreadable_states
 
@@ -62,7 +63,8 @@ class TopEntropy:
                 f"{self._reader} listens to the model from the start of training on; call train() before evaluate(), "
                 f"or {self._instead}"
             )
-        hidden, head = self._tap.take()[tokens.mask], self._tap.head
+        hidden, (weight, bias) = self._tap.take()[tokens.mask], self._tap.head()
         with self._tap.autocast():
-            parts = [top_entropy(head(part).float(), self._count) for part in hidden.split(POSITIONS_AT_ONCE)]
+            logits = (functional.linear(part, weight, bias) for part in hidden.split(POSITIONS_AT_ONCE))
+            parts = [top_entropy(part.float(), self._count) for part in logits]
         return torch.zeros_like(tokens.entropy).masked_scatter(tokens.mask, torch.cat(parts).to(tokens.entropy.dtype))
