@@ -9,7 +9,7 @@ import pytest
 import torch
 from mixing_runs import Recorder, Rolled, Vector, constant_reward, demonstrations, grpo
 from trl_ext_mixing import ParallelAveraging
-from trl_ext_mixing.rewards import all_groups_equal
+from trl_ext_mixing.pass_rates import all_groups_equal
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, NonFiniteError

@@ -12,7 +12,7 @@ import torch
 from mixing_runs import Recorder, grpo, prompts
 from test_composite import equal, gradients, parameters, step, values
 from torch import Tensor, nn
-from trl_ext_mixing import composite
+from trl_ext_mixing import chunks
 from trl_ext_mixing.composite import BranchAverage
 
 from trl_ext.errors import ConfigurationError
@@ -81,7 +81,7 @@ def close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 def test_steps_and_evaluation_weights_are_the_mean_of_two_run_apart(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(composite, "CHUNK", {"cpu": chunk})
+    monkeypatch.setattr(chunks, "CHUNK", {"cpu": chunk})
     params, apart = parameters(), Apart()
     optimizer = branches(params)
     for seed in range(8):

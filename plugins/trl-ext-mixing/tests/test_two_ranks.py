@@ -121,7 +121,7 @@ def test_relift_ranks_share_one_buffer_also_for_a_group_on_both(tmp_path: Path) 
         inputs = joined(ranks, "inputs", step)
         buffered += [inputs[i] for i in range(0, 12, 4) if not rewards[i : i + 4].any()]
         expected = combine(ranks[0]["weights"][step], ranks[0]["rl"][step], 1.0, -1e-2)
-        while len(buffered) >= 2:
+        if len(buffered) >= 2:
             model = model_at(expected)
             expected = combine(expected, gradient(model, demonstration_nll(model, buffered[:2])), 1.0, -1e-2)
             buffered, steps = buffered[2:], steps + 1

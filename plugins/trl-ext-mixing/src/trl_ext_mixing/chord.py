@@ -20,8 +20,8 @@ from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
 from trl_ext.options import Range
 from trl_ext.records import SetupContext, StreamGradient
+from trl_ext.schedules import Schedule
 from trl_ext_mixing.comparison import Comparison
-from trl_ext_mixing.schedule import scheduled
 from trl_ext_mixing.two_gradients import TwoGradients
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,8 @@ class Chord(TwoGradients):
         warmup, decay = self._in_steps(self.warmup), self._in_steps(self.decay)
         if step < warmup:
             return self.mu * step / warmup
-        return scheduled(self.mu, self.mu_end, (step - warmup) / decay, self.schedule)
+        end = self.mu if self.mu_end is None else self.mu_end
+        return Schedule(self.schedule, self.mu, end)((step - warmup) / decay)
 
     def _in_steps(self, length: float) -> float:
         return length * self.max_steps if length <= 1 else length
@@ -73,14 +74,13 @@ class Chord(TwoGradients):
     @hookimpl
     def setup(self, context: SetupContext) -> None:
         super().setup(context)
-        if (
-            end := self._in_steps(self.warmup) + self._in_steps(self.decay)
-        ) > self.max_steps and self.mu_end is not None:
+        decayed = self._in_steps(self.warmup) + self._in_steps(self.decay)
+        if self.mu_end not in (None, self.mu) and decayed > self.max_steps:
             logger.warning(
-                "chord: mu reaches mu_end=%g after %g steps, but the run has %d and ends at mu=%.3g; "
-                "decay=1 is the whole run",
+                "chord: mu reaches mu_end=%g after %g steps, but the run has %d steps and ends at mu=%.3g; decay=1 "
+                "makes the decay as long as the run",
                 self.mu_end,
-                end,
+                decayed,
                 self.max_steps,
                 self.mu_at(self.max_steps),
             )

@@ -40,7 +40,7 @@ class Demonstration:
 
 
 def group_starts(rollouts: Rollouts, rewards: Rewards) -> list[tuple[int, int]]:
-    """Prompt number over all ranks, and row on this rank, of each group that begins here: so each prompt counts once."""
+    """Prompt number over all ranks, and row on this rank, of each group that begins here: so a prompt counts once."""
     first, size = rewards.local.start, rollouts.num_generations
     return [((first + i) // size, i) for i in range(len(rollouts.prompts)) if (first + i) % size == 0]
 

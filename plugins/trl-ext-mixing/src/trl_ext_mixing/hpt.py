@@ -59,7 +59,7 @@ class HPT(UnsolvedPrompts):
 
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
-        """Advantages (B,) or (B, T): 0 on the prompts that go to SFT; on the others TRL's, of which the mean is taken."""
+        """Advantages (B,) or (B, T): 0 on the prompts that go to SFT, and scaled to the mean over the others."""
         if not rollouts.training:
             return advantages
         to_sft = self.pass_rates(rollouts, rewards) <= self.gamma  # False where nobody judged: NaN

@@ -20,10 +20,10 @@ from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
 from trl_ext.options import Range
 from trl_ext.records import Rewards, Rollouts, StreamGradient
+from trl_ext.schedules import Schedule
 from trl_ext_mixing.comparison import Comparison
 from trl_ext_mixing.composite import BranchAverage
 from trl_ext_mixing.optimizer_gradients import by_parameter, clip_as_trl
-from trl_ext_mixing.schedule import scheduled
 from trl_ext_mixing.two_gradients import TwoGradients
 
 
@@ -74,7 +74,8 @@ class ParallelAveraging(TwoGradients):
     # -- the rule ----------------------------------------------------------------------------------------------------
 
     def mix(self, gradients: GradientView, sft: StreamGradient, both: Comparison) -> None:
-        c = scheduled(self.coefficient, self.coefficient_end, self.progress, self.schedule)
+        end = self.coefficient if self.coefficient_end is None else self.coefficient_end
+        c = Schedule(self.schedule, self.coefficient, end)(self.progress)
         self.note(coefficient=c)
         g_sft = by_parameter(sft.gradients)
         clip_as_trl(g_sft, self.trainers_max_norm if self.max_grad_norm is None else self.max_grad_norm)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
-from trl_ext.gradients import GradientView, pcgrad
+from trl_ext.gradients import GradientView, pcgrad_weights
 from trl_ext.records import Rewards, Rollouts, RunDescription, StreamGradient
 from trl_ext_mixing.comparison import Comparison
 from trl_ext_mixing.two_gradients import TwoGradients
@@ -45,7 +45,7 @@ class Surgery(TwoGradients):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._weigh: Callable[[Tensor], Tensor] = pcgrad
+        self._weigh: Callable[[Tensor], Tensor] = pcgrad_weights
 
     def mix(self, gradients: GradientView, sft: StreamGradient, both: Comparison) -> None:
         """g <- w_RL a + w_SFT b, by norms and cosine alone."""

@@ -1,4 +1,4 @@
-"""What the methods on an RL and an SFT gradient share: the demonstrations, the steps of the run, and the diagnostics."""
+"""What the methods on an RL and an SFT gradient share: the demonstrations, the steps done, and the diagnostics."""
 
 from __future__ import annotations
 
@@ -171,20 +171,17 @@ class TwoGradients:
             "on_exhausted": self.on_exhausted,
             "max_length": self.max_length,
         }
-        if self.demonstrations:
-            setting = f"{self.method}: demonstrations={self.demonstrations!r}"
-            return DemonstrationColumn(column=self.demonstrations, setting=setting, **common)
-        if self.stream_row:
-            return SFTStreamRows(
-                column=self.stream_row, setting=f"{self.method}: stream_row={self.stream_row!r}", **common
-            )
+        if column := self.demonstrations:
+            return DemonstrationColumn(column=column, setting=f"{self.method}: demonstrations={column!r}", **common)
+        if column := self.stream_row:
+            return SFTStreamRows(column=column, setting=f"{self.method}: stream_row={column!r}", **common)
         return SFTStream(**common)
 
     def _refuse_contradictions(self) -> None:
         if self.stream_row and self.demonstrations:
             raise ValueError(
-                f"{self.method}: stream_row={self.stream_row!r} and demonstrations={self.demonstrations!r} exclude each "
-                "other; leave one out"
+                f"{self.method}: stream_row={self.stream_row!r} and demonstrations={self.demonstrations!r} exclude "
+                "each other; leave one out"
             )
         if self.stream_row and self.batch_size != TwoGradients.batch_size:
             raise ValueError(
