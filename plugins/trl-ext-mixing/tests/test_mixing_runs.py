@@ -170,26 +170,6 @@ def test_groups_without_a_signal(values: list[list[float]], summed: bool, equal:
     assert all_groups_equal(rewards, 2, summed) == equal
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"coefficient": 1.5}, "coefficient=1.5"),
-        ({"coefficient_end": -0.1}, "coefficient_end=-0.1"),
-        ({"lr_ratio": 0.0}, "lr_ratio=0.0"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0"),
-        ({"schedule": "step"}, "schedule='step'"),
-        ({"mode": "weights"}, "mode='weights'"),
-        ({"mode": "gradients", "lr_ratio": 0.5}, "lr_ratio=0.5 needs two optimiser states"),
-        ({"mode": "gradients", "skip_equal_rewards": True}, "skip_equal_rewards=True needs two"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"max_length": 1}, "max_length=1"),
-    ],
-)
-def test_values_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ParallelAveraging(**options)
-
-
 def test_messages_and_text_serve_as_demonstrations(tmp_path: Path) -> None:
     from mixing_runs import TASK
 

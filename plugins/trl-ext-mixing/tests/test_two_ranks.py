@@ -73,6 +73,13 @@ def test_fsdp2_equals_ddp(ddp: list[dict[str, Any]], tmp_path: Path) -> None:
             assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), name
 
 
+def test_rows_of_the_stream_go_through_sharded_parameters_as_the_refusal_of_a_column_advises(tmp_path: Path) -> None:
+    shards = launch(tmp_path, "rows")
+    for rank in shards:
+        assert rank["logs"][0]["parallel-averaging/grad_norm_sft"] > 0
+        assert not torch.equal(*rank["weights"][:2])
+
+
 def test_a_sharded_state_saved_and_loaded_continues_to_the_last_bit(tmp_path: Path) -> None:
     on_two_ranks("sharded_state.py", str(tmp_path))
     assert {path.name for path in tmp_path.iterdir()} == {"SHARDED_STATE_DICT", "FULL_STATE_DICT"}
