@@ -155,7 +155,7 @@ def test_from_a_plain_checkpoint_a_run_starts_anew_as_the_refusal_advises(tmp_pa
     settings: dict[str, Any] = {"optim": "schedule_free_adamw", "save_strategy": "steps", "save_steps": 1}
     grpo(tmp_path, [], stream=False, max_steps=1, **settings).train()
     checkpoint = str(tmp_path / "checkpoint-1")
-    mixed = grpo(tmp_path, ["parallel-averaging"], max_steps=2, **settings)
+    mixed = grpo(tmp_path, ["parallel-averaging"], max_steps=2, reset_plugin_state=True, **settings)
     with pytest.raises(ConfigurationError, match="give the checkpoint as the model, and start a new run from it"):
         mixed.train(resume_from_checkpoint=checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint)

@@ -1,10 +1,11 @@
 """HPT (arXiv:2509.04419, Hybrid Post-Training): each prompt has one of two losses, by its pass rate P.
 
-P >  gamma   GRPO's loss on its completions
-P <= gamma   -log p of its demonstration
+    L = L_GRPO + beta L_SFT
 
-L = L_GRPO + beta L_SFT,   L_GRPO the mean over the prompts of the first kind, as `loss_type` has it,
-                           L_SFT  the mean over the label tokens of the second
+    P >  gamma    L_GRPO: GRPO's loss on the prompt's completions, as a mean over these prompts
+    P <= gamma    L_SFT: -log p of the prompt's demonstration, as a mean over the label tokens
+
+The paper's pair (alpha, beta) of weights is (1, 0) or (0, beta) for each prompt.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """ReLIFT (arXiv:2506.07527): steps of GRPO, and between them steps of SFT on the prompts that RL does not solve.
 
-each step    theta <- optimiser step on grad L_GRPO
-             buffer <- buffer + {prompts that none of their completions solves}
-|buffer| >= M    theta <- optimiser step on grad L_SFT of the M oldest, which leave the buffer
+    each step        theta  <- step of the optimiser on grad L_GRPO
+                     buffer <- buffer + {prompts that none of their completions solves}
+    |buffer| >= M    theta  <- step of the optimiser on grad L_SFT of the M oldest, which leave the buffer
 
-L_SFT = -1/T sum log p over the T label tokens of these demonstrations
+    L_SFT = -1/T sum log p
+
+T counts the label tokens of those M demonstrations, over all ranks.
 """
 
 from __future__ import annotations
