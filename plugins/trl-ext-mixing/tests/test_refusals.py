@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from mixing_runs import checksum_reward, constant_reward, demonstrations, grpo
+from torch import Tensor
 from trl_ext_mixing import HPT, Chord, ParallelAveraging, ReLIFT
 
+from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
 from trl_ext.options import check_options
 from trl_ext.plugins import activate
@@ -74,6 +77,19 @@ def test_two_methods_at_once_are_refused(pair: tuple[str, str]) -> None:
         with pytest.raises(ConfigurationError, match="Both bring SFT into the step") as error:
             activate(list(names), trainer="grpo")
         assert all(repr(name) in str(error.value) for name in pair)
+
+
+def test_advantages_that_hpt_has_set_to_zero_are_not_set_anew() -> None:
+    class SetsAnew:
+        requires_api, citation, provides = "1", "test", ("new-advantages",)
+
+        @hookimpl
+        def advantages(self, advantages: Tensor) -> Tensor:
+            return torch.ones_like(advantages)
+
+    with pytest.raises(ConfigurationError, match="has to be named after.*also those of the prompts that go to SFT"):
+        activate([], [HPT(), SetsAnew()], trainer="grpo")
+    assert len(activate([], [SetsAnew(), HPT()], trainer="grpo")) == 2
 
 
 @pytest.mark.parametrize("plugin", ["hpt", "relift", "chord:demonstrations=completion"])

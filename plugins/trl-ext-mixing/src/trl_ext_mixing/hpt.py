@@ -10,6 +10,7 @@ The paper's pair (alpha, beta) of weights is (1, 0) or (0, beta) for each prompt
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from trl_ext import hookimpl
 from trl_ext.options import Range
 from trl_ext.records import AuxiliaryLoss, MicroStep, Rewards, Rollouts, RunDescription
+from trl_ext_mixing.company import AFTER_NEW_ADVANTAGES
 from trl_ext_mixing.demonstrations import Demonstration
 from trl_ext_mixing.run_checks import refuse_split_generations
 from trl_ext_mixing.unsolved import UnsolvedPrompts
@@ -46,6 +48,7 @@ class HPT(UnsolvedPrompts):
     sft_coefficient: Annotated[float, Range(gt=0)] = 1.0
 
     method: ClassVar[str] = "hpt"
+    after: ClassVar[Mapping[str, str]] = AFTER_NEW_ADVANTAGES
     citation: ClassVar[str] = "Lv et al., Towards a Unified View of LLM Post-Training (HPT), arXiv:2509.04419"
 
     def __post_init__(self) -> None:
