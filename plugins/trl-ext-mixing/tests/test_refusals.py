@@ -87,7 +87,7 @@ def test_advantages_that_hpt_has_set_to_zero_are_not_set_anew() -> None:
         def advantages(self, advantages: Tensor) -> Tensor:
             return torch.ones_like(advantages)
 
-    with pytest.raises(ConfigurationError, match="has to be named after.*also those of the prompts that go to SFT"):
+    with pytest.raises(ConfigurationError, match=r"has to be named after.*also those of the prompts that go to SFT"):
         activate([], [HPT(), SetsAnew()], trainer="grpo")
     assert len(activate([], [SetsAnew(), HPT()], trainer="grpo")) == 2
 

@@ -1,4 +1,4 @@
-"""How the methods of this distribution stand to each other and to plugins that set advantages, as the core compares it."""
+"""How the methods of this distribution stand to each other, and to plugins that set advantages."""
 
 from __future__ import annotations
 
