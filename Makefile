@@ -44,9 +44,10 @@ test-all: setup  ## Run the slow tests too
 test-gpu: setup  ## Run the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
-lint: setup  ## Check style and formatting
+lint: setup  ## Check style, formatting, and which module imports which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 format: setup  ## Repair style and formatting
 	$(BIN)/ruff check --fix .

@@ -54,10 +54,12 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def lint(session: nox.Session) -> None:
-    """Check style and formatting."""
-    session.install("-c", "constraints.txt", "ruff")
+    """Check style, formatting, and which module imports which."""
+    session.install("-c", "constraints.txt", "ruff", "import-linter")
+    session.install("--no-deps", "-e", ".", *EDITABLE)  # import-linter reads the sources; nothing is imported
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("lint-imports", "--no-cache")
 
 
 @nox.session(python="3.11")

@@ -4,6 +4,6 @@ from trl_ext_mixing.chord import Chord
 from trl_ext_mixing.hpt import HPT
 from trl_ext_mixing.parallel_averaging import ParallelAveraging
 from trl_ext_mixing.relift import ReLIFT
-from trl_ext_mixing.surgery import Surgery
+from trl_ext_mixing.sft_surgery import Surgery
 
 __all__ = ["HPT", "Chord", "ParallelAveraging", "ReLIFT", "Surgery"]

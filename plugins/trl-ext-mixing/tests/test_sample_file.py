@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trl_ext_mixing.samples import SampleFile
+from trl_ext_mixing.sample_file import SampleFile
 
 from trl_ext.errors import ConfigurationError
 
@@ -124,7 +124,7 @@ def test_a_damaged_file_is_refused_with_the_line(path: Path, extra: str, message
 
 def test_two_processes_do_not_write_to_one_file(path: Path) -> None:
     attempt = (
-        "from pathlib import Path\nfrom trl_ext_mixing.samples import SampleFile\n"
+        "from pathlib import Path\nfrom trl_ext_mixing.sample_file import SampleFile\n"
         f"SampleFile(Path({str(path)!r}), {HEADER!r})"
     )
     with SampleFile(path, HEADER):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import TrainerState
-from trl_ext_mixing.judging import Judge, load_reward
+from trl_ext_mixing.reward_functions import Judge, load_reward
 
 from trl_ext.errors import ConfigurationError
 
