@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pluggy
 
 from trl_ext.errors import ConfigurationError
-from trl_ext.hookspecs import EXCLUSIVE, HOOKS, PROJECT, HookSpecs
+from trl_ext.hookspecs import HOOKS, PROJECT, HookSpecs
 from trl_ext.options import check_options, option_fields, option_type
 from trl_ext.plugins.coercion import build_options, resolved_options
 from trl_ext.plugins.discovery import PluginInfo, find_distribution, load_plugin, range_error
 from trl_ext.plugins.implementations import implementations, refuse_other_trainer
+from trl_ext.records import TrainerKind
 from trl_ext.specs import RESERVED, config_line, parse_specs, registered_name
 
 __all__ = ["ActivePlugin", "PluginSet", "activate", "check_plugin", "from_spec", "parse_specs"]
@@ -71,8 +72,9 @@ class PluginSet:
                 ) from error
         # The training loop asks for these at every micro-step, so they are looked up once.
         self._calls: dict[str, list[HookCall]] = {hook: self._bind(hook) for hook in HOOKS}
-        for hook in sorted(EXCLUSIVE):
-            self._refuse_two_owners(hook)
+        for hook, facts in HOOKS.items():
+            if facts.kind == "exclusive":
+                self._refuse_two_owners(hook)
 
     def __bool__(self) -> bool:
         return bool(self.plugins)
@@ -94,7 +96,7 @@ class PluginSet:
 
     def owner(self, hook: str) -> str | None:
         """Name of the plugin that owns an exclusive hook."""
-        if hook not in EXCLUSIVE:
+        if HOOKS[hook].kind != "exclusive":
             raise KeyError(f"{hook!r} is not an exclusive hook")
         return next((name for name, _ in self._calls[hook]), None)
 
@@ -119,7 +121,7 @@ class PluginSet:
             )
 
 
-def activate(specs: Any, instances: Sequence[Any] = (), *, trainer: Literal["sft", "grpo"]) -> PluginSet:
+def activate(specs: Any, instances: Sequence[Any] = (), *, trainer: TrainerKind) -> PluginSet:
     """Load, configure and check the plugins of a run: those of `specs` in order, then `instances` in order.
 
     Args:
@@ -200,8 +202,8 @@ def _from_instance(instance: Any, before: Sequence[ActivePlugin]) -> ActivePlugi
         )
     if any(plugin.instance is instance for plugin in before):
         raise ConfigurationError(f"{line}: the same instance {instance!r} is given twice; make one for each place")
-    if error := range_error(getattr(instance, "requires_api", None), getattr(instance, "requires_trl", None)):
-        raise ConfigurationError(f"{line}: {type(instance).__qualname__} of {type(instance).__module__} {error}")
+    if misfit := range_error(getattr(instance, "requires_api", None), getattr(instance, "requires_trl", None)):
+        raise ConfigurationError(f"{line}: {type(instance).__qualname__} of {type(instance).__module__} {misfit}")
     try:
         check_options(instance)
     except ValueError as error:

@@ -8,12 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from trl_ext.errors import ConfigurationError
-from trl_ext.hookspecs import FOREIGN, HOOKS, PROJECT
+from trl_ext.hookspecs import HOOKS, PROJECT
+from trl_ext.records import TRAINERS
 
 _MARK = f"{PROJECT}_impl"
-_TRAINERS = ("sft", "grpo")
-_BYSTANDERS = frozenset({"check", "setup", "metrics"})
-"""Hooks that do nothing for the training by themselves."""
 
 
 def implementations(plugin: Any, origin: str, line: str) -> dict[str, Callable[..., Any]]:
@@ -71,8 +69,8 @@ def marked_hooks(plugin: Any) -> tuple[str, ...]:
 
 
 def supported_trainers(plugin: Any) -> tuple[str, ...]:
-    """The trainers that a plugin or plugin class is for: both, unless it says otherwise."""
-    trainers = getattr(plugin, "trainers", _TRAINERS)
+    """The trainers that a plugin or plugin class is for: all of them, unless it says otherwise."""
+    trainers = getattr(plugin, "trainers", TRAINERS)
     return (trainers,) if isinstance(trainers, str) else tuple(trainers)
 
 
@@ -87,10 +85,10 @@ def refuse_other_trainer(plugin: Any, trainer: str, origin: str, line: str) -> N
         raise ConfigurationError(
             f"plugin {origin} is for the trainers {', '.join(supported)}, and this is {trainer}. Remove {line}"
         )
-    hooks = set(marked_hooks(plugin)) - _BYSTANDERS
-    if hooks and hooks <= FOREIGN[trainer]:
+    acting = [name for name in marked_hooks(plugin) if not HOOKS[name].bystander]
+    if acting and not any(trainer in HOOKS[name].trainers for name in acting):
         raise ConfigurationError(
-            f"plugin {origin} acts only through {', '.join(sorted(hooks))}, which {trainer} never calls. Remove {line}"
+            f"plugin {origin} acts only through {', '.join(acting)}, which {trainer} never calls. Remove {line}"
         )
 
 
