@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
+from trl_ext_reachability.answer_rewards import exact
 from trl_ext_reachability.from_scratch.conclusions import conclude
 from trl_ext_reachability.from_scratch.contamination import contaminated, words
 from trl_ext_reachability.from_scratch.floors import DRAWS, floor_of, read_floor
-from trl_ext_reachability.from_scratch.samples import completion_text, evaluation_row, prompt_text, whole_text
+from trl_ext_reachability.from_scratch.row_texts import completion_text, evaluation_row, prompt_text, whole_text
 from trl_ext_reachability.from_scratch.shares import Interval, difference, share
-from trl_ext_reachability.rewards import exact
 
 # -- S ---------------------------------------------------------------------------------------------------------------
 
