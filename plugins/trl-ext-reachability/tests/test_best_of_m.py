@@ -116,8 +116,10 @@ def test_what_no_function_judged_is_not_correct(tmp_path: Path) -> None:
 
 def test_other_advantages_are_not_thrown_away(tmp_path: Path) -> None:
     process = {"name": "process-reward", "verifier": "runs:constant_verifier"}
-    with pytest.raises(ConfigurationError, match=r"sets advantages anew, .*keep one of the two"):
-        grpo(tmp_path, [process, "best-of-m"])
-    with pytest.raises(ConfigurationError, match=r"sets advantages anew, .* or process-reward:outcome=1"):
-        grpo(tmp_path, ["best-of-m", process])
-    grpo(tmp_path, ["best-of-m", {**process, "outcome": 1.0}])
+    for plugins in ([process, "best-of-m"], ["best-of-m", process]):
+        with pytest.raises(ConfigurationError, match=r"Both set advantages anew, .* Keep one of "):
+            grpo(tmp_path, plugins)
+    added = {**process, "outcome": 1.0}
+    with pytest.raises(ConfigurationError, match=r"set anew after it; .* Put .* before "):
+        grpo(tmp_path, [added, "best-of-m"])
+    grpo(tmp_path, ["best-of-m", added])

@@ -176,6 +176,7 @@ def test_what_no_function_judged_has_no_advantage(tmp_path: Path, options: str, 
 def test_process_rewards_are_not_thrown_away(tmp_path: Path) -> None:
     process = {"name": "process-reward", "verifier": "runs:constant_verifier"}
     for before in (process, "best-of-m"):
-        with pytest.raises(ConfigurationError, match=r"sets advantages anew, .* let it keep them, by pg:rewards=given"):
-            grpo(tmp_path, [before, "pg"])
+        for plugins in ([before, "pg"], ["pg", before]):
+            with pytest.raises(ConfigurationError, match=r"Both set advantages anew, .* set pg:rewards=given"):
+                grpo(tmp_path, plugins)
         grpo(tmp_path, [before, "pg:rewards=given"])

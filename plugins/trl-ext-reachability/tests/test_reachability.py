@@ -182,7 +182,7 @@ CONSTANT = {"name": "process-reward", "verifier": "runs:constant_verifier"}
 )
 def test_weights_that_another_plugin_would_throw_away_are_refused(tmp_path: Path, later: dict[str, Any]) -> None:
     first = {"name": "reachability", "label": "routes", "probe": write_probe(tmp_path / "probe")}
-    with pytest.raises(ConfigurationError, match=r"sets advantages anew, .* Name it first; or let it keep them"):
+    with pytest.raises(ConfigurationError, match=r"set anew after it; set pg:rewards=given .* Put .* before "):
         grpo(tmp_path / "run", [first, later])
     grpo(tmp_path / "run", [later, first])
 

@@ -10,6 +10,7 @@ m = min(1/Q, k^N), with the likelihood quantile Q of the base model; here m is `
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.records import Rewards, Rollouts
-from trl_ext_reachability.relations import AFTER_NEW_ADVANTAGES, NEW_ADVANTAGES
+from trl_ext_reachability.relations import ALONE, NEW_ADVANTAGES
 
 
 def first_correct(correct: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,7 +57,7 @@ class BestOfM:
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957 (best of m)"
     )
     provides: ClassVar[tuple[str, ...]] = (NEW_ADVANTAGES,)
-    after = AFTER_NEW_ADVANTAGES
+    conflicts: ClassVar[Mapping[str, str]] = ALONE
 
     success: float = 1.0
     _total: int = field(default=0, init=False, repr=False)

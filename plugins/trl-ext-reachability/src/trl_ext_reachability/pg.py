@@ -10,6 +10,7 @@ adaptive=true       eta = 1 / (4 + 2 |grad log p(y|x)|²) for each sequence y; o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from trl_ext import hookimpl
 from trl_ext.records import PolicyTokens, Rewards, Rollouts, RunDescription, SetupContext
-from trl_ext_reachability.relations import NEW_ADVANTAGES
+from trl_ext_reachability.relations import ALONE, NEW_ADVANTAGES, declare
 
 RewardForm = Literal["binary", "sign", "raw", "given"]
 Baseline = Literal["none", "group"]
@@ -67,6 +68,8 @@ class PG:
     citation: ClassVar[str] = (
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957"
     )
+    provides: ClassVar[tuple[str, ...]] = (NEW_ADVANTAGES,)
+    conflicts: ClassVar[Mapping[str, str]] = ALONE
 
     rewards: RewardForm = "binary"
     threshold: float = 0.5
@@ -78,13 +81,10 @@ class PG:
             raise ValueError("baseline='group' has no rewards to work on with rewards='given'")
         if self.rewards in ("raw", "given") and self.threshold != type(self).threshold:
             raise ValueError(f"threshold={self.threshold}: rewards={self.rewards!r} has none; leave it out")
+        if self.rewards == "given":
+            declare(self, provides=(), conflicts={})
         self._parameters: list[nn.Parameter] = []
         self._rates: list[float] = []
-
-    @property
-    def provides(self) -> tuple[str, ...]:
-        """New advantages, unless it trains on those that it receives."""
-        return () if self.rewards == "given" else (NEW_ADVANTAGES,)
 
     @hookimpl
     def check(self, run: RunDescription) -> None:

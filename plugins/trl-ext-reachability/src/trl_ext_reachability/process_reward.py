@@ -17,6 +17,7 @@ itself and not the return to go, and a wrong step has 0, or -1 as in the authors
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from trl_ext import hookimpl
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext
 from trl_ext_reachability.merged_groups import EPSILON
-from trl_ext_reachability.relations import AFTER_NEW_ADVANTAGES, NEW_ADVANTAGES
+from trl_ext_reachability.relations import AFTER, ALONE, NEW_ADVANTAGES, declare
 from trl_ext_reachability.step_rewards import StepJudge
 from trl_ext_reachability.step_verification import StepVerification
 
@@ -97,7 +98,8 @@ class ProcessReward(StepVerification):
     citation: ClassVar[str] = (
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957 (process rewards)"
     )
-    after = AFTER_NEW_ADVANTAGES
+    provides: ClassVar[tuple[str, ...]] = (NEW_ADVANTAGES,)
+    conflicts: ClassVar[Mapping[str, str]] = ALONE
 
     normalize: Normalize = "none"
     return_to_go: bool = False
@@ -107,13 +109,10 @@ class ProcessReward(StepVerification):
         super().__post_init__()
         if not math.isfinite(self.outcome):
             raise ValueError(f"outcome={self.outcome}: a finite weight")
+        if self.outcome:
+            declare(self, provides=(), conflicts={}, after=AFTER)
         self._judge: StepJudge | None = None
         self._seen: dict[str, list[tuple[float, float, float]]] = {"train": [], "eval": []}
-
-    @property
-    def provides(self) -> tuple[str, ...]:
-        """New advantages, unless it adds to those that it receives."""
-        return () if self.outcome else (NEW_ADVANTAGES,)
 
     @hookimpl
     def check(self, run: RunDescription) -> None:

@@ -30,7 +30,7 @@ from trl_ext_reachability.keys import prompt_key, prompt_number
 from trl_ext_reachability.merged_groups import group_advantages, group_labels
 from trl_ext_reachability.probe_agreement import refuse_other_sampling
 from trl_ext_reachability.prompts import Prompts
-from trl_ext_reachability.relations import AFTER_NEW_ADVANTAGES, NEW_ADVANTAGES
+from trl_ext_reachability.relations import AFTER, NEW_ADVANTAGES, declare
 from trl_ext_reachability.routing import ROUTES, Budget
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Reachability:
     citation: ClassVar[str] = (
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957"
     )
-    after = AFTER_NEW_ADVANTAGES
+    after: ClassVar[Mapping[str, str]] = AFTER
 
     probe: str
     saturated: Weight = 0.5
@@ -95,6 +95,12 @@ class Reachability:
         if not any(getattr(self, route) for route in ROUTES):
             raise ValueError(f"{', '.join(ROUTES)} are all 0: nothing would be learned from rollouts")
         self._prompts = Prompts(Path(self.probe).expanduser())
+        if self.marginal_groups > 1:
+            reason = (
+                f"marginal_groups={self.marginal_groups} needs the trainer's own advantages, which a plugin replaces "
+                "that sets them anew; set marginal_groups=1."
+            )
+            declare(self, conflicts={NEW_ADVANTAGES: reason})
         self._rerouted = 0
         self._batch_groups = 1
         self._scale_rewards = "group"
@@ -105,15 +111,6 @@ class Reachability:
                 return self._ordered(order, prompts)
 
             self.prompt_order = prompt_order
-
-    @property
-    def conflicts(self) -> dict[str, str]:
-        """New advantages are not the trainer's own, which groups taken as one are compared with."""
-        reason = (
-            f"marginal_groups={self.marginal_groups} needs the trainer's own advantages, which it replaces; set "
-            "marginal_groups=1."
-        )
-        return {NEW_ADVANTAGES: reason} if self.marginal_groups > 1 else {}
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
