@@ -14,7 +14,8 @@ import torch
 import trl
 from torch import Tensor, nn
 
-from trl_ext.engine.finite_rewards import nan_as_infinite, refuse_non_finite_advantages, reward_fault
+from trl_ext.engine.finite_rewards import nan_as_infinite, refuse_non_finite_advantages, reward_fault, without_faults
+from trl_ext.errors import NonFiniteError
 from trl_ext.testing import ModularChain, tiny_llama, tiny_tokenizer
 
 GIVEN: list[Any] = [1.0, None, math.nan, 0]
@@ -84,3 +85,13 @@ def test_advantages_are_numbers(value: float, shape: tuple[int, ...]) -> None:
     advantages[1] = value
     with pytest.raises(ValueError, match="NaN or infinite for 1 of 3 completions; set nonfinite='skip'"):
         refuse_non_finite_advantages(advantages)
+
+
+def test_a_fault_stops_the_run_or_takes_the_step_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    advantages = torch.tensor([0.5, -0.5])
+    for fault, nonfinite in ((None, "raise"), (None, "skip"), ("a fault", "ignore")):
+        assert without_faults(advantages, fault, nonfinite, 3) is advantages
+    with pytest.raises(NonFiniteError, match="at step 3 a fault. Mend the function, or set nonfinite='skip'"):
+        without_faults(advantages, "a fault", "raise", 3)
+    assert without_faults(advantages, "a fault", "skip", 3).isnan().all()
+    assert "step 3 is left out: a fault" in caplog.text

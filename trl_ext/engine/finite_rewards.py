@@ -9,12 +9,18 @@ reward model, which never gives None; and a NaN of a reward function whose answe
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from trl.trainer.utils import is_async_callable
+
+from trl_ext.errors import NonFiniteError
+
+logger = logging.getLogger(__name__)
 
 
 def nan_as_infinite(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,6 +62,30 @@ def reward_fault(per_function: Tensor, names: Sequence[str], functions: Sequence
                 "number, or None where the function does not apply"
             )
     return None
+
+
+def without_faults(advantages: Tensor, fault: str | None, nonfinite: str, step: int) -> Tensor:
+    """Give the advantages to go on with: as they are, or NaN where a reward is at fault and the step is to be skipped.
+
+    NaN makes the loss NaN, and the agreement before the optimiser then leaves out the step on all ranks alike.
+
+    Args:
+        advantages: (N,) float, TRL's.
+        fault: From `reward_fault`.
+        nonfinite: The config's: "raise", "skip" or "ignore".
+        step: Number of the optimiser step, from 1.
+
+    Raises:
+        NonFiniteError: There is a fault, and `nonfinite` is "raise".
+    """
+    if fault is None or nonfinite == "ignore":
+        return advantages
+    if nonfinite == "raise":
+        raise NonFiniteError(
+            f"at step {step} {fault}. Mend the function, or set nonfinite='skip' to leave out steps with such rewards"
+        )
+    logger.warning("step %d is left out: %s", step, fault)
+    return torch.full_like(advantages, math.nan)
 
 
 def refuse_non_finite_advantages(advantages: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from importlib.metadata import entry_points
 from typing import Any
@@ -16,7 +15,7 @@ METHODS = sorted(
 
 
 def source(method: Any) -> str:
-    return inspect.getdoc(sys.modules[method.__module__]) or ""
+    return sys.modules[method.__module__].__doc__ or ""
 
 
 @pytest.mark.parametrize("point", METHODS, ids=lambda point: point.name)
