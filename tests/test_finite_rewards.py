@@ -91,7 +91,7 @@ def test_a_fault_stops_the_run_or_takes_the_step_with_it(caplog: pytest.LogCaptu
     advantages = torch.tensor([0.5, -0.5])
     for fault, nonfinite in ((None, "raise"), (None, "skip"), ("a fault", "ignore")):
         assert without_faults(advantages, fault, nonfinite, 3) is advantages
-    with pytest.raises(NonFiniteError, match="at step 3 a fault. Mend the function, or set nonfinite='skip'"):
+    with pytest.raises(NonFiniteError, match=r"at step 3 a fault\. Mend the function, or set nonfinite='skip'"):
         without_faults(advantages, "a fault", "raise", 3)
     assert without_faults(advantages, "a fault", "skip", 3).isnan().all()
     assert "step 3 is left out: a fault" in caplog.text
