@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -104,7 +103,7 @@ class StepJudge:
         return StepRewards(values, ~values.isnan(), spans)
 
 
-def _read_verdicts(given: Sequence[Any], steps: Sequence[int]) -> list[list[float]]:
+def _read_verdicts(given: Sequence[Sequence[float | None] | None], steps: Sequence[int]) -> list[list[float]]:
     """The verifier's rewards as numbers, NaN for what it did not judge.
 
     Args:
