@@ -1,6 +1,15 @@
 """The `trl-ext` command. Help and listings answer at once: torch, TRL and plugins are imported only when needed."""
 
 import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+
+def parse(kind: Literal["sft", "grpo"], arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+    """Read a command line and its YAML as `trl-ext sft` and `trl-ext grpo` do; see `trl_ext.cli.train.parse`."""
+    from trl_ext.cli import train
+
+    return train.parse(kind, arguments)
 
 
 def main() -> None:

@@ -45,9 +45,10 @@ def reachability(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from trl_ext_reachability import checking
-    from trl_ext_reachability.measuring import Settings, measure
+    from trl_ext_reachability.measurement_settings import MeasurementSettings
+    from trl_ext_reachability.reach_probe import measure
 
-    settings = Settings(
+    settings = MeasurementSettings(
         model, dataset, reward, dataset_name, split, columns, limit, success, num_generations, epochs, rollouts,
         max_rollouts, confidence, max_completion_length, temperature, top_p, top_k, batch_size, seed, dtype,
     )  # fmt: skip

@@ -4,97 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from trl_ext.data import refuse_missing_columns
-from trl_ext.errors import ConfigurationError
-from trl_ext_reachability.digests import digest_files
 from trl_ext_reachability.dotted import load_function
 from trl_ext_reachability.journal import Journal
-from trl_ext_reachability.judging import judge
 from trl_ext_reachability.keys import prompt_key
-from trl_ext_reachability.policy import Policy, Sampler, batches
-from trl_ext_reachability.routing import (
-    Budget,
-    choose_route,
-    closing_limit,
-    confidence_per_look,
-    failures_close,
-    schedule,
-    undecided,
-)
+from trl_ext_reachability.measurement_settings import MeasurementSettings
+from trl_ext_reachability.reward_calls import judge, refuse_unjudged
+from trl_ext_reachability.routing import choose_route, undecided
+from trl_ext_reachability.sampled_policy import Policy, Sampler, batches
 from trl_ext_reachability.statistics import BetaPrior, clopper_pearson, expected_queries, fit_prior
 
 WORST_SHARES = (0.0, 0.01, 0.05)
 """Quantiles of a demonstration's token probabilities that are kept; the first is the least."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that the measurement depends on; `max_rollouts` is `closing_rollouts` where it is None."""
-
-    model: str
-    dataset: str
-    reward: str
-    dataset_name: str | None = None
-    split: str = "train"
-    columns: str | None = None
-    limit: int | None = None
-    success: float = 1.0
-    num_generations: int = 8
-    epochs: float = 1.0
-    rollouts: int = 8
-    max_rollouts: int | None = None
-    confidence: float = 0.95
-    max_completion_length: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    batch_size: int = 64
-    seed: int = 0
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence={self.confidence}: between 0 and 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: above 0, since greedy completions have no success rate")
-        _ = self.budget, self.totals  # refuse what they refuse
-
-    @property
-    def budget(self) -> Budget:
-        """What GRPO will draw."""
-        return Budget(self.num_generations, self.epochs)
-
-    @property
-    def totals(self) -> list[int]:
-        """Rollouts of a prompt after each round."""
-        return schedule(self.rollouts, self.closing_rollouts if self.max_rollouts is None else self.max_rollouts)
-
-    @property
-    def closing_rollouts(self) -> int:
-        """The smallest limit at which failures alone show that a prompt is out of reach."""
-        return closing_limit(self.rollouts, self.budget, self.confidence)
-
-    @property
-    def closes(self) -> bool:
-        """Whether the limit of rollouts is enough for that."""
-        return failures_close(self.totals[-1], len(self.totals), self.budget, self.confidence)
-
-    @property
-    def confidence_per_look(self) -> float:
-        """Confidence of the bounds after each round."""
-        return confidence_per_look(self.confidence, len(self.totals))
-
-    def as_dict(self) -> dict[str, Any]:
-        """By name, with the limit of rollouts as a number."""
-        return {**asdict(self), "max_rollouts": self.totals[-1]}
 
 
 class Measurement:
@@ -105,7 +31,7 @@ class Measurement:
         rows: the data set, with `prompt`, the columns of the reward function and optionally `completion`.
     """
 
-    def __init__(self, settings: Settings, rows: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, settings: MeasurementSettings, rows: Sequence[dict[str, Any]]) -> None:
         if not rows:
             raise ValueError(f"{settings.dataset} has no rows")
         if "prompt" not in rows[0]:
@@ -114,7 +40,10 @@ class Measurement:
             )
         self.settings = settings
         self.rows = rows
+        self.drawn = np.zeros(len(rows), dtype=int)
+        """(rows,) rollouts, judged or not."""
         self.trials = np.zeros(len(rows), dtype=int)
+        """(rows,) rollouts that the reward function judged; what it gave None for is neither success nor failure."""
         self.successes = np.zeros(len(rows), dtype=int)
         self.log_likelihoods = np.full(len(rows), -np.inf)
         """(rows,) of the demonstrations; -inf without one."""
@@ -133,6 +62,9 @@ class Measurement:
 
         Yields:
             What is being done, how many batches of it are done, and how many there are.
+
+        Raises:
+            ValueError: the reward function gives what is no reward, or judges no rollout of a prompt.
         """
         settings = self.settings
         done = iter(list(journal.lines))
@@ -159,9 +91,10 @@ class Measurement:
         yield "demonstrations", batches(self.rows, np.flatnonzero(self.demonstrated).tolist(), size), self._score
         for i, total in enumerate(self.settings.totals):
             # A demonstration alone may close a route, but every prompt has a first round.
-            wanted = np.maximum(total - self.trials, 0) * (self.open | (self.trials == 0))
+            wanted = np.maximum(total - self.drawn, 0) * (self.open | (self.drawn == 0))
             prompts = [row for row in range(len(self.rows)) for _ in range(wanted[row])]
             yield f"rollouts, round {i + 1}", batches(self.rows, prompts, size), self._draw
+            refuse_unjudged(np.flatnonzero(self.trials == 0).tolist(), self.settings.reward, self.settings.dataset)
 
     @property
     def open(self) -> np.ndarray:
@@ -224,7 +157,7 @@ class Measurement:
             "log_likelihoods": [float(values.sum()) for values in log_probs],
             "too_long": [len(ids) > self.settings.max_completion_length for ids in answers],
             "worst": [np.exp(np.quantile(values, WORST_SHARES, method="lower")).tolist() for values in log_probs],
-            "correct": self._judge(policy, reward, batch, answers),
+            "correct": [bool(correct) for correct in self._judge(policy, reward, batch, answers)],
         }
 
     def _draw(self, policy: Policy, reward: Any, name: str, index: int, batch: list[int]) -> dict[str, Any]:
@@ -234,10 +167,11 @@ class Measurement:
         )
         return {"rows": batch, "correct": self._judge(policy, reward, batch, drawn)}
 
-    def _judge(self, policy: Policy, reward: Any, batch: list[int], completions: list[list[int]]) -> list[bool]:
+    def _judge(self, policy: Policy, reward: Any, batch: list[int], completions: list[list[int]]) -> list[bool | None]:
+        """Whether each completion is a success; None where the reward function gives None."""
         texts = [policy.text(ids) for ids in completions]
         rewards = judge(reward, self.settings.reward, [self.rows[i] for i in batch], texts, completions)
-        return [value is not None and value >= self.settings.success for value in rewards]
+        return [None if value is None else value >= self.settings.success for value in rewards]
 
     def _take(self, line: dict[str, Any]) -> None:
         rows = line["rows"]
@@ -248,11 +182,12 @@ class Measurement:
             self.demonstrated[rows] = ~self.too_long[rows]
             self.correct[rows] = line["correct"] & self.demonstrated[rows]
         else:
-            np.add.at(self.trials, rows, 1)
-            np.add.at(self.successes, rows, np.array(line["correct"], dtype=int))
+            np.add.at(self.drawn, rows, 1)
+            np.add.at(self.trials, rows, [correct is not None for correct in line["correct"]])
+            np.add.at(self.successes, rows, [correct is True for correct in line["correct"]])
 
 
-def load_rows(settings: Settings) -> list[dict[str, Any]]:
+def load_rows(settings: MeasurementSettings) -> list[dict[str, Any]]:
     """The data set in memory; raises `ConfigurationError` where it cannot be loaded."""
     from trl_ext.data import load_dataset_spec, parse_columns
 
@@ -265,29 +200,3 @@ def load_rows(settings: Settings) -> list[dict[str, Any]]:
         }
     )
     return list(rows if settings.limit is None else rows.take(min(settings.limit, len(rows))))
-
-
-def measure(settings: Settings, output: Path) -> Generator[tuple[str, int, int], None, None]:
-    """Measure, and write the results after the last batch; see `Measurement.run` for what it yields.
-
-    Args:
-        settings: what to measure.
-        output: folder of the results, and of `journal.jsonl`, which an interrupted run continues from.
-
-    Raises:
-        ConfigurationError: this is one of several processes, or the journal is of another measurement.
-    """
-    from trl_ext_reachability.results import write_results
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigurationError("probe reachability runs in one process; start it without a launcher")
-    measurement = Measurement(settings, load_rows(settings))
-    keys = "".join(prompt_key(row) for row in measurement.rows)
-    about = {
-        **settings.as_dict(),
-        "the model's files": digest_files(Path(settings.model)),
-        "data": hashlib.sha256(keys.encode()).hexdigest(),
-    }
-    with Journal(output / "journal.jsonl", about) as journal:
-        yield from measurement.run(journal)
-    write_results(measurement, output)

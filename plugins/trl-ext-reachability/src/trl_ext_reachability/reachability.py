@@ -1,13 +1,20 @@
-"""`reachability`: what the probe found, used in GRPO: weights by route, demonstrations, predicted against solved."""
+"""`reachability`: GRPO whose prompts weigh what a probe of the base model says of them.
+
+By arXiv 2603.06957 outcome rewards reach a prompt in about 1/alpha queries, where alpha is the base model's likelihood
+of a success. `trl-ext probe reachability` measures alpha and gives each prompt a route, which
+`trl_ext_reachability.routing` defines. With the weight w of each route, the advantage of completion i of N becomes
+
+    A_i <- w(route_i) / (1/N sum_j w(route_j)) A_i,
+
+and where demonstrations are given, their gradient is added: g <- g + coefficient * grad NLL(demonstrations).
+"""
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,18 +23,21 @@ from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
+from trl_ext.options import Range
 from trl_ext.records import Rewards, Rollouts, RunDescription, StreamGradient, StreamRequest
+from trl_ext_reachability.draw_order import Order, draw_order
 from trl_ext_reachability.keys import prompt_key, prompt_number
-from trl_ext_reachability.ordering import Order, draw_order, group_advantages, group_labels
-from trl_ext_reachability.precedence import named_before
+from trl_ext_reachability.merged_groups import group_advantages, group_labels
+from trl_ext_reachability.probe_agreement import refuse_other_sampling
 from trl_ext_reachability.prompts import Prompts
+from trl_ext_reachability.relations import AFTER, NEW_ADVANTAGES, declare
 from trl_ext_reachability.routing import ROUTES, Budget
 
 if TYPE_CHECKING:
     import datasets
 
-logger = logging.getLogger(__name__)
 ROLE = "demonstrations"
+Weight = Annotated[float, Range(ge=0)]
 
 
 @dataclass(eq=False)
@@ -63,39 +73,34 @@ class Reachability:
     citation: ClassVar[str] = (
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957"
     )
+    after: ClassVar[Mapping[str, str]] = AFTER
 
     probe: str
-    saturated: float = 0.5
-    in_reach: float = 1.0
-    marginal: float = 1.0
-    process_reward: float = 1.0
-    demonstration: float = 0.0
-    out_of_reach: float = 0.0
+    saturated: Weight = 0.5
+    in_reach: Weight = 1.0
+    marginal: Weight = 1.0
+    process_reward: Weight = 1.0
+    demonstration: Weight = 0.0
+    out_of_reach: Weight = 0.0
     order: Order = "data"
     filter: bool = False
-    marginal_groups: int = 1
-    reroute_every: int = 0
-    confidence: float = 0.95
+    marginal_groups: Annotated[int, Range(ge=1)] = 1
+    reroute_every: Annotated[int, Range(ge=0)] = 0
+    confidence: Annotated[float, Range(gt=0, lt=1)] = 0.95
     success: float | None = None
-    coefficient: float = 0.1
-    batch_size: int = 8
+    coefficient: Weight = 0.1
+    batch_size: Annotated[int, Range(ge=1)] = 8
 
     def __post_init__(self) -> None:
-        for name in (*ROUTES, "coefficient"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value}: at least 0")
         if not any(getattr(self, route) for route in ROUTES):
             raise ValueError(f"{', '.join(ROUTES)} are all 0: nothing would be learned from rollouts")
-        if self.order not in get_args(Order):
-            raise ValueError(f"order={self.order!r} is not one of {', '.join(get_args(Order))}")
-        if self.marginal_groups < 1:
-            raise ValueError(f"marginal_groups={self.marginal_groups}: at least 1")
-        if self.reroute_every < 0:
-            raise ValueError(f"reroute_every={self.reroute_every}: at least 0")
-        if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence={self.confidence}: between 0 and 1")
         self._prompts = Prompts(Path(self.probe).expanduser())
+        if self.marginal_groups > 1:
+            reason = (
+                f"marginal_groups={self.marginal_groups} needs the trainer's own advantages, which a plugin replaces "
+                "that sets them anew; set marginal_groups=1."
+            )
+            declare(self, conflicts={NEW_ADVANTAGES: reason})
         self._rerouted = 0
         self._batch_groups = 1
         self._scale_rewards = "group"
@@ -110,56 +115,18 @@ class Reachability:
     @hookimpl
     def check(self, run: RunDescription) -> None:
         """Refuse other sampling than the probe's, and groups that cannot be made larger."""
-        probed = self._prompts.settings["num_generations"]
-        if run.args.num_generations != probed:
-            raise ValueError(
-                f"the probe in {self.probe} is for num_generations={probed}, this run has {run.args.num_generations}; "
-                "routes depend on it: probe again, or set num_generations to the probe's"
-            )
-        self._compare_sampling(run.args)
+        refuse_other_sampling(self._prompts.settings, self.probe, run.args)
         self._batch_groups = run.args.generation_batch_size // run.args.num_generations
         self._scale_rewards = run.args.scale_rewards
-        if self.marginal_groups == 1:
-            return
         if self.marginal_groups > self._batch_groups:
             raise ValueError(
                 f"marginal_groups={self.marginal_groups}: a generation batch has {self._batch_groups} groups; "
                 "lower it, or raise steps_per_generation"
             )
-        for name in named_before(run, "reachability", ("process-reward", "best-of-m")):
-            raise ValueError(
-                f"marginal_groups={self.marginal_groups} needs the trainer's own advantages, which {name} replaces; "
-                "set marginal_groups=1"
-            )
-        if run.args.multi_objective_aggregation != "sum_then_normalize":
+        if self.marginal_groups > 1 and run.args.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 f"marginal_groups={self.marginal_groups} normalises the sum of the rewards; set "
                 "multi_objective_aggregation='sum_then_normalize', or marginal_groups=1"
-            )
-
-    def _compare_sampling(self, args: Any) -> None:
-        """Refuse a training whose success rates are not those that the probe found; warn where they are bounds."""
-        probed = self._prompts.settings
-        for name in ("temperature", "top_p", "top_k"):
-            given = getattr(args, name)
-            if max(given or 0, 0) != max(probed[name] or 0, 0):  # top_k: None, 0 and -1 are one
-                raise ValueError(
-                    f"the probe in {self.probe} sampled with {name}={probed[name]}, this run has {given}; success "
-                    f"rates depend on it: probe again, or set {name} to the probe's"
-                )
-        length, given = probed["max_completion_length"], args.max_completion_length
-        if given is not None and given < length:
-            raise ValueError(
-                f"the probe in {self.probe} had max_completion_length={length}, this run has {given}, which cuts off "
-                "what the probe found: probe again, or set max_completion_length to the probe's"
-            )
-        if given != length:
-            logger.warning(
-                "reachability: the probe in %s had max_completion_length=%s, this run has %s; longer completions may "
-                "succeed more often than the probe found",
-                self.probe,
-                length,
-                given,
             )
 
     @hookimpl
@@ -179,13 +146,10 @@ class Reachability:
 
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
-        """The advantages of this rank's completions, weighted; evaluation stays as it is."""
+        """(N,) float or (N, T) float, as they come: w A / mean w over all ranks; evaluation stays as it is."""
         if not rollouts.training:
             return advantages
-        # Every rank counts the completions of all: which prompts the others had, only they know.
-        mine = [prompt_number(prompt_key(row["prompt"])) for row in rollouts.inputs]
-        numbers = gather(torch.tensor(mine, device=rollouts.mask.device)).tolist()
-        rows = np.array(self._prompts.places(numbers))
+        rows = self._rows(rollouts)
         if self.reroute_every and rollouts.step - self._rerouted >= self.reroute_every:
             budget = Budget(rollouts.num_generations, self._prompts.settings["epochs"])
             self._prompts.reroute(budget, self.confidence)
@@ -193,12 +157,25 @@ class Reachability:
         if self.marginal_groups > 1:
             advantages = self._merged(rows, rollouts, rewards, advantages)
         weights = torch.tensor([getattr(self, self._prompts.routes[row]) for row in rows], dtype=advantages.dtype)
-        success = self._prompts.settings["success"] if self.success is None else self.success
-        judged = (~rewards.per_function.isnan().all(dim=1)).cpu().numpy()
-        self._prompts.add(rows[judged], (rewards.total >= success).cpu().numpy()[judged])
+        self._count(rows, rewards)
         scaled = (weights / weights.mean().clamp(min=torch.finfo(weights.dtype).tiny))[rewards.local]
         scaled = scaled.to(advantages.device)
         return advantages * (scaled if advantages.dim() == 1 else scaled.unsqueeze(1))
+
+    def _rows(self, rollouts: Rollouts) -> np.ndarray:
+        """(N x ranks,) the probe's place of each completion's prompt. Collective.
+
+        Every rank counts the completions of all: which prompts the others had, only they know.
+        """
+        mine = [prompt_number(prompt_key(row["prompt"])) for row in rollouts.inputs]
+        numbers = gather(torch.tensor(mine, device=rollouts.mask.device)).tolist()
+        return np.array(self._prompts.places(numbers))
+
+    def _count(self, rows: np.ndarray, rewards: Rewards) -> None:
+        """Count the completions that a reward function judged, and those of them that are correct."""
+        success = self._prompts.settings["success"] if self.success is None else self.success
+        judged = (~rewards.per_function.isnan().all(dim=1)).cpu().numpy()
+        self._prompts.add(rows[judged], (rewards.total >= success).cpu().numpy()[judged])
 
     def _merged(self, rows: np.ndarray, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
         """The advantages with all groups of a marginal prompt as one."""
@@ -219,7 +196,7 @@ class Reachability:
 
     @hookimpl
     def gradients_ready(self, gradients: GradientView, streams: Mapping[str, StreamGradient]) -> None:
-        """Add the gradient of the demonstrations."""
+        """Add the gradient of the demonstrations: of their mean NLL per label token over all ranks."""
         if ROLE in streams:
             gradients.axpy_(self.coefficient, streams[ROLE].gradients)
 
@@ -233,29 +210,9 @@ class Reachability:
 
     def state_dict(self) -> dict[str, Any]:
         """Counts and routes, in the probe's order."""
-        prompts = self._prompts
-        return {
-            "draws": torch.from_numpy(prompts.draws.copy()),
-            "successes": torch.from_numpy(prompts.successes.copy()),
-            "recent": torch.from_numpy(prompts.recent.copy()),
-            "routes": torch.tensor([ROUTES.index(route) for route in prompts.routes]),
-            "rerouted": self._rerouted,
-        }
+        return {**self._prompts.state_dict(), "rerouted": self._rerouted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take them back.
-
-        Raises:
-            ValueError: they are of another probe.
-        """
-        prompts = self._prompts
-        if len(state["draws"]) != len(prompts.draws):
-            raise ValueError(
-                f"the checkpoint counts {len(state['draws'])} prompts, the probe in {self.probe} has "
-                f"{len(prompts.draws)}; give the probe of the run that is continued"
-            )
-        prompts.draws[:] = state["draws"].numpy()
-        prompts.successes[:] = state["successes"].numpy()
-        prompts.recent[:] = state["recent"].numpy()
-        prompts.routes[:] = [ROUTES[i] for i in state["routes"].tolist()]
+        """Take them back; raises `ValueError` where they are of another probe."""
+        self._prompts.load_state_dict(state)
         self._rerouted = state["rerouted"]

@@ -21,7 +21,7 @@ def from_scratch(
     columns: Annotated[str | None, typer.Option(help="Renaming of their columns: question=prompt.")] = None,
     reward: Annotated[
         str, typer.Option(help="Score: a reward function of TRL's form, module:function or file.py:function.")
-    ] = "trl_ext_reachability.rewards:exact",
+    ] = "trl_ext_reachability.answer_rewards:exact",
     floor: Annotated[str, typer.Option(help="Score without knowledge: majority, format, or a number.")] = "majority",
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="A third arm: random weights with the pre-trained embeddings.")
@@ -48,10 +48,10 @@ def from_scratch(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     from transformers.utils import logging
 
-    from trl_ext_reachability.from_scratch.procedure import measure
-    from trl_ext_reachability.from_scratch.settings import Settings
+    from trl_ext_reachability.from_scratch.control import measure
+    from trl_ext_reachability.from_scratch.control_settings import ControlSettings
 
-    settings = Settings(
+    settings = ControlSettings(
         config=config,
         eval_in=eval_in,
         eval_out=eval_out,

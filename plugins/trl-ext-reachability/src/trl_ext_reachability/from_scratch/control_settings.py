@@ -15,11 +15,11 @@ from trl_ext_reachability.from_scratch.floors import read_floor
 
 MIN_SEEDS = 3
 MULTIPLIERS = "0.3,1,3,10,30"
-EXACT = "trl_ext_reachability.rewards:exact"
+EXACT = "trl_ext_reachability.answer_rewards:exact"
 
 
 @dataclass(frozen=True)
-class Settings:
+class ControlSettings:
     """Everything that the measurement depends on; the options of the command."""
 
     config: str
@@ -102,8 +102,8 @@ class Run:
         ConfigurationError: it is of a kind that has no control from random weights.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        from trl_ext.cli.train import parse
+    def __init__(self, settings: ControlSettings) -> None:
+        from trl_ext.cli import parse
 
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigurationError("probe from-scratch runs in one process; start it without a launcher")

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import distance, grpo, prompts, weights
-from test_training import PROMPTS, Record, write_probe
-from trl_ext_reachability.ordering import draw_order, group_advantages, group_labels
+from test_reachability import PROMPTS, Record, write_probe
+from trl_ext_reachability.draw_order import draw_order
+from trl_ext_reachability.merged_groups import group_advantages, group_labels
+from trl_ext_reachability.reachability import Reachability
 from trl_ext_reachability.routing import ROUTES
-from trl_ext_reachability.training import Reachability
 
 from trl_ext.errors import ConfigurationError, PluginError
 
@@ -210,11 +211,13 @@ def test_groups_that_cannot_be_larger_are_refused(
 
 def test_advantages_of_another_plugin_are_not_overwritten(tmp_path: Path) -> None:
     plugin = Reachability(write_probe(tmp_path / "probe", ["marginal"] * len(PROMPTS)), marginal_groups=2)
-    trainer = grpo(tmp_path / "run", ["pg:rewards=raw"], instances=[plugin], per_device_train_batch_size=16)
+    process = {"name": "process-reward", "verifier": "runs:constant_verifier", "outcome": 1.0}
+    trainer = grpo(tmp_path / "run", [process], instances=[plugin], per_device_train_batch_size=16)
     with pytest.raises(PluginError, match="a plugin before this one has changed; set marginal_groups=1"):
         trainer.train()
-    with pytest.raises(ConfigurationError, match="own advantages, which best-of-m replaces; set marginal_groups=1"):
-        grpo(tmp_path / "run", ["best-of-m"], instances=[plugin], per_device_train_batch_size=16)
+    for name in ("best-of-m", "pg:rewards=raw"):
+        with pytest.raises(ConfigurationError, match=r"needs the trainer's own advantages, .* set marginal_groups=1"):
+            grpo(tmp_path / "run", [name], instances=[plugin], per_device_train_batch_size=16)
 
 
 def test_a_filter_that_leaves_nothing_is_refused(tmp_path: Path) -> None:

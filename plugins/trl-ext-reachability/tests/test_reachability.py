@@ -14,12 +14,13 @@ import torch
 from runs import checksum_reward, grpo, prompts
 from torch import Tensor
 from trl_ext_reachability.keys import prompt_key, prompt_number
+from trl_ext_reachability.reachability import Reachability
 from trl_ext_reachability.routing import ROUTES, Budget
-from trl_ext_reachability.training import Reachability
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
 from trl_ext.gradients import GradientView
+from trl_ext.options import check_options
 from trl_ext.records import Rewards, Rollouts, StreamGradient
 from trl_ext.testing import ModularChain
 
@@ -177,18 +178,11 @@ CONSTANT = {"name": "process-reward", "verifier": "runs:constant_verifier"}
 
 
 @pytest.mark.parametrize(
-    ("later", "message"),
-    [
-        (CONSTANT, "name process-reward before reachability"),
-        ({"name": "best-of-m"}, "name best-of-m before reachability"),
-        ({"name": "pg", "label": "mine"}, "name pg before reachability, or set pg:rewards=given"),
-    ],
+    "later", [CONSTANT, {"name": "best-of-m"}, {"name": "pg", "label": "mine"}], ids=lambda spec: spec["name"]
 )
-def test_weights_that_another_plugin_would_throw_away_are_refused(
-    tmp_path: Path, later: dict[str, Any], message: str
-) -> None:
+def test_weights_that_another_plugin_would_throw_away_are_refused(tmp_path: Path, later: dict[str, Any]) -> None:
     first = {"name": "reachability", "label": "routes", "probe": write_probe(tmp_path / "probe")}
-    with pytest.raises(ConfigurationError, match=f"those of reachability, .*{message}"):
+    with pytest.raises(ConfigurationError, match=r"set anew after it; set pg:rewards=given .* Put .* before "):
         grpo(tmp_path / "run", [first, later])
     grpo(tmp_path / "run", [later, first])
 
@@ -272,16 +266,16 @@ def test_keys_fit_64_bits_and_take_messages() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"saturated": -1.0}, r"saturated=-1\.0: at least 0"),
+        ({"saturated": -1.0}, r"saturated=-1\.0 is not >= 0"),
         ({"coefficient": float("nan")}, "coefficient=nan"),
         (dict.fromkeys(ROUTES, 0.0), "are all 0"),
         ({"reroute_every": -1}, "reroute_every=-1"),
         ({"order": "random"}, "order='random' is not one of data, easy-first, hard-first"),
-        ({"marginal_groups": 0}, "marginal_groups=0: at least 1"),
+        ({"marginal_groups": 0}, "marginal_groups=0 is not >= 1"),
         ({"confidence": 0.0}, r"confidence=0\.0"),
         ({"probe": "absent"}, "probe='absent' holds no finished measurement"),
     ],
 )
 def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Reachability(**{"probe": write_probe(tmp_path / "probe"), **options})
+        check_options(Reachability(**{"probe": write_probe(tmp_path / "probe"), **options}))

@@ -1,22 +1,16 @@
-"""The table, the JSON and the list of contaminated samples."""
+"""Scores, shares and gaps of the control at every point, as numbers."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trl_ext_reachability.from_scratch.conclusions import conclude
-from trl_ext_reachability.from_scratch.describing import describe
 from trl_ext_reachability.from_scratch.procedure import Procedure
 from trl_ext_reachability.from_scratch.shares import Interval, difference, share
-from trl_ext_reachability.keys import prompt_key
-from trl_ext_reachability.pictures import if_matplotlib
 
 
 def summarize(procedure: Procedure) -> dict[str, Any]:
@@ -94,29 +88,3 @@ def _share(control: np.ndarray, pretrained: np.ndarray, floor: np.ndarray, confi
     if floor.size == 0:
         return Interval(None, None, None, "no sample is left")._asdict()
     return share(control.mean(1).tolist(), pretrained.mean(1).tolist(), float(floor.mean()), confidence)._asdict()
-
-
-def write_results(procedure: Procedure, output: Path) -> None:
-    """Write `contamination.jsonl`, `from_scratch.md`, `from_scratch.png` and, last, `from_scratch.json`.
-
-    The same measurement gives the same bytes; each file is there as a whole or not at all.
-    """
-    summary = summarize(procedure)
-    lines = [
-        {"set": name, "row": row, "key": prompt_key(rows[row]["prompt"]), "training_row": where}
-        for name, rows in procedure.sets.items()
-        for row, where in procedure.contaminated[name].items()
-    ]
-    _write(output / "contamination.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-    _write(output / "from_scratch.md", describe(summary).encode())
-    with if_matplotlib():
-        from trl_ext_reachability.from_scratch.drawing import draw
-
-        _write(output / "from_scratch.png", draw(summary))
-    _write(output / "from_scratch.json", (json.dumps(summary, indent=1) + "\n").encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from trl_ext_reachability.results import LABELS
+from trl_ext_reachability.reach_summary import LABELS
 from trl_ext_reachability.routing import ROUTES, Budget
 
 

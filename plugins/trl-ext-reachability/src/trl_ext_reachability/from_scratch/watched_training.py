@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from trl_ext import SFTTrainer
 from trl_ext.checkpoints import newest_complete
-from trl_ext.cli.train import parse
+from trl_ext.cli import parse
 
 FIXED: dict[str, Any] = {
     "save_strategy": "no",
