@@ -1,5 +1,6 @@
-"""The seams of TRL and transformers that trl_ext stands on: all listed, all there, and none changed unseen.
+"""The seams of TRL, transformers and PEFT that trl_ext stands on: all listed, all there, and none changed unseen.
 
+The core lists its seams in `trl_ext/seams.py`, a distribution of plugins its own in a module `seams` of its package.
 Run this file to record the fingerprints of the installed versions, after reviewing what moved:
 
     python tests/test_seams.py
@@ -12,6 +13,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import dedent
@@ -21,18 +23,35 @@ import pytest
 import trl
 from helpers import MAKE
 
-import trl_ext
 from trl_ext import seams
 from trl_ext.trainers import GRPOTrainer, SFTTrainer
 
+ROOT = Path(__file__).parent.parent
 RECORD = Path(__file__).parent / "seams.json"
-SEAMS = {**seams.OVERRIDDEN, **seams.READ}
-DOCUMENTED = {("transformers.utils", "logging")}
-PACKAGE = Path(trl_ext.__file__).parent
+LIBRARIES = ("trl", "transformers", "accelerate", "peft")
+PACKAGES = {path.name: path for path in (ROOT / "trl_ext", *sorted(ROOT.glob("plugins/*/src/*")))}
+LISTS = {name: import_module(f"{name}.seams") for name, path in PACKAGES.items() if (path / "seams.py").is_file()}
+DOCUMENTED = {"transformers.utils:logging"}
+
+
+def overridden(package: str) -> dict[str, str]:
+    return getattr(LISTS.get(package), "OVERRIDDEN", {})
+
+
+def listed(package: str) -> dict[str, str]:
+    """The seams of a package, with what each is relied on for."""
+    return {**overridden(package), **getattr(LISTS.get(package), "READ", {})}
+
+
+SEAMS: dict[str, dict[str, str]] = {}
+"""Seam -> package that stands on it -> what for."""
+for _package in LISTS:
+    for _seam, _reason in listed(_package).items():
+        SEAMS.setdefault(_seam, {})[_package] = _reason
 
 
 def versions() -> str:
-    return f"trl {version('trl')}, transformers {version('transformers')}, accelerate {version('accelerate')}"
+    return ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
 
 
 def fingerprint(seam: str) -> str:
@@ -56,8 +75,8 @@ def recorded() -> dict[str, dict[str, str]]:
 
 def test_the_installed_versions_have_been_reviewed():
     assert versions() in recorded(), (
-        f"no fingerprints for {versions()}. Review each seam of trl_ext/seams.py in the installed sources against "
-        f"its reason, run the whole suite, then record them with `python tests/test_seams.py` and commit {RECORD.name}"
+        f"no fingerprints for {versions()}. Review each seam of every seams.py in the installed sources against its "
+        f"reason, run the whole suite, then record them with `python tests/test_seams.py` and commit {RECORD.name}"
     )
 
 
@@ -65,8 +84,8 @@ def test_the_installed_versions_have_been_reviewed():
 def test_a_seam_is_as_it_was_reviewed(seam):
     known = recorded().get(versions(), {})
     assert fingerprint(seam) == known.get(seam), (
-        f"{seam} is not the one that was reviewed for {versions()}. trl_ext relies on it: {SEAMS[seam]}. Compare it "
-        "with the version reviewed, repair what moved, then record it with `python tests/test_seams.py`"
+        f"{seam} is not the one that was reviewed for {versions()}. Relied on: {SEAMS[seam]}. Compare it with the "
+        "version reviewed, repair what moved, then record it with `python tests/test_seams.py`"
     )
 
 
@@ -92,10 +111,15 @@ def overrides(ours: type, theirs: type) -> Iterator[str]:
     """TRL's and transformers' methods that classes of trl_ext redefine, where they are defined."""
     for cls in ours.__mro__:
         if cls.__module__.startswith("trl_ext"):
-            for name in vars(cls):
-                owner = next((base for base in theirs.__mro__[:-1] if name in vars(base)), None)
-                if owner is not None and inspect.isfunction(vars(owner)[name]):
-                    yield f"{owner.__module__}:{owner.__qualname__}.{name}"
+            yield from redefined(vars(cls), theirs)
+
+
+def redefined(names: Any, theirs: type) -> Iterator[str]:
+    """Those of the names that are methods of TRL or transformers, where they are defined."""
+    for name in names:
+        owner = next((base for base in theirs.__mro__[:-1] if name in vars(base)), None)
+        if owner is not None and inspect.isfunction(vars(owner)[name]):
+            yield f"{owner.__module__}:{owner.__qualname__}.{name}"
 
 
 def test_every_override_is_listed_and_no_other():
@@ -104,42 +128,71 @@ def test_every_override_is_listed_and_no_other():
     assert set(seams.OVERRIDDEN) - found == set()
 
 
-def sources() -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted(PACKAGE.rglob("*.py")):
-        yield path, ast.parse(path.read_text())
+def sources(package: str) -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGES[package].rglob("*.py")):
+        yield str(path.relative_to(PACKAGES[package].parent)), ast.parse(path.read_text())
 
 
-def test_every_import_from_inside_of_trl_is_listed():
-    """Top-level names of a library are its public interface; what is taken from its modules is not."""
-    names = {seam.partition(":")[2].split(".")[0] for seam in SEAMS}
-    for path, tree in sources():
+def trainers_of_plugins(package: str) -> Iterator[str]:
+    """What a distribution's own subclasses of the trainers redefine, by their sources."""
+    kinds = {"SFTTrainer": trl.SFTTrainer, "GRPOTrainer": trl.GRPOTrainer}
+    for _, tree in sources(package):
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module and "." in node.module:
-                library = node.module.split(".")[0]
-                if library in ("trl", "transformers", "accelerate"):
-                    for alias in node.names:
-                        known = alias.name in names or (node.module, alias.name) in DOCUMENTED
-                        assert known, f"{path.name}: {node.module}.{alias.name}"
+            for base in node.bases if isinstance(node, ast.ClassDef) else ():
+                if (kind := ast.unparse(base).split(".")[-1]) in kinds:
+                    methods = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
+                    yield from redefined(methods, kinds[kind])
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES.keys() - {"trl_ext"}))
+def test_every_override_of_a_distribution_is_listed_and_no_other(package):
+    assert set(trainers_of_plugins(package)) == set(overridden(package))
+
+
+def inside_imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and `module:name` of each import from inside of a library.
+
+    Top-level names of a library are its public interface; what is taken from its modules is not.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            modules = [(node.module, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [(alias.name, "") for alias in node.names]
+        else:
+            continue
+        for module, name in modules:
+            if "." in module and module.split(".")[0] in LIBRARIES:
+                yield node.lineno, f"{module}:{name}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_import_from_inside_of_a_library_is_listed(package):
+    known = DOCUMENTED | {
+        f"{module}:{path.split('.')[0]}" for module, _, path in (s.partition(":") for s in listed(package))
+    }
+    for file, tree in sources(package):
+        for line, name in inside_imports(tree):
+            assert name in known, f"{file}:{line} takes {name}, which {package}/seams.py does not list"
 
 
 def test_every_private_attribute_of_a_trainer_is_listed():
-    listed = {name for names in seams.ATTRIBUTES.values() for name in names}
-    methods = {seam.split(".")[-1] for seam in SEAMS}
-    for path, tree in sources():
-        if path.parent.name != "trainers":
-            continue
+    names = {name for names in seams.ATTRIBUTES.values() for name in names}
+    names |= {seam.split(".")[-1] for seam in listed("trl_ext")}
+    for file, tree in sources("trl_ext"):
         own = {
             node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
         } | {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        trainers = ("self", "trainer") if file.startswith("trl_ext/trainers/") else ("trainer",)
         for node in ast.walk(tree):
-            if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
-                continue
             if (
-                node.value.id in ("self", "trainer")
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in trainers
                 and node.attr[0] == "_"
                 and not node.attr.startswith(("__", "_ext_"))
             ):
-                assert node.attr in listed | methods or node.attr in own, f"{path.name}:{node.lineno} {node.attr}"
+                assert node.attr in names or node.attr in own, f"{file}:{node.lineno} {node.attr}"
 
 
 @pytest.mark.parametrize("kind", seams.ATTRIBUTES)
@@ -150,7 +203,8 @@ def test_the_attributes_are_there(tmp_path, kind):
 
 
 def test_every_seam_says_why():
-    for reason in [*SEAMS.values(), *(why for names in seams.ATTRIBUTES.values() for why in names.values())]:
+    reasons = [reason for relied in SEAMS.values() for reason in relied.values()]
+    for reason in [*reasons, *(why for names in seams.ATTRIBUTES.values() for why in names.values())]:
         assert len(reason.split()) >= 3
         assert "\n" not in reason
 

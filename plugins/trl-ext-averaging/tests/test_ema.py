@@ -7,6 +7,8 @@ import torch
 from trajectories import Recorded, context_of, deployed, play, trajectory, view_of
 from trl_ext_averaging import Ema
 
+from trl_ext.options import check_options
+
 EXACT = {"rtol": 0, "atol": 1e-12}  # fp64, a few dozen operations on numbers of size 10
 
 
@@ -113,7 +115,9 @@ def test_resume_at_any_step_is_bit_identical(cut):
     ("options", "message"),
     [
         ({"decay": 1.0}, "decay=1.0"),
+        ({"decay": [0.9, 1.0]}, r"decay=\[0.9, 1.0\]"),
         ({"decay": [0.9, 0.9]}, "one twice"),
+        ({"decay": [0.9999999, 0.99999999]}, "one twice"),  # both are `ema_1`
         ({"decay": []}, "no decay"),
         ({"every": 0}, "every=0"),
         ({"start": -1}, "start=-1"),
@@ -124,4 +128,4 @@ def test_resume_at_any_step_is_bit_identical(cut):
 )
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Ema(**options)
+        check_options(Ema(**options))

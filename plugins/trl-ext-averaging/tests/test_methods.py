@@ -7,9 +7,10 @@ import re
 import pytest
 import torch
 from trajectories import Recorded, context_of, deployed, play, trajectory, view_of
-from trl_ext_averaging import Bema, Ema, Lawa, Swa, WiseFt, online
+from trl_ext_averaging import Bema, Ema, Lawa, Swa, WiseFt, shadows
 
 from trl_ext.errors import CheckpointError, ConfigurationError
+from trl_ext.options import check_options
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # fp64, a few dozen operations on numbers of size 10
 METHODS = [
@@ -142,12 +143,12 @@ def test_working_in_chunks_changes_nothing(method, options, dtype, monkeypatch):
     whole = result(method(**options), path, dtype=dtype)
     sizes = []
 
-    def small_chunks(*columns, cut=online.chunks):
+    def small_chunks(*columns, cut=shadows.chunks):
         for group in cut(*columns, limit=4):  # cuts the matrix of 6 and separates it from the vector of 4
             sizes.append(sum(tensor.numel() for tensor in group[0]))
             yield group
 
-    monkeypatch.setattr(online, "chunks", small_chunks)
+    monkeypatch.setattr(shadows, "chunks", small_chunks)
     assert torch.equal(result(method(**options), path, dtype=dtype), whole)
     assert max(sizes) <= 4
 
@@ -191,7 +192,7 @@ def test_low_precision_weights_are_averaged_in_fp32(method, options):
     # Rounded once, at the end: half a unit of bf16's eight bits, a little more for the fp32 arithmetic before it.
     torch.testing.assert_close(narrow.double(), wide, rtol=2**-8, atol=1e-5)
     stored = {key: value.dtype for key, value in plugin.state_dict().items() if "/" in key}
-    exact = {name for name, kind in plugin.copy_dtypes().items() if kind == "exact"}
+    exact = {name for name, kind in plugin.copy_kinds().items() if kind == "exact"}
     assert all((dtype == torch.bfloat16) == (key.split("/")[0] in exact) for key, dtype in stored.items())
 
 
@@ -216,12 +217,13 @@ def test_a_pattern_that_matches_nothing_is_refused_at_the_start():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        (Bema, {"eta": -1.0}, "bema: eta=-1.0 is negative"),
-        (Bema, {"rho": 0.5}, "bema: rho=0.5"),
-        (Bema, {"min_beta": 2.0}, "bema: min_beta=2.0"),
-        (Lawa, {"k": 0}, "lawa: k=0"),
-        (Lawa, {"every": 0}, "lawa: every=0"),
-        (WiseFt, {"alpha": 1.5}, "wise-ft: alpha=1.5"),
+        (Bema, {"eta": -1.0}, "eta=-1.0 is not >= 0"),
+        (Bema, {"rho": 0.5}, "rho=0.5 is not >= 1"),
+        (Bema, {"min_beta": 2.0}, "min_beta=2.0 is not in [0, 1]"),
+        (Lawa, {"k": 0}, "k=0 is not >= 1"),
+        (Lawa, {"every": 0}, "every=0 is not >= 1"),
+        (WiseFt, {"alpha": 1.5}, "alpha=1.5 is not in [0, 1]"),
+        (WiseFt, {"alpha": [0.5, -0.1]}, "alpha=[0.5, -0.1] is not in [0, 1]"),
         (WiseFt, {"alpha": [0.5, 0.5]}, "one twice"),
         (WiseFt, {"every": 2}, "wise-ft: every=2 has no meaning"),
         (Ema, {"reference": "bema"}, "ema: reference='bema' is not one of ema"),
@@ -230,4 +232,4 @@ def test_a_pattern_that_matches_nothing_is_refused_at_the_start():
 )
 def test_bad_options_are_refused(method, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        method(**options)
+        check_options(method(**options))

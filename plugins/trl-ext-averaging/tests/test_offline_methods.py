@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from on_disk import average, save, weights
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_runs import Recorder, trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_ext.errors import ConfigurationError
+from trl_ext.testing import tiny_llama
 
 SHARDS = "20KB"  # several shards of a model of 70 kB
 ROUNDING = {"rtol": 1e-6, "atol": 1e-8}  # fp32 results of fp64 sums against fp64
@@ -177,6 +178,25 @@ def test_any_average_of_a_sweep_can_be_taken_out_of_a_checkpoint(run, tmp_path):
         average(run / "ema/checkpoint-6", "-o", tmp_path / "none", "-m", "online", "--name", "ema_0.9")
 
 
+@pytest.mark.parametrize("parameters", ["", "lm_head"])
+def test_an_average_of_a_bf16_run_is_bf16(tmp_path, parameters):
+    model = tiny_llama(hidden=16).to(torch.bfloat16)
+    plugin = {"name": "ema", "decay": 0.5, "parameters": parameters}
+    trainer(tmp_path / "run", [plugin], model=model, save_strategy="steps", save_steps=6).train()
+    checkpoint = tmp_path / "run/checkpoint-6"
+    state = load_file(checkpoint / "trl_ext/ema/state.safetensors")
+    assert state["ema/lm_head.weight"].dtype == torch.float32
+    average(checkpoint, "-o", tmp_path / "out", "-m", "online")
+    raw, found = weights(checkpoint), weights(tmp_path / "out")
+    for name in raw:
+        assert torch.equal(found[name], state.get(f"ema/{name}", raw[name]).to(torch.bfloat16)), name
+        assert found[name].dtype == torch.bfloat16
+    assert not torch.equal(found["lm_head.weight"], raw["lm_head.weight"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    average(checkpoint, "-o", tmp_path / "wide", "-m", "online", "--dtype", "float32")
+    assert torch.equal(weights(tmp_path / "wide")["lm_head.weight"], state["ema/lm_head.weight"])
+
+
 def test_runs_are_read_in_the_order_of_their_steps(run, tmp_path):
     renamed = tmp_path / "run"
     renamed.mkdir()
@@ -199,15 +219,15 @@ def test_dry_run_checks_and_writes_nothing(three, tmp_path):
 
 def test_an_existing_output_is_kept_unless_told_otherwise(three, tmp_path):
     output = tmp_path / "mean"
-    average(*three, "-o", output)
+    average(*three, "-o", output, "--max-shard-size", "20KB")
+    assert len(list(output.glob("model-*.safetensors"))) > 1
     with pytest.raises(ConfigurationError, match="--overwrite"):
         average(*three[:2], "-o", output)
-    (output / "stale").touch()
     average(*three[:2], "-o", output, "--overwrite")
     of = inputs_of(three[:2])
     check(output, lambda name: sum(of(name)) / 2)
     assert {path.name for path in tmp_path.iterdir()} == {"mean"}
-    assert not (output / "stale").exists()
+    assert [path.name for path in output.glob("model*")] == ["model.safetensors"]
 
 
 def test_the_command_line_finds_it(three, tmp_path):

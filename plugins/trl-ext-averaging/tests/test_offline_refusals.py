@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,8 +28,11 @@ def pair(tmp_path):
 
 
 def refused(pair, tmp_path, message, *options, error=CheckpointError):
-    with pytest.raises(error, match=message):
+    """One line that the command ends with: no cause whose traceback would be shown."""
+    with pytest.raises(error, match=message) as caught:
         average(*pair, "-o", tmp_path / "out", *options)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, ValueError | None)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 
@@ -138,6 +142,83 @@ def test_quantised_weights(pair, tmp_path):
     refused(pair, tmp_path, "scale has dtype F8_E4M3")
 
 
+def text_in(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def header(content: object, data: bytes = b""):
+    text = json.dumps(content).encode()
+    return lambda folder: (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def tensor(**fields: object) -> dict[str, object]:
+    return {"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **fields}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (text_in("config.json", "[]"), "config.json holds a JSON list instead of a mapping"),
+        (text_in("config.json", "[" * 100_000), "config.json is not JSON"),
+        (text_in("config.json", '{"model_type": []}'), "differ in their configs"),
+        (text_in("config.json", '{"model_type": "llama", "hidden_size": "many"}'), "cannot read its config"),
+        (text_in("model.safetensors.index.json", "{}"), "has no weight_map"),
+        (text_in("model.safetensors.index.json", '{"weight_map": {"w": 3}}'), "has no weight_map"),
+        (text_in("model.safetensors.index.json", '{"weight_map": {}}'), "holds no tensors"),
+        (text_in("trainer_state.json", "{"), "trainer_state.json is not JSON"),
+        (text_in("trainer_state.json", '{"global_step": "six"}'), "global_step 'six' is not a number of steps"),
+        (text_in("tokenizer.json", "[]"), "tokenizer.json holds a JSON list"),
+        (text_in("tokenizer.json", '{"added_tokens": [{}]}'), "tokenizer.json does not describe a tokenizer"),
+        (text_in("model.safetensors", ""), "is not a safetensors file"),
+        (header([]), "is not a safetensors file"),
+        (header({}), "holds no tensors"),
+        (header({"w": {}}), "is not a safetensors file"),
+        (header(tensor(shape=[2]), bytes(4)), r"w of shape \[2\] does not fill its 4 bytes"),
+        (header(tensor(shape="ab"), bytes(4)), "is not a safetensors file"),
+        (header(tensor(dtype=[]), bytes(4)), "is not a safetensors file"),
+        (header(tensor(data_offsets=[-4, 0]), bytes(4)), "does not fill"),
+        (header(tensor(data_offsets=[4]), bytes(4)), "is not a safetensors file"),
+    ],
+)
+def test_damaged_files(pair, tmp_path, damage, message):
+    damage(pair[1])
+    refused(pair, tmp_path, message)
+
+
+def test_a_tensor_of_another_shape_beside_products(tmp_path):
+    pair = [save_adapter(tmp_path / name, i, modules_to_save=["lm_head"]) for i, name in enumerate("ab")]
+    file = pair[1] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = "base_model.model.lm_head.weight"
+    save_file({**tensors, name: torch.ones(3, 16)}, file)
+    refused(pair, tmp_path, r"lm_head.weight has shapes \(259, 16\) and \(3, 16\)")
+    factor = next(name for name in tensors if "lora_A" in name)
+    save_file({**tensors, factor: torch.ones(2, 5)}, file)
+    refused(pair, tmp_path, r"lora_A.weight has shapes \(2, 16\) and \(2, 5\)")
+    save_file({**tensors, factor: torch.ones(3, 16)}, file)
+    refused(pair, tmp_path, "have no common rank")
+    save_file({**tensors, factor: torch.full((2, 16), torch.nan)}, file)
+    refused(pair, tmp_path, "they hold NaN or infinity", "--rank", "2")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"lora_alpha": None}, {"alpha_pattern": {"(": 3}}, {"alpha_pattern": [1]}, {"lora_alpha": "much"}]
+)
+def test_adapters_without_a_scale(tmp_path, changes):
+    adapter = save_adapter(tmp_path / "adapter")
+    edit_json(adapter / "adapter_config.json", **changes)
+    refused([adapter], tmp_path, "gives .* no lora_alpha", "-m", "wise-ft")
+
+
+def test_values_too_large_for_the_dtype(pair, tmp_path):
+    for folder in pair:
+        rewrite(folder, lambda tensors: tensors["model.norm.weight"].fill_(1e6))
+    refused(
+        pair, tmp_path, r"model.norm.weight has a value of 1e\+06, too large for torch.float16", "--dtype", "float16"
+    )
+    average(*pair, "-o", tmp_path / "fits", "--dtype", "bfloat16")
+
+
 # Options.
 
 
@@ -162,6 +243,25 @@ def test_quantised_weights(pair, tmp_path):
         (["--dtype", "int8"], "--dtype 'int8'"),
         (["--max-shard-size", "big"], "--max-shard-size 'big'"),
         (["-m", "mergekit:linear", "--parameters", "{"], "is not JSON"),
+        (["-m", "mergekit:linear", "--parameters", "[]"], "is no mapping"),
+        (["-m", "mergekit:linear", "--weights", "1"], "--weights gives 1 numbers for 2 inputs"),
+        (["-m", "weighted", "--weights", "nan,1"], "--weights 'nan,1' is not a list of numbers"),
+        (["-m", "weighted", "--weights", ""], "--weights '' is not a list of numbers"),
+        (["-m", "lawa", "--sweep", "0,1", "--metric", "math:fsum"], "--sweep 0: lawa takes a whole number"),
+        (["-m", "lawa", "--sweep", "1.5", "--metric", "math:fsum"], "--sweep 1.5: lawa takes a whole number"),
+        (["-m", "lawa", "--sweep", "", "--metric", "math:fsum"], "--sweep '' is not a list"),
+        (["--max-shard-size", "nan"], "--max-shard-size 'nan'"),
+        (["--max-shard-size", "inf"], "--max-shard-size 'inf'"),
+        (["-m", "soup", "--metric", "math:pi"], "is a float and no function"),
+        (["-m", "soup", "--metric", "math:fsum"], "--metric 'math:fsum' failed on .*TypeError"),
+        (["-m", "soup", "--metric", "loss", "--data", "nowhere.jsonl"], "--data nowhere.jsonl cannot be read: No such"),
+        (["--alpha", "0.3"], "--alpha does nothing with --method mean; it is for wise-ft, slerp"),
+        (["-m", "slerp", "--weights", "0.5,0.5"], "--weights does nothing with --method slerp"),
+        (["-m", "mergekit:linear", "--decay", "0.5"], "--decay does nothing with --method mergekit:linear"),
+        (["-m", "slerp", "--alpha", "0.5", "--sweep", "0,1", "--metric", "math:fsum"], "--sweep tries values of alpha"),
+        (["--metric", "math:fsum"], "--metric does nothing without --sweep or --method soup"),
+        (["--no-maximize"], "do nothing without --metric"),
+        (["-m", "soup", "--metric", "math:fsum", "--data", "x"], "--data does nothing without --metric loss"),
     ],
 )
 def test_options_that_cannot_work(pair, tmp_path, options, message):
@@ -172,6 +272,22 @@ def test_the_number_of_inputs(pair, tmp_path):
     refused(pair[:1], tmp_path, "takes 2 or more inputs, not 1", error=ConfigurationError)
     refused([*pair, pair[0]], tmp_path, "takes 2 inputs, not 3", "-m", "slerp", error=ConfigurationError)
     refused(pair[:1], tmp_path, "only an adapter may come alone", "-m", "wise-ft", error=ConfigurationError)
+
+
+def test_what_the_file_system_refuses(pair, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigurationError, match=r"file/.*Not a directory") as caught:
+        average(*pair, "-o", tmp_path / "file/out")
+    assert caught.value.__cause__ is None
+
+
+def test_the_command_line_ends_with_one_line_and_exit_code_2(pair, tmp_path):
+    command = [Path(sys.executable).with_name("trl-ext"), "average", pair[0], "nowhere", "-o", tmp_path / "out"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "trl-ext: nowhere is not a folder; download a model first: hf download <id> --local-dir <folder>\n"
+    )
 
 
 # Outputs.

@@ -1,10 +1,15 @@
-"""Exponential moving average of the weights; in GRPO, on request, also the reference of the KL term."""
+"""EMA: avg_t = d_t avg_{t-1} + (1 - d_t) theta_t, with avg_0 = theta_0; t counts updates and theta_0 is at `start`.
+
+d_t = d, or with warm-up min(d, (1 + t) / (10 + t)), where t are the updates done before (the schedule of TensorFlow's
+`ExponentialMovingAverage(num_updates=t)`). Averages of iterates are Polyak and Juditsky's (1992), who weigh all alike;
+the exponential weights are those of the mean teacher (arXiv:1703.01780). As GRPO's reference: arXiv:2602.04417.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,27 +17,34 @@ from torch import Tensor
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
 from trl_ext.gradients import local_tensor
+from trl_ext.options import Range
 from trl_ext.records import RunDescription, SetupContext
-from trl_ext_averaging.online import Copies, OnlineAverage
+from trl_ext_averaging.online import OnlineAverage
+from trl_ext_averaging.shadows import Copies
+
+Decay = Annotated[float, Range(ge=0, lt=1)]
 
 
 def decay_at(update: int, decay: float, warmup: bool) -> float:
-    """Decay of update number `update` (from 1): with warm-up min(d, (1 + t) / (10 + t)), t the updates done before."""
+    """d_t of update number `update`, counted from 1."""
     return min(decay, update / (9 + update)) if warmup else decay
 
 
 @dataclass(eq=False)
 class Ema(OnlineAverage):
-    """avg <- d avg + (1 - d) theta, from the weights at `start`, once every `every` optimiser steps.
+    """Exponential moving average of the weights, updated once every `every` optimiser steps from `start` on.
 
     Args:
-        decay: d in [0, 1), per update; a list keeps one average for each value, named `ema_<d>`.
+        decay: d, per update; a list keeps one average for each value, named `ema_<d>`.
         warmup: raise the decay from 0.1 on, so that the start is forgotten sooner.
-        reference: GRPO: the average that is the reference policy of the KL term (arXiv:2602.04417), `ema` or `ema_<d>`;
-            empty leaves TRL's reference alone.
+        reference: GRPO: the average that is the reference policy of the KL term, `ema` or `ema_<d>`; empty leaves TRL's
+            reference alone.
+
+    Raises:
+        ValueError: no decay, one twice, `reference` names no average, or the average is not beside the weights.
     """
 
-    decay: float | list[float] = 0.999
+    decay: Decay | list[Decay] = 0.999
     warmup: bool = False
     reference: str = ""
 
@@ -41,13 +53,11 @@ class Ema(OnlineAverage):
 
     def __post_init__(self) -> None:
         self._decays = tuple(self.decay) if isinstance(self.decay, Sequence) else (self.decay,)
-        if not self._decays or len(set(self._decays)) < len(self._decays):
-            raise ValueError(f"ema: decay={self.decay!r} names no decay, or one twice")
-        for decay in self._decays:
-            if not 0 <= decay < 1:
-                raise ValueError(f"ema: decay={decay!r} is not in [0, 1)")
-        if self.reference not in ("", *self.averages()):
-            raise ValueError(f"ema: reference={self.reference!r} is not one of {', '.join(self.averages())}")
+        names = self.averages()
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"ema: decay={self.decay!r} names no decay, or one twice (names have six digits)")
+        if self.reference not in ("", *names):
+            raise ValueError(f"ema: reference={self.reference!r} is not one of {', '.join(names)}")
         if self.reference and self.device == "cpu":
             raise ValueError("ema: reference needs the average beside the weights; remove device=cpu")
         self._reference: list[Tensor] = []
@@ -68,7 +78,9 @@ class Ema(OnlineAverage):
                 f"reference={self.reference!r} needs a KL term: use GRPO with beta above 0, or remove reference"
             )
         if self.reference and run.args.sync_ref_model:
-            raise ConfigurationError(f"reference={self.reference!r} and sync_ref_model=True both move the reference")
+            raise ConfigurationError(
+                f"reference={self.reference!r} and sync_ref_model=True both move the reference; set one of them only"
+            )
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:
@@ -81,7 +93,7 @@ class Ema(OnlineAverage):
     @torch.no_grad()
     def copies_changed(self) -> None:
         if self._reference and self._began:
-            torch._foreach_copy_(self._reference, self._copies[self.reference])
+            torch._foreach_copy_(self._reference, self._shadows.copies[self.reference])
 
     def _reference_tensors(self, context: SetupContext) -> list[Tensor]:
         """The reference's counterparts of the averaged parameters: in its own model, or in PEFT's adapter "ref"."""
@@ -91,10 +103,10 @@ class Ema(OnlineAverage):
             found = {
                 name.replace(".ref.", ".default."): p for name, p in context.model.named_parameters() if ".ref." in name
             }
-        missing = [name for name in self._names if name not in found]
+        missing = [name for name in self._shadows.names if name not in found]
         if missing:
             raise ConfigurationError(
                 f"ema: reference={self.reference!r}, but the trainer has no reference with a parameter {missing[0]}; "
                 "a fresh adapter has the base model for its reference: fine-tune fully, or start from a saved adapter"
             )
-        return [local_tensor(found[name].detach()) for name in self._names]
+        return [local_tensor(found[name].detach()) for name in self._shadows.names]

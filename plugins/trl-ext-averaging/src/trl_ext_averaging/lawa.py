@@ -1,42 +1,42 @@
-"""LAWA: the mean of the latest snapshots."""
+"""LAWA: avg = (theta_n + theta_{n-1} + ... + theta_{n-k+1}) / k, the mean of the latest snapshots.
+
+Snapshots are `every` optimiser steps apart; while there are fewer than k, the mean is of all of them. Gains grow with
+the learning rate and with the spacing (arXiv:2306.03241). k = 6 is that of arXiv:2209.14981; the right spacing depends
+on the length of the run.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from trl_ext_averaging.online import Copies, OnlineAverage, widened
+from trl_ext.options import Range
+from trl_ext_averaging.online import Interval, OnlineAverage
+from trl_ext_averaging.shadows import Copies, CopyKind, widened
 
 
 @dataclass(eq=False)
 class Lawa(OnlineAverage):
-    """The mean of the last `k` snapshots, `every` optimiser steps apart (all of them while there are fewer).
+    """The mean of the last `k` snapshots of the weights.
 
     The snapshots keep the weights' dtype and stay in host memory unless `device` says otherwise: k copies are much.
-    Gains grow with the learning rate and the spacing (arXiv:2306.03241); k = 6 is that of arXiv:2209.14981, the right
-    spacing depends on the length of the run.
 
     Args:
         k: snapshots kept.
     """
 
-    k: int = 6
-    every: int = field(default=100, kw_only=True)
+    k: Annotated[int, Range(ge=1)] = 6
+    every: Interval = field(default=100, kw_only=True)
     device: Literal["model", "cpu"] = field(default="cpu", kw_only=True)
 
     method: ClassVar[str] = "lawa"
     citation: ClassVar[str] = "Early weight averaging meets high learning rates for LLM pre-training, arXiv:2306.03241"
 
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"lawa: k={self.k} is not a number of snapshots (1 or more)")
-        super().__post_init__()
-
-    def copy_dtypes(self) -> Mapping[str, Literal["wide", "exact"]]:
+    def copy_kinds(self) -> Mapping[str, CopyKind]:
         return {f"snapshot_{i}": "exact" for i in range(self.k)}
 
     def update(self, copies: Copies, theta: list[Tensor], updates: int, step: int) -> None:

@@ -1,4 +1,7 @@
-"""SWA: the uniform mean of the trajectory's tail."""
+"""SWA: avg_n = avg_{n-1} + (theta_n - avg_{n-1}) / n, the uniform mean of the trajectory's tail.
+
+The n-th of the weights `every` optimiser steps apart, all after `start` (arXiv:1803.05407, algorithm 1).
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from trl_ext_averaging.online import Copies, OnlineAverage
+from trl_ext_averaging.online import OnlineAverage
+from trl_ext_averaging.shadows import Copies
 
 
 @dataclass(eq=False)
 class Swa(OnlineAverage):
-    """avg <- avg + (theta - avg) / n: the mean of the weights `every` optimiser steps apart, all after `start`."""
+    """The mean of the weights since `start`."""
 
     method: ClassVar[str] = "swa"
     citation: ClassVar[str] = "Averaging weights leads to wider optima and better generalization, arXiv:1803.05407"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trl_ext.errors import CheckpointError
 from trl_ext_averaging.offline.checkpoint import Checkpoint
-from trl_ext_averaging.offline.sources import Combination
+from trl_ext_averaging.offline.combination import Combination, rounded
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(embedding_)?(?P<factor>[AB])(\.weight)?")
 PREFIX = "base_model.model."
@@ -33,32 +33,36 @@ class AdapterProduct:
         names: their tensors.
         coefficients: one per input.
         rank: rank of the output, for all modules; the sum of the inputs' ranks if None.
+        dtype: of the output; that of the last input if None.
 
     Raises:
-        CheckpointError: DoRA, fused experts, or tensors without factors where the coefficients do not sum to 1.
+        CheckpointError: DoRA, fused experts, factors that do not match, or tensors without factors where the
+            coefficients do not sum to 1.
     """
 
     def __init__(
-        self, inputs: Sequence[Checkpoint], names: Sequence[str], coefficients: Sequence[float], rank: int | None = None
+        self,
+        inputs: Sequence[Checkpoint],
+        names: Sequence[str],
+        coefficients: Sequence[float],
+        rank: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         _refuse(inputs, names, coefficients, rank)
+        self._factors = _pairs(names, inputs)
         self.truncation = 0.0
         """Largest relative Frobenius error of a module that `rank` has cost so far."""
         self._inputs, self._coefficients, self._rank = inputs, coefficients, rank
-        self._factors: dict[str, dict[str, str]] = {}
-        for name in names:
-            if match := FACTOR.fullmatch(name):
-                self._factors.setdefault(match["module"], {})[match["factor"]] = name
         plain = [name for name in names if not FACTOR.fullmatch(name)]
-        self._plain = Combination(inputs, plain, coefficients, inputs[-1])
+        self._plain = Combination(inputs, plain, coefficients, inputs[-1], dtype)
         ranks = {}
         layout = dict(self._plain.layout)
         for module, factors in self._factors.items():
             a, b = (inputs[-1].entries[factors[factor]] for factor in "AB")
             total = sum(checkpoint.entries[factors["A"]].shape[0] for checkpoint in inputs)
             ranks[module] = rank or total
-            layout[factors["A"]] = (a.dtype, (ranks[module], *a.shape[1:]))
-            layout[factors["B"]] = (b.dtype, (b.shape[0], ranks[module], *b.shape[2:]))
+            layout[factors["A"]] = (dtype or a.dtype, (ranks[module], *a.shape[1:]))
+            layout[factors["B"]] = (dtype or b.dtype, (b.shape[0], ranks[module], *b.shape[2:]))
         self.layout = {name: layout[name] for name in names}
         self.config = _config(inputs[-1].config, ranks)
         self._pending: dict[str, Tensor] = {}
@@ -71,7 +75,7 @@ class AdapterProduct:
         if name not in self._pending:  # the two factors are computed together and written one after the other
             factors = self._factors[match["module"]]
             self._pending |= dict(zip((factors["A"], factors["B"]), self._stacked(factors), strict=True))
-        yield self._pending.pop(name).to(self.layout[name][0])
+        yield rounded(name, self._pending.pop(name), self.layout[name][0])
 
     def _stacked(self, factors: Mapping[str, str]) -> tuple[Tensor, Tensor]:
         """The output's factors A (rank, in) and B (out, rank), in fp64; its scale is 1."""
@@ -83,21 +87,33 @@ class AdapterProduct:
         stacked = torch.cat(a, dim=0), torch.cat(b, dim=1)
         if self._rank is None:
             return stacked
-        truncated, error = truncate(*stacked, self._rank)
+        try:
+            truncated, error = truncate(*stacked, self._rank)
+        except torch.linalg.LinAlgError:
+            raise CheckpointError(
+                f"{factors['A']} and its B have no approximation: they hold NaN or infinity"
+            ) from None
         self.truncation = max(self.truncation, error)
         return truncated
 
 
 def scale(checkpoint: Checkpoint, name: str) -> float:
-    """What PEFT multiplies B A with: alpha / r, or alpha / sqrt(r) with `use_rslora`; `name` is that of an A."""
+    """What PEFT multiplies B A with: alpha / r, or alpha / sqrt(r) with `use_rslora`; `name` is that of an A.
+
+    Raises:
+        CheckpointError: there is no alpha, or no rank.
+    """
     config, rank = checkpoint.config, checkpoint.entries[name].shape[0]
     match = FACTOR.fullmatch(name)
     module = match["module"] if match else name
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = value
-            break
+    try:
+        patterns = (config.get("alpha_pattern") or {}).items()
+        matches = (value for pattern, value in patterns if re.fullmatch(rf"(.*\.)?({pattern})", module))
+        alpha = float(next(matches, config["lora_alpha"]))
+    except (AttributeError, KeyError, TypeError, ValueError, re.error) as error:
+        raise CheckpointError(f"{checkpoint.path}: adapter_config.json gives {module} no lora_alpha: {error}") from None
+    if not rank:
+        raise CheckpointError(f"{checkpoint.path}: {module} has rank 0")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -117,6 +133,26 @@ def truncate(a: Tensor, b: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], fl
         new_b = torch.cat([new_b, new_b.new_zeros(new_b.shape[0], missing)], dim=1)
     total = float(s.square().sum())
     return (new_a, new_b), math.sqrt(float(s[rank:].square().sum()) / total) if total else 0.0
+
+
+def _pairs(names: Sequence[str], inputs: Sequence[Checkpoint]) -> dict[str, dict[str, str]]:
+    """Module -> factor, "A" or "B" -> name of its tensor.
+
+    Raises:
+        CheckpointError: one of the two is missing, or they have no common rank.
+    """
+    pairs: dict[str, dict[str, str]] = {}
+    for name in names:
+        if match := FACTOR.fullmatch(name):
+            pairs.setdefault(match["module"], {})[match["factor"]] = name
+    for module, factors in pairs.items():
+        if missing := {"A", "B"} - factors.keys():
+            raise CheckpointError(f"{inputs[0].path}: {module} has no factor {missing.pop()}")
+        for checkpoint in inputs:
+            a, b = (checkpoint.entries[factors[factor]].shape for factor in "AB")
+            if len(a) < 2 or len(b) < 2 or a[0] != b[1]:
+                raise CheckpointError(f"{checkpoint.path}: the factors of {module}, {a} and {b}, have no common rank")
+    return pairs
 
 
 def _refuse(

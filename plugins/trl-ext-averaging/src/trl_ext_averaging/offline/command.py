@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_averaging.offline import with_mergekit
-from trl_ext_averaging.offline.adapters import AdapterProduct
-from trl_ext_averaging.offline.average import Plan, average
-from trl_ext_averaging.offline.checkpoint import Checkpoint
-from trl_ext_averaging.offline.methods import SWEPT, Request, mean_plan, open_all
-from trl_ext_averaging.offline.metric import Metric, metric_of
-from trl_ext_averaging.offline.search import best, greedy_soup, plot, sweep
-from trl_ext_averaging.offline.sources import PIECE
-from trl_ext_averaging.offline.write import PROVENANCE, atomic_folder
+from trl_ext_averaging.offline.actions import (
+    Destination,
+    Goal,
+    write_average,
+    write_best_of_sweep,
+    write_soup,
+    write_with_mergekit,
+)
+from trl_ext_averaging.offline.methods import OPTIONS, SWEPT, Request
+from trl_ext_averaging.offline.metric import metric_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 
-console = Console(stderr=True, soft_wrap=True)
-
 
 def average_command(
+    context: typer.Context,
     inputs: Annotated[list[Path], typer.Argument(help="Checkpoint folders; for lawa and ema a run.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; appears only when it is complete.")],
     method: Annotated[
@@ -69,150 +65,81 @@ def average_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Average checkpoints on disk, piece by piece and without a GPU."""
-    if lora not in (None, "product", "factors"):
-        raise ConfigurationError(f"--lora {lora!r} is not one of product, factors")
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigurationError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    if output.exists() and not overwrite:
-        raise ConfigurationError(f"{output} exists; choose another --output or add --overwrite")
-    shared = {
-        "lora": lora,
-        "rank": rank,
-        "dtype": DTYPES[dtype] if dtype else None,
-        "max_shard_bytes": _bytes(max_shard_size),
+    with _failing_in_one_line():
+        if lora not in (None, "product", "factors"):
+            raise ConfigurationError(f"--lora {lora!r} is not one of product, factors")
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigurationError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+        numbers = None if weights is None else _numbers("--weights", weights)
+        values = None if sweep_ is None else _numbers("--sweep", sweep_)
+        shared = {
+            "lora": lora,
+            "rank": rank,
+            "dtype": DTYPES[dtype] if dtype else None,
+            "max_shard_bytes": _bytes(max_shard_size),
+        }
+        request = Request(method, tuple(inputs), numbers, alpha, decay, warmup, last, every, base, name, shared)
+        _refuse_idle_options(context, method, values is not None, metric)
+        to = Destination(output, [path for path in (*inputs, base, data) if path is not None], overwrite, dry_run)
+        to.check()
+        if method.startswith("mergekit:"):
+            write_with_mergekit(request, parameters, dtype, to)
+        elif values is not None:
+            write_best_of_sweep(request, values, _goal(metric, data, maximize), to)
+        elif method == "soup":
+            write_soup(request, _goal(metric, data, maximize), to)
+        else:
+            write_average(request.plan(), to)
+
+
+@contextmanager
+def _failing_in_one_line() -> Iterator[None]:
+    """Let what the file system refuses end as what a user asked for wrongly: a path, a permission, a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigurationError(f"{error.filename or 'the file system'}: {error.strerror or error}") from None
+
+
+def _refuse_idle_options(context: typer.Context, method: str, sweeps: bool, metric: str | None) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        ConfigurationError: names one, and the methods that it is for.
+    """
+    given = {
+        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
-    numbers = _numbers("--weights", weights) if weights else None
-    request = Request(method, tuple(inputs), numbers, alpha, decay, warmup, last, every, base, name, shared)
-    scored = _metric(metric, data) if sweep_ or method == "soup" else None
-    larger = metric != "loss" if maximize is None else maximize
-    if method.startswith("mergekit:"):
-        _mergekit(request, parameters, dtype, output, overwrite, dry_run)
-    elif sweep_:
-        assert scored is not None
-        _sweep(request, _numbers("--sweep", sweep_), scored, larger, metric or "", output, overwrite, dry_run)
-    elif method == "soup":
-        assert scored is not None
-        _soup(request, scored, larger, output, overwrite, dry_run)
-    else:
-        _write(request.plan(), output, overwrite, dry_run)
+    kind = method.partition(":")[0]
+    for option, methods in OPTIONS.items():
+        if option in given and kind not in methods:
+            raise ConfigurationError(f"--{option} does nothing with --method {method}; it is for {', '.join(methods)}")
+    if sweeps and SWEPT.get(method) in given:
+        raise ConfigurationError(
+            f"--sweep tries values of {SWEPT[method]}, so --{SWEPT[method]} does nothing; remove it"
+        )
+    if "metric" in given and not sweeps and method != "soup":
+        raise ConfigurationError("--metric does nothing without --sweep or --method soup")
+    if "maximize" in given and metric is None:
+        raise ConfigurationError("--maximize and --no-maximize do nothing without --metric")
+    if "data" in given and metric != "loss":
+        raise ConfigurationError("--data does nothing without --metric loss")
 
 
-def _write(plan: Plan, output: Path, overwrite: bool, dry_run: bool) -> None:
-    source = plan.source()
-    total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in source.layout.values())
-    _describe(plan, len(source.layout), total, output)
-    if dry_run:
-        console.print("dry run: nothing written")
-        return
-    columns = (TextColumn("averaging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("", total=total)
-        source = average(plan, output, overwrite, lambda nbytes: progress.advance(bar, nbytes))
-    if isinstance(source, AdapterProduct) and plan.rank:
-        console.print(f"rank {plan.rank}: relative error of the worst module {source.truncation:.2e}")
-    console.print(f"wrote {output}")
-
-
-def _describe(plan: Plan, tensors: int, total: int, output: Path) -> None:
-    coefficients = ["by tensor"] * len(plan.inputs) if callable(plan.rule) else [f"{c:.6g}" for c in plan.rule]
-    console.print(f"{plan.method} {dict(plan.options) or ''}".rstrip())
-    for checkpoint, coefficient in zip(plan.inputs, coefficients, strict=True):
-        step = f" (step {checkpoint.step})" if checkpoint.step is not None else ""
-        console.print(f"  {coefficient:>9}  {checkpoint.path}{step}")
-    if plan.lora_mode == "factors" and len(plan.inputs) > 1:
-        console.print("  lora: A and B each; right along one run only, use --lora product across runs")
-    elif plan.lora_mode:
-        console.print(f"  lora: by {plan.lora_mode}")
-    if len({c.path.resolve().parent for c in plan.inputs}) > 1 and any(map(_from_rl, plan.inputs)):
-        console.print("  warning: models from RL of different runs merge poorly (arXiv:2606.18521); check the result")
-    memory = PIECE * 12 / 2**20
-    console.print(
-        f"  {tensors} tensors, {total / 2**20:.1f} MiB to {output}; about {memory:.0f} MiB of memory for pieces"
-    )
-
-
-def _from_rl(checkpoint: Checkpoint) -> bool:
-    card = checkpoint.path / "README.md"
-    return card.is_file() and "- grpo" in card.read_text().lower()
-
-
-def _sweep(
-    request: Request,
-    values: Sequence[float],
-    metric: Metric,
-    maximize: bool,
-    label: str,
-    output: Path,
-    overwrite: bool,
-    dry_run: bool,
-) -> None:
-    plans = {value: request.at(value).plan() for value in values}
-    for plan in plans.values():
-        plan.source()
-    option = SWEPT[request.method]
-    if dry_run:
-        console.print(f"{request.method}: {len(plans)} values of {option}; dry run: nothing written")
-        return
-    points = sweep(plans, metric, output, lambda point: console.print(f"  {option} {point.value:g}: {point.score:g}"))
-    chosen = best(points, maximize)
-    console.print(f"best: {option} {chosen.value:g} ({chosen.score:g})")
-    tried = {f"{option}={point.value:g}": point.score for point in points}
-    plan = plans[chosen.value]
-    _write(replace(plan, options={**plan.options, "metric": label, "sweep": tried}), output, overwrite, False)
-    (output / "sweep.json").write_text(json.dumps([asdict(point) for point in points], indent=2) + "\n")
-    try:
-        plot(points, output / "sweep.png", option, label)
-    except ImportError:
-        console.print("no plot: pip install trl-ext[plot]")
-
-
-def _soup(request: Request, metric: Metric, maximize: bool, output: Path, overwrite: bool, dry_run: bool) -> None:
-    inputs = open_all(request, least=2)
-    whole = mean_plan(request, inputs)
-    whole.source()
-    if dry_run:
-        console.print(f"greedy soup of up to {len(inputs)} checkpoints; dry run: nothing written")
-        return
-
-    def note(what: str, score: float, kept: bool) -> None:
-        console.print(f"  {what}: {score:g}{'' if kept else ', left out'}")
-
-    chosen = greedy_soup(inputs, lambda some: mean_plan(request, some), metric, maximize, output, note)
-    _write(mean_plan(request, chosen), output, overwrite, False)
-
-
-def _mergekit(
-    request: Request, parameters: str, dtype: str | None, output: Path, overwrite: bool, dry_run: bool
-) -> None:
-    try:
-        options: Mapping[str, Any] = json.loads(parameters)
-    except ValueError as error:
-        raise ConfigurationError(f"--parameters {parameters!r} is not JSON: {error}") from error
-    name = request.method.removeprefix("mergekit:")
-    config = with_mergekit.mergekit_config(name, request.inputs, request.weights, request.base, options, dtype)
-    inputs = open_all(request)
-    console.print_json(data=config)
-    if dry_run:
-        console.print("dry run: nothing written")
-        return
-    with atomic_folder(output, overwrite) as folder:
-        with_mergekit.merge(config, inputs, folder)
-        provenance = {"method": request.method, "config": config, "version": version("trl-ext-averaging")}
-        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n")
-    console.print(f"wrote {output}")
-
-
-def _metric(spec: str | None, data: Path | None) -> Metric:
-    if spec is None:
+def _goal(metric: str | None, data: Path | None, maximize: bool | None) -> Goal:
+    if metric is None:
         raise ConfigurationError("soup and --sweep need --metric")
-    return metric_of(spec, data)
+    return Goal(metric_of(metric, data), metric, metric != "loss" if maximize is None else maximize)
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ConfigurationError(f"{option} {text!r} is not a list of numbers such as 0.3,0.7") from error
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        numbers = (math.nan,)
+    if not all(map(math.isfinite, numbers)):
+        raise ConfigurationError(f"{option} {text!r} is not a list of numbers such as 0.3,0.7")
+    return numbers
 
 
 def _bytes(text: str) -> int:
@@ -221,6 +148,6 @@ def _bytes(text: str) -> int:
         size = float(text[: -len(unit)] if unit else text) * UNITS.get(unit, 1)
     except ValueError:
         size = 0
-    if size < 1:
+    if not 1 <= size < math.inf:
         raise ConfigurationError(f"--max-shard-size {text!r} is not a size such as 5GB or 500MiB")
     return int(size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 
 from trl_ext.errors import CheckpointError
-from trl_ext_averaging.offline.checkpoint import Checkpoint
+from trl_ext_averaging.offline.adapters import FACTOR
+from trl_ext_averaging.offline.checkpoint import Checkpoint, read_json
 from trl_ext_averaging.offline.tensorfile import TensorEntry
 
 # Where a file came from and how it is run, not what the weights mean.
@@ -27,7 +27,7 @@ def check_compatible(
     """Refuse checkpoints that do not belong together, and give the names of the tensors to average.
 
     Args:
-        same_ranks: LoRA ranks and scales, and so all shapes, must agree.
+        same_ranks: LoRA ranks and scales must agree too.
         any_dtype: inputs may differ in dtype.
 
     Raises:
@@ -45,7 +45,7 @@ def check_compatible(
             raise CheckpointError(f"{pair} do not have the same tensors: {', '.join(unlike[:5])} in only one of them")
         for name in names:
             a, b = first.entries[name], other.entries[name]
-            if a.shape != b.shape and same_ranks:
+            if _sides(name, a, same_ranks) != _sides(name, b, same_ranks):
                 raise CheckpointError(f"{pair}: {name} has shapes {a.shape} and {b.shape}")
             if a.dtype != b.dtype and not any_dtype:
                 raise CheckpointError(f"{pair}: {name} is {_dtype(a)} and {_dtype(b)}; choose one with --dtype")
@@ -73,6 +73,13 @@ def _tensor_names(checkpoint: Checkpoint) -> list[str]:
     return names
 
 
+def _sides(name: str, entry: TensorEntry, same_ranks: bool) -> tuple[int, ...]:
+    """The shape; of the factors of a product without their rank, which is the first side of A and the second of B."""
+    match = None if same_ranks else FACTOR.fullmatch(name)
+    rank = None if match is None else "AB".index(match["factor"])
+    return tuple(side for i, side in enumerate(entry.shape) if i != rank)
+
+
 def _equal(a: TensorEntry, b: TensorEntry) -> bool:
     return a.shape == b.shape and all(
         torch.equal(a.read(start, min(start + PIECE, a.numel)), b.read(start, min(start + PIECE, a.numel)))
@@ -94,16 +101,21 @@ def _differences(a: Checkpoint, b: Checkpoint, free_adapter: set[str]) -> list[s
 def _comparable(config: Mapping[str, Any], free: set[str]) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key not in free and not key.endswith("_token_id")}
     if isinstance(kept.get("target_modules"), list):
-        kept["target_modules"] = sorted(kept["target_modules"])
+        kept["target_modules"] = sorted(kept["target_modules"], key=str)
     return kept
 
 
 def _parsed(checkpoint: Checkpoint) -> Mapping[str, Any]:
     from transformers import CONFIG_MAPPING  # seconds to import, and seldom needed
 
-    if checkpoint.config.get("model_type") not in CONFIG_MAPPING:
+    kind = str(checkpoint.config.get("model_type"))
+    if kind not in CONFIG_MAPPING:
         return checkpoint.config
-    return CONFIG_MAPPING[checkpoint.config["model_type"]].from_dict(dict(checkpoint.config)).to_dict()
+    try:
+        return CONFIG_MAPPING[kind].from_dict(dict(checkpoint.config)).to_dict()
+    except Exception as error:  # each model's config checks its values in its own way
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint.path}: transformers cannot read its config: {reason}") from None
 
 
 def _check_tokenizers(checkpoints: Sequence[Checkpoint]) -> None:
@@ -117,10 +129,13 @@ def _vocabulary(path: Path) -> Any:
     """What maps text to ids, without settings such as truncation that a trainer may have left in the file."""
     tokenizer = path / "tokenizer.json"
     if tokenizer.is_file():
-        content = json.loads(tokenizer.read_text())
-        model = content.get("model", {})
-        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        return model.get("vocab"), model.get("merges"), added
+        content = read_json(tokenizer)
+        try:
+            model = content.get("model", {})
+            added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+            return model.get("vocab"), model.get("merges"), added
+        except (AttributeError, KeyError, TypeError):
+            raise CheckpointError(f"{tokenizer} does not describe a tokenizer") from None
     for name in ("tokenizer.model", "vocab.json", "vocab.txt"):
         if (path / name).is_file():
             return (path / name).read_bytes()

@@ -9,9 +9,9 @@ from typing import Any
 
 from trl_ext.errors import ConfigurationError
 from trl_ext_averaging.offline import rules
-from trl_ext_averaging.offline.average import Plan
 from trl_ext_averaging.offline.checkpoint import Checkpoint, checkpoints_of, latest, open_checkpoint
 from trl_ext_averaging.offline.online_state import open_online_average
+from trl_ext_averaging.offline.plan import Plan
 from trl_ext_averaging.offline.rules import Rule
 
 
@@ -59,13 +59,25 @@ class Request:
         option = SWEPT.get(self.method)
         if option is None:
             raise ConfigurationError(f"--sweep goes with {', '.join(SWEPT)}; {self.method} has nothing to sweep")
-        if option == "last" and value != int(value):
-            raise ConfigurationError(f"--sweep {value}: lawa takes a whole number of checkpoints")
+        if option == "last" and not (value >= 1 and value.is_integer()):
+            raise ConfigurationError(f"--sweep {value:g}: lawa takes a whole number of checkpoints, 1 or more")
         changed: dict[str, Any] = {option: int(value) if option == "last" else value}
         return replace(self, **changed)
 
 
 SWEPT = {"wise-ft": "alpha", "slerp": "alpha", "ema": "decay", "lawa": "last"}
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "weights": ("weighted", "mergekit"),
+    "alpha": ("wise-ft", "slerp"),
+    "decay": ("ema",),
+    "warmup": ("ema",),
+    "last": ("lawa", "ema"),
+    "every": ("lawa", "ema"),
+    "base": ("slerp", "ema", "mergekit"),
+    "name": ("online",),
+    "parameters": ("mergekit",),
+}
+"""Option -> the methods that it means something to; options that are not here mean something to all."""
 
 
 def mean_plan(request: Request, inputs: Sequence[Checkpoint]) -> Plan:
@@ -99,6 +111,8 @@ def _weighted(request: Request) -> Plan:
     inputs = open_all(request)
     if request.weights is None or len(request.weights) != len(inputs):
         raise ConfigurationError(f"--method weighted needs --weights with {len(inputs)} numbers, one per input")
+    if not abs(sum(request.weights) - 1) <= 1e-6:  # so that NaN is refused too
+        raise ConfigurationError(f"--weights sum to {sum(request.weights):g}; they must sum to 1")
     return Plan(inputs, request.weights, "weighted", **request.shared)
 
 
@@ -137,11 +151,10 @@ def _slerp(request: Request) -> Plan:
 def _online(request: Request) -> Plan:
     if len(request.inputs) != 1:
         raise ConfigurationError(f"--method online takes 1 checkpoint of a training run, not {len(request.inputs)}")
-    shared = {"lora": "factors", **{key: value for key, value in request.shared.items() if key != "lora"}}
-    checkpoint = open_online_average(request.inputs[0], request.name)
-    if checkpoint.kind == "model":
-        del shared["lora"]
-    return Plan([checkpoint], [1.0], "online", {"name": request.name}, **shared)
+    raw = open_checkpoint(request.inputs[0])
+    average = open_online_average(raw, request.name)
+    shared = request.shared if raw.kind == "model" else {**request.shared, "lora": "factors"}
+    return Plan([average], [1.0], "online", {"name": request.name}, like=raw, **shared)
 
 
 def _check_alpha(request: Request) -> None:

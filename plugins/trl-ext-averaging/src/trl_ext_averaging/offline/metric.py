@@ -8,12 +8,13 @@ import json
 import math
 import shlex
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trl_ext.errors import ConfigurationError
 
+FORMS: tuple[dict[str, type], ...] = ({"text": str}, {"prompt": str, "completion": str}, {"messages": list})
 Metric = Callable[[Path], float]
 """The folder of a checkpoint -> a number."""
 
@@ -27,7 +28,8 @@ def metric_of(spec: str, data: Path | None = None) -> Metric:
         data: JSON lines for "loss".
 
     Raises:
-        ConfigurationError: it names nothing that can be called.
+        ConfigurationError: it names nothing that can be called. The metric itself raises it where it fails, or gives
+            NaN.
     """
     if spec == "loss":
         if data is None:
@@ -45,7 +47,12 @@ def metric_of(spec: str, data: Path | None = None) -> Metric:
         )
 
     def checked(folder: Path) -> float:
-        value = metric(folder)
+        try:
+            value = metric(folder)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # a model that does not load, or whatever a function of the user raises
+            raise ConfigurationError(f"--metric {spec!r} failed on {folder}: {_in_a_line(error)}") from None
         if math.isnan(value):
             raise ConfigurationError(f"--metric {spec!r} gave NaN for {folder}")
         return value
@@ -61,12 +68,19 @@ def read_rows(data: Path) -> list[dict[str, Any]]:
     """
     try:
         rows = [json.loads(line) for line in data.read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise ConfigurationError(f"--data {data} is not JSON lines: {error}") from error
-    forms = ({"text"}, {"prompt", "completion"}, {"messages"})
-    if not rows or not all(any(form <= set(row) for form in forms) for row in rows):
-        raise ConfigurationError(f"--data {data}: rows need text, prompt and completion, or messages")
+    except OSError as error:
+        raise ConfigurationError(f"--data {data} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigurationError(f"--data {data} is not JSON lines: {error}") from None
+    if not rows or not all(isinstance(row, dict) and any(_has(row, form) for form in FORMS) for row in rows):
+        raise ConfigurationError(
+            f"--data {data}: every row needs texts `text`, `prompt` and `completion`, or a list `messages`"
+        )
     return rows
+
+
+def _has(row: Mapping[str, Any], form: Mapping[str, type]) -> bool:
+    return all(isinstance(row.get(name), kind) for name, kind in form.items())
 
 
 def held_out_loss(folder: Path, rows: Sequence[dict[str, Any]], max_length: int = 1024) -> float:
@@ -96,7 +110,7 @@ def held_out_loss(folder: Path, rows: Sequence[dict[str, Any]], max_length: int 
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum"))
         count += ids.shape[1] - first
     if not count:
-        raise ConfigurationError(f"the data has no label token within {max_length} tokens")
+        raise ConfigurationError(f"the rows of --data have no label token within {max_length} tokens")
     return total / count
 
 
@@ -104,11 +118,12 @@ def _run_command(command: str, folder: Path) -> float:
     done = subprocess.run(command.replace("{}", shlex.quote(str(folder))), shell=True, capture_output=True, text=True)
     lines = done.stdout.split()
     if done.returncode or not lines:
-        raise ConfigurationError(f"--metric {command!r} failed ({done.returncode}): {done.stderr.strip()[-500:]}")
+        said = " ".join(done.stderr.split())[-500:]
+        raise ConfigurationError(f"--metric {command!r} failed ({done.returncode}): {said}")
     try:
         return float(lines[-1])
-    except ValueError as error:
-        raise ConfigurationError(f"--metric {command!r} must print a number last, not {lines[-1]!r}") from error
+    except ValueError:
+        raise ConfigurationError(f"--metric {command!r} must print a number last, not {lines[-1]!r}") from None
 
 
 def _load_function(spec: str) -> Callable[[str], Any]:
@@ -122,6 +137,13 @@ def _load_function(spec: str) -> Callable[[str], Any]:
             module_spec.loader.exec_module(module)
         else:
             module = importlib.import_module(source)
-        return getattr(module, name)
-    except (ImportError, OSError, AttributeError) as error:
-        raise ConfigurationError(f"--metric {spec!r} cannot be loaded: {error}") from error
+        function = getattr(module, name)
+    except Exception as error:  # the module is the user's and may raise anything
+        raise ConfigurationError(f"--metric {spec!r} cannot be loaded: {_in_a_line(error)}") from None
+    if not callable(function):
+        raise ConfigurationError(f"--metric {spec!r} is a {type(function).__name__} and no function")
+    return function
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

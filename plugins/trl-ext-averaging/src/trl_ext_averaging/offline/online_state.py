@@ -6,33 +6,35 @@ from dataclasses import replace
 from pathlib import Path
 
 from trl_ext.errors import CheckpointError
-from trl_ext_averaging.offline.checkpoint import Checkpoint, open_checkpoint
+from trl_ext_averaging.offline.checkpoint import Checkpoint
 from trl_ext_averaging.offline.tensorfile import TensorEntry, read_header
 
 STATE = "trl_ext/*/state.safetensors"
 
 
-def open_online_average(path: Path, average: str) -> Checkpoint:
+def open_online_average(raw: Checkpoint, average: str) -> Checkpoint:
     """A training checkpoint with the raw weights replaced by an average in its state (`ema`, `ema_0.99`, `swa`).
+
+    The state holds sums in fp32; `raw` still says which dtypes the weights have.
 
     Raises:
         CheckpointError: no such average; the message names those that are there.
     """
-    checkpoint = open_checkpoint(path)
+    path = raw.path
     found = _averages(path)
     if average not in found:
         sharded = any(path.glob("trl_ext/*/state-*.safetensors"))
         there = ", ".join(sorted(found)) or ("only shards of single ranks" if sharded else "none")
         raise CheckpointError(f"{path} holds no average {average!r}; it holds {there}")
-    entries = dict(checkpoint.entries)
+    entries = dict(raw.entries)
     for name, entry in found[average].items():
-        stored = name.replace(".default.", ".") if checkpoint.kind == "adapter" else name
+        stored = name.replace(".default.", ".") if raw.kind == "adapter" else name
         if stored not in entries or entries[stored].shape != entry.shape:
             raise CheckpointError(
                 f"{path}: the average {average!r} has a parameter {name} that the weights do not have"
             )
         entries[stored] = entry
-    return replace(checkpoint, entries=entries)
+    return replace(raw, entries=entries)
 
 
 def _averages(path: Path) -> dict[str, dict[str, TensorEntry]]:

@@ -1,6 +1,13 @@
-"""How much of each input goes into an average: a coefficient per input, for all tensors or for each.
+"""Every average on disk is sum_i c_i theta_i; here are the coefficients c_i of each method.
 
-Every method here is a linear combination of its inputs; the sphere's coefficients depend on the tensor.
+| method | coefficients | source |
+|---|---|---|
+| mean | c_i = 1 / n | soups: arXiv:2203.05482; SWA: arXiv:1803.05407; LAWA: arXiv:2306.03241 |
+| EMA | c_0 = d_1 d_2 ... d_n, c_i = (1 - d_i) d_{i+1} ... d_n | `trl_ext_averaging.ema`, unrolled |
+| WiSE-FT | 1 - a, a | arXiv:2109.01903, section 3 |
+| SLERP | sin((1 - a) w) / sin w, sin(a w) / sin w; w is the angle of the two tensors | arXiv:2406.16768, section 3.2 |
+
+They are the same for all tensors of a model but for SLERP, where the angle depends on the tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ PIECE = 1 << 20
 
 
 def mean(n: int) -> list[float]:
-    """1 / n each (model soup, SWA and LAWA over checkpoints)."""
+    """1 / n each."""
     return [1 / n] * n
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trl_ext_averaging.offline.average import Plan, average
 from trl_ext_averaging.offline.checkpoint import Checkpoint
 from trl_ext_averaging.offline.metric import Metric
+from trl_ext_averaging.offline.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,23 @@ class Point:
 
 
 @contextmanager
-def candidate(plan: Plan, near: Path) -> Iterator[Path]:
-    """A plan's average in a folder that is gone afterwards, on the file system of `near`."""
-    near.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=near.parent, prefix=f".{near.name}.candidate-") as folder:
-        path = Path(folder) / "average"
-        average(plan, path)
+def candidate(plan: Plan, folder: Path) -> Iterator[Path]:
+    """A plan's average in a folder inside of `folder` that is gone afterwards."""
+    path = folder / "candidate"
+    path.mkdir()
+    try:
+        plan.write(path)
         yield path
+    finally:
+        shutil.rmtree(path)
 
 
-def sweep(plans: Mapping[float, Plan], metric: Metric, near: Path, note: Callable[[Point], None]) -> list[Point]:
-    """Score the average at each value, in order."""
+def sweep(plans: Mapping[float, Plan], metric: Metric, folder: Path, note: Callable[[Point], None]) -> list[Point]:
+    """Score the average at each value, in order; `folder` is a place to write them."""
     points = []
     for value, plan in plans.items():
-        with candidate(plan, near) as folder:
-            points.append(Point(value, metric(folder)))
+        with candidate(plan, folder) as path:
+            points.append(Point(value, metric(path)))
         note(points[-1])
     return points
 
@@ -51,27 +53,31 @@ def greedy_soup(
     plan: Callable[[Sequence[Checkpoint]], Plan],
     metric: Metric,
     maximize: bool,
-    near: Path,
+    folder: Path,
     note: Callable[[str, float, bool], None],
 ) -> list[Checkpoint]:
     """Add inputs, the best first, to a mean as long as it does not get worse (arXiv:2203.05482, recipe 1).
 
     Args:
+        inputs: the models.
         plan: the mean of some inputs, as a plan.
+        metric: what scores a folder.
+        maximize: whether larger scores are better.
+        folder: a place to write candidates.
         note: told what was tried, its score, and whether it was kept.
     """
     sign = 1.0 if maximize else -1.0
-    scores = {checkpoint.path: sign * metric(checkpoint.path) for checkpoint in inputs}
-    for checkpoint in inputs:
-        note(f"{checkpoint.path} alone", sign * scores[checkpoint.path], True)
-    first, *rest = sorted(inputs, key=lambda checkpoint: -scores[checkpoint.path])
-    chosen, score = [first], scores[first.path]
-    for checkpoint in rest:
-        with candidate(plan([*chosen, checkpoint]), near) as folder:
-            tried = sign * metric(folder)
-        note(f"with {checkpoint.path}", sign * tried, tried >= score)
+    scores = [sign * metric(checkpoint.path) for checkpoint in inputs]
+    for checkpoint, score in zip(inputs, scores, strict=True):
+        note(f"{checkpoint.path} alone", sign * score, True)
+    order = sorted(range(len(inputs)), key=lambda i: -scores[i])
+    chosen, score = [inputs[order[0]]], scores[order[0]]
+    for i in order[1:]:
+        with candidate(plan([*chosen, inputs[i]]), folder) as path:
+            tried = sign * metric(path)
+        note(f"with {inputs[i].path}", sign * tried, tried >= score)
         if tried >= score:
-            chosen.append(checkpoint)
+            chosen.append(inputs[i])
             score = tried
     return chosen
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -87,19 +87,23 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 raise ValueError("the header does not fit")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        by_offset = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        end = max((entry["data_offsets"][1] for _, entry in by_offset), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    if 8 + length + end != size:
-        raise CheckpointError(f"{path} is cut off: {size} bytes instead of {8 + length + end}")
-    for name, entry in by_offset:
-        if entry["dtype"] not in DTYPES:
-            raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, which has no average")
-    return {
-        name: TensorEntry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in by_offset
-    }
+        entries = {name: _entry(path, name, fields, 8 + length) for name, fields in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from None
+    end = max((entry.offset + entry.nbytes for entry in entries.values()), default=8 + length)
+    if end != size:
+        raise CheckpointError(f"{path} is cut off: {size} bytes instead of {end}")
+    return dict(sorted(entries.items(), key=lambda item: item[1].offset))
+
+
+def _entry(path: Path, name: str, fields: Mapping[str, Any], data: int) -> TensorEntry:
+    begin, end = fields["data_offsets"]
+    if fields["dtype"] not in DTYPES:
+        raise CheckpointError(f"{path}: {name} has dtype {fields['dtype']}, which has no average")
+    entry = TensorEntry(path, DTYPES[fields["dtype"]], tuple(map(int, fields["shape"])), data + begin)
+    if begin < 0 or min(entry.shape, default=0) < 0 or entry.nbytes != end - begin:
+        raise ValueError(f"{name} of shape {list(entry.shape)} does not fill its {end - begin} bytes")
+    return entry
 
 
 class TensorFileWriter:

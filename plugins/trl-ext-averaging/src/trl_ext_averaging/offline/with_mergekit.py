@@ -19,7 +19,13 @@ def mergekit_config(
     parameters: Mapping[str, Any],
     dtype: str | None,
 ) -> dict[str, Any]:
-    """The YAML that mergekit reads, as a mapping; `parameters` are those of its method, such as `density` of TIES."""
+    """The YAML that mergekit reads, as a mapping; `parameters` are those of its method, such as `density` of TIES.
+
+    Raises:
+        ConfigurationError: another number of weights than of inputs.
+    """
+    if weights is not None and len(weights) != len(inputs):
+        raise ConfigurationError(f"--weights gives {len(weights)} numbers for {len(inputs)} inputs")
     models: list[dict[str, Any]] = [{"model": str(path)} for path in inputs]
     for model, weight in zip(models, weights or (), strict=False):
         model["parameters"] = {"weight": weight}
@@ -36,7 +42,7 @@ def merge(config: Mapping[str, Any], inputs: Sequence[Checkpoint], folder: Path)
 
     Raises:
         CheckpointError: the inputs do not belong together.
-        ConfigurationError: mergekit is not installed, or refuses the configuration.
+        ConfigurationError: mergekit is not installed, refuses the configuration, or fails.
     """
     if any(checkpoint.kind == "adapter" for checkpoint in inputs):
         raise ConfigurationError("mergekit merges models; merge the adapters into their base first")
@@ -49,5 +55,9 @@ def merge(config: Mapping[str, Any], inputs: Sequence[Checkpoint], folder: Path)
     try:
         parsed = MergeConfiguration.model_validate(dict(config))
     except ValueError as error:
-        raise ConfigurationError(f"mergekit refuses this merge: {error}") from error
-    run_merge(parsed, str(folder), MergeOptions(copy_tokenizer=True, quiet=True))
+        raise ConfigurationError(f"mergekit refuses this merge: {' '.join(str(error).split())}") from error
+    try:
+        run_merge(parsed, str(folder), MergeOptions(copy_tokenizer=True, quiet=True))
+    except Exception as error:  # what a method of mergekit finds wrong with models and parameters
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"mergekit fails: {type(error).__name__}: {reason}") from None

@@ -13,10 +13,11 @@ import torch
 from trl_ext.errors import ConfigurationError
 from trl_ext_averaging.offline.adapters import AdapterProduct
 from trl_ext_averaging.offline.checkpoint import Checkpoint
+from trl_ext_averaging.offline.checkpoint_writer import Advance, write_checkpoint
+from trl_ext_averaging.offline.combination import Combination, Source
 from trl_ext_averaging.offline.compatibility import check_compatible
+from trl_ext_averaging.offline.output_folder import output_folder, sign
 from trl_ext_averaging.offline.rules import Rule
-from trl_ext_averaging.offline.sources import Combination, Source
-from trl_ext_averaging.offline.write import Advance, atomic_folder, write_checkpoint
 
 LoraMode = Literal["factors", "product"]
 
@@ -26,15 +27,16 @@ class Plan:
     """What is to be averaged, and how.
 
     Args:
-        inputs: the checkpoints, in order. The last gives the config, the dtypes and the tokenizer.
+        inputs: the checkpoints, in order.
         rule: a coefficient for each input, for all tensors or by tensor (`rules`).
         method: name of the method, for the model card.
         options: its options, for the model card.
         lora: adapters: "product" averages what they add to the weights (right across runs), "factors" their A and B
             (fine along one run). By default "factors" for checkpoints of one run, else "product".
         rank: "product": rank of the output; the sum of the inputs' ranks if None.
-        dtype: of the output; that of the last input if None.
+        dtype: of the output; that of the template if None.
         max_shard_bytes: largest file of a model, but for larger tensors.
+        like: the template, which gives config, dtypes and tokenizer; the last input if None.
     """
 
     inputs: Sequence[Checkpoint]
@@ -45,6 +47,12 @@ class Plan:
     rank: int | None = None
     dtype: torch.dtype | None = None
     max_shard_bytes: int = 5 * 10**9
+    like: Checkpoint | None = None
+
+    @property
+    def template(self) -> Checkpoint:
+        """What the output is like in all but its numbers."""
+        return self.like or self.inputs[-1]
 
     @property
     def lora_mode(self) -> LoraMode | None:
@@ -73,10 +81,29 @@ class Plan:
         if product and callable(rule):
             raise ConfigurationError(f"{self.method} has no meaning for products of factors; merge the adapters first")
         if product and not callable(rule):
-            return AdapterProduct(self.inputs, names, rule, self.rank)
+            return AdapterProduct(self.inputs, names, rule, self.rank, self.dtype)
         if not callable(rule) and abs(sum(rule) - 1) > 1e-6:
-            raise ConfigurationError(f"the coefficients sum to {sum(rule):g}; weights must sum to 1")
-        return Combination(self.inputs, names, rule, self.inputs[-1], self.dtype)
+            raise ConfigurationError(f"{self.method} of factors needs coefficients that sum to 1; use --lora product")
+        return Combination(self.inputs, names, rule, self.template, self.dtype)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The folders that are read."""
+        return [checkpoint.path for checkpoint in self.inputs]
+
+    def write(self, folder: Path, advance: Advance = lambda nbytes: None) -> Source:
+        """Write the average's files into a folder, and give its source.
+
+        Args:
+            folder: where to.
+            advance: told the bytes written, for a progress bar.
+
+        Raises:
+            CheckpointError, ConfigurationError: as `source`.
+        """
+        source, like = self.source(), self.template
+        write_checkpoint(folder, source, like.kind, like.path, self.provenance(), self.max_shard_bytes, advance)
+        return source
 
     def provenance(self) -> dict[str, Any]:
         """What the model card says."""
@@ -98,10 +125,9 @@ def average(plan: Plan, output: Path, overwrite: bool = False, advance: Advance 
     """Write a plan's average to a folder, all of it or nothing, and give its source.
 
     Raises:
-        CheckpointError, ConfigurationError: as `Plan.source`, or `output` exists.
+        CheckpointError, ConfigurationError: as `Plan.source` and `output_folder`.
     """
-    source = plan.source()
-    with atomic_folder(output, overwrite) as folder:
-        last = plan.inputs[-1]
-        write_checkpoint(folder, source, last.kind, last.path, plan.provenance(), plan.max_shard_bytes, advance)
+    with output_folder(output, overwrite, plan.paths) as folder:
+        source = plan.write(folder, advance)
+        sign(folder, plan.provenance())
     return source

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trl_ext.errors import CheckpointError
 from trl_ext_averaging.offline.checkpoint import Checkpoint
 from trl_ext_averaging.offline.rules import Rule
 
@@ -77,4 +78,17 @@ class Combination:
             for coefficient, entry in zip(coefficients, entries, strict=True):
                 if coefficient:
                     total.add_(entry.read(start, stop), alpha=coefficient)
-            yield total.to(dtype)
+            yield rounded(name, total, dtype)
+
+
+def rounded(name: str, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of a tensor in the output's dtype.
+
+    Raises:
+        CheckpointError: a finite value is too large for it.
+    """
+    values = exact.to(dtype)
+    if not torch.equal(values.isfinite(), exact.isfinite()):
+        largest = float(exact[exact.isfinite()].abs().max())
+        raise CheckpointError(f"{name} has a value of {largest:.3g}, too large for {dtype}; choose another --dtype")
+    return values

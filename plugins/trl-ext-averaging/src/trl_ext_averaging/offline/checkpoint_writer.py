@@ -1,20 +1,17 @@
-"""Outputs that are there as a whole or not at all: shards, config, tokenizer, provenance."""
+"""The files of a checkpoint: shards and index, config, tokenizer, and a model card that says what was averaged."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from trl_ext.errors import ConfigurationError
 from trl_ext_averaging.offline.checkpoint import ADAPTER, MODEL
-from trl_ext_averaging.offline.sources import Layout, Source
+from trl_ext_averaging.offline.combination import Layout, Source
+from trl_ext_averaging.offline.output_folder import write_json
 from trl_ext_averaging.offline.tensorfile import TensorFileWriter
 
 COMPANIONS = (
@@ -29,37 +26,8 @@ COMPANIONS = (
     "*processor*config.json",
     "*.py",
 )
-PROVENANCE = "averaging.json"
 
 Advance = Callable[[int], None]
-
-
-@contextmanager
-def atomic_folder(output: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which becomes `output` at the end and disappears on an exception.
-
-    A process that is killed leaves only `.<name>.incomplete`, which the next run for the same output removes.
-
-    Raises:
-        ConfigurationError: `output` exists and is not to be overwritten.
-    """
-    if output.exists() and not overwrite:
-        raise ConfigurationError(f"{output} exists; choose another --output or add --overwrite")
-    staging = output.with_name(f".{output.name}.incomplete")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        if output.exists():
-            old = output.with_name(f".{output.name}.old")
-            output.rename(old)
-            staging.rename(output)
-            shutil.rmtree(old)
-        else:
-            staging.rename(output)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
 
 
 def write_checkpoint(
@@ -75,7 +43,7 @@ def write_checkpoint(
 
     Args:
         companions: the folder from which tokenizer and generation settings are copied.
-        provenance: written as JSON and into the model card.
+        provenance: what the model card says.
         advance: told the bytes written, for a progress bar.
     """
     shards = _shards(source.layout, max_shard_bytes if kind == "model" else None)
@@ -92,17 +60,16 @@ def write_checkpoint(
                     advance(piece.nbytes)
     if len(shards) > 1:
         total = sum(_nbytes(source.layout, name) for name in weight_map)
-        _write_json(folder / f"{stem}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / f"{stem}.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     for pattern in COMPANIONS:
         for path in companions.glob(pattern):
             if path.is_file():
                 target = folder / path.relative_to(companions)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
-    _write_json(folder / PROVENANCE, provenance)
     (folder / "README.md").write_text(model_card(provenance, kind, source.config))
     # Last: without it nothing loads a folder that was left half-way.
-    _write_json(folder / ("config.json" if kind == "model" else "adapter_config.json"), source.config)
+    write_json(folder / ("config.json" if kind == "model" else "adapter_config.json"), source.config)
 
 
 def model_card(provenance: Mapping[str, Any], kind: str, config: Mapping[str, Any]) -> str:
@@ -142,11 +109,3 @@ def _nbytes(layout: Layout, name: str) -> int:
     for side in shape:
         count *= side
     return count
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
