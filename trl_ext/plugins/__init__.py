@@ -1,11 +1,5 @@
-"""From the names in a config to checked, ordered and bound calls of plugins."""
+"""From the names in a config to checked, ordered and bound calls of plugins. `activate` is public."""
 
-from typing import Any
+from trl_ext.plugins.activation import PluginSet, activate
 
-
-def __getattr__(name: str) -> Any:
-    if name == "activate":
-        from trl_ext.plugins.activation import activate
-
-        return activate
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = ["PluginSet", "activate"]
