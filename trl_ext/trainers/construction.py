@@ -41,7 +41,7 @@ class SetupMixin(Opened):
         bound = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         config = bound["args"] = self._ext_config(bound)
         self.ext_plugins = activate(config.plugins, plugins or (), trainer=self.ext_kind)
-        datasets = {role: load_dataset_spec(spec) for role, spec in (config.streams or {}).items()}
+        datasets = {role: load_dataset_spec(spec, f"streams: {role}") for role, spec in (config.streams or {}).items()}
         datasets.update(streams or {})
         if config.dataset_columns:
             for name in ("train_dataset", "eval_dataset"):
