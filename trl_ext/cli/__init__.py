@@ -13,15 +13,7 @@ def parse(kind: Literal["sft", "grpo"], arguments: Sequence[str]) -> tuple[Any, 
 
 
 def main() -> None:
-    """Run the command line; an error in what was asked for ends with its message instead of a traceback."""
-    from trl_ext.cli.app import app
-    from trl_ext.errors import ConfigurationError
+    """Run the command line; what its user can mend ends with one line and exit code 2 instead of a traceback."""
+    from trl_ext.cli.ending import run_command
 
-    try:
-        app(prog_name="trl-ext")
-    except ConfigurationError as error:
-        # A ValueError is a refusal, and the message has its text; of anything else the traceback says where it is.
-        if not isinstance(error.__cause__, ValueError | None):
-            raise
-        print(f"trl-ext: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run_command(sys.argv[1:]))

@@ -54,7 +54,8 @@ def plan_run(
     """
     config = _config(kind, config_class, given)
     plugins = activate(config.plugins, instances, trainer=kind)
-    datasets = {role: load_dataset_spec(spec) for role, spec in (config.streams or {}).items()} | dict(streams)
+    described = config.streams or {}
+    datasets = {role: load_dataset_spec(spec, f"streams: {role}") for role, spec in described.items()} | dict(streams)
     arguments = {**given, "args": config}
     if config.dataset_columns:
         for name in ("train_dataset", "eval_dataset"):

@@ -19,7 +19,6 @@ from trl_ext_mixing.passk_results import Result, print_results, write_results
 from trl_ext_mixing.progress import Report
 from trl_ext_mixing.reward_functions import Judge, RewardFunction, check_reward, load_reward
 from trl_ext_mixing.sample_file import SampleFile
-from trl_ext_mixing.sampling import batch_seed, batches, complete, end_ids
 
 
 @dataclass(frozen=True)
@@ -207,6 +206,8 @@ def sample(
     Raises:
         ConfigurationError: the model or the reward function cannot be used.
     """
+    from trl_ext_mixing.sampling import batch_seed, batches, complete, end_ids
+
     held = file.samples
     yield len(held)
     if len(held) == len(rows) * settings.n:
