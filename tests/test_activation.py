@@ -1,17 +1,29 @@
 """From what a config says to an ordered set of plugins, and what every refusal tells."""
 
+import enum
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from trl_ext import API_VERSION, hookimpl
 from trl_ext.errors import ConfigurationError
-from trl_ext.hookspecs import EXCLUSIVE, GRPO_ONLY, HOOKS
-from trl_ext.plugins.activation import PluginSet, activate, parse_specs
+from trl_ext.hookspecs import HOOKS
+from trl_ext.options import Range
+from trl_ext.plugins import PluginSet, activate
 from trl_ext.plugins.coercion import coerce
+from trl_ext.specs import parse_specs
 
+
+class Reduction(enum.Enum):
+    SUM = 1
+    MEAN = 2
+
+
+EXCLUSIVE = [hook for hook, facts in HOOKS.items() if facts.kind == "exclusive"]
 HEADER = """
     from dataclasses import dataclass, field
     from typing import ClassVar, Literal
@@ -172,6 +184,19 @@ def test_an_instance_in_a_config_is_sent_to_the_trainer():
         ({"a": "1"}, dict[str, float], {"a": 1.0}),
         ([[1], [2, 3]], list[list[int]], [[1], [2, 3]]),
         ("[1, two]", list, ["1", "two"]),
+        ("data/x", Path, Path("data/x")),
+        ("none", Path | None, None),
+        ("3", Path | int, 3),
+        ("MEAN", Reduction, Reduction.MEAN),
+        ("text", Reduction | str, "text"),
+        ("[1, 2]", Sequence[int], (1, 2)),
+        (["a"], Sequence[Path], (Path("a"),)),
+        ("[a]", Sequence, ("a",)),
+        ('{"a": 1}', Mapping[str, float], {"a": 1.0}),
+        ("0.5", Annotated[float, Range(gt=0)], 0.5),
+        ("[1]", list[Annotated[int, Range(ge=1)]], [1]),
+        ("auto", Literal["auto"] | Annotated[float, Range(gt=0)], "auto"),
+        ("2", Annotated[str, "unit"] | Annotated[int, Range(ge=1)], 2),
         ({"x": [1]}, Any, {"x": [1]}),
     ],
 )
@@ -198,6 +223,12 @@ def test_a_value_takes_the_annotated_type(value, annotation, expected):
         (["x"], list[int], "expected int, got 'x' (str)"),
         ([1, 2, 3], tuple[int, int], "expected tuple[int, int], got 3 values"),
         ([1], dict[str, int], "expected dict[str, int], got [1] (list)"),
+        (3, Path, "expected Path, got 3 (int)"),
+        ("mean", Reduction, "expected one of SUM, MEAN, got 'mean' (str)"),
+        (1, Reduction, "expected one of SUM, MEAN, got 1 (int)"),
+        ("x", Sequence[int], "expected Sequence[int], got 'x' (str)"),
+        ([1], Mapping[str, int], "expected Mapping[str, int], got [1] (list)"),
+        ("x", Annotated[float, Range(ge=0, lt=1)], "expected float, got 'x' (str)"),
     ],
 )
 def test_a_value_of_another_type_is_refused(value, annotation, expected):
@@ -227,7 +258,7 @@ def test_options_reach_the_plugin_and_the_record_of_the_run(site):
     [
         (
             "powder:alhpa=1",
-            "plugin 'powder' (trl-ext-powder 1.2) has no option 'alhpa'; did you mean 'alpha'? "
+            "plugin 'powder' (trl-ext-powder 1.2) has no option 'alhpa'. Did you mean 'alpha'? "
             "Its options: alpha, order, layers, mode. Change plugins: [powder:alhpa=1]",
         ),
         (
@@ -250,6 +281,25 @@ def test_options_reach_the_plugin_and_the_record_of_the_run(site):
 def test_a_bad_option_names_plugin_distribution_and_line(site, spec, expected):
     add_plugin(site, "powder", POWDER)
     assert expected in message_of(spec)
+
+
+def test_an_option_without_an_annotation_is_named(site):
+    add_hooks(site, "bare", "alpha = 2.0\n@hookimpl\ndef setup(self): pass")
+    assert "no option 'alpha'. Its class sets one without an annotation: write `alpha: <type> = ...`" in message_of(
+        "bare:alpha=3"
+    )
+
+
+@pytest.mark.parametrize("spec", ["powder:share=2", {"name": "powder", "share": 2}])
+def test_a_value_outside_its_range_names_plugin_option_and_line(site, spec):
+    source = POWDER.replace(
+        "alpha: float = 1.0", "alpha: float = 1.0\n        share: Annotated[float, Range(le=1)] = 0.5"
+    )
+    source = source.replace("ClassVar, Literal", "Annotated, ClassVar, Literal\n    from trl_ext.options import Range")
+    add_plugin(site, "powder", source)
+    assert message_of(spec) == (
+        "plugin 'powder' (trl-ext-powder 1.2): share=2.0 is not <= 1. Change it to plugins: [powder:share=<float <= 1>]"
+    )
 
 
 def test_a_missing_value_names_its_type(site):
@@ -372,7 +422,7 @@ def test_the_owner_of_an_exclusive_hook_is_known(site):
         plugins.owner("metrics")
 
 
-@pytest.mark.parametrize("hook", sorted(EXCLUSIVE))
+@pytest.mark.parametrize("hook", EXCLUSIVE)
 def test_two_owners_of_an_exclusive_hook_are_both_named(site, hook):
     arguments = {
         "sample_weights": "window",
@@ -382,7 +432,7 @@ def test_two_owners_of_an_exclusive_hook_are_both_named(site, hook):
     body = f"alpha: int = 1\n@hookimpl\ndef {hook}(self, {arguments}): pass\n@hookimpl\ndef metrics(self): pass"
     for name in ("mine", "yours"):
         add_hooks(site, name, body)
-    trainer = "grpo" if hook in GRPO_ONLY else "sft"
+    trainer = HOOKS[hook].trainers[0]
     assert message_of("mine:alpha=2,yours", trainer=trainer) == (
         f"hook '{hook}' can have one owner, and 'mine' (trl-ext-mine 1.2) and 'yours' (trl-ext-yours 1.2) claim it. "
         "Keep one of plugins: [mine:alpha=2] or plugins: [yours]"
@@ -397,9 +447,9 @@ def test_two_owners_of_an_exclusive_hook_are_both_named(site, hook):
     [
         (
             "@hookimpl\ndef per_token_los(self): pass",
-            "there is no hook 'per_token_los'; did you mean 'per_token_loss'?",
+            "there is no hook 'per_token_los'. Did you mean 'per_token_loss'?",
         ),
-        ("@hookimpl\ndef zzz(self): pass", "there is no hook 'zzz'; Hooks: check, setup"),
+        ("@hookimpl\ndef zzz(self): pass", "there is no hook 'zzz'. Hooks: check, streams"),
         ("def metrics(self): pass", "'metrics' is the name of a hook, but it is not a method marked @hookimpl"),
         (
             "streams: int = 3\n@hookimpl\ndef setup(self): pass",
@@ -410,7 +460,13 @@ def test_two_owners_of_an_exclusive_hook_are_both_named(site, hook):
             "'check' is the name of a hook",
         ),
         ("@property\ndef metrics(self): raise SystemExit", "'metrics' is the name of a hook, but it is not a method"),
-        ("@hookimpl\ndef setup(self, model): pass", r"implements a hook wrongly: .*{'model'} are declared"),
+        (
+            "@hookimpl\ndef weights_updated(self, weight): pass",
+            r"it has no argument 'weight'. Did you mean 'weights'\? Its arguments: weights, step, skipped",
+        ),
+        ("@hookimpl\ndef streams(self, x): pass", "it has no argument 'x'. Its arguments: none"),
+        ("@hookimpl\ndef deployed_weights(self): yield", "it is a generator, .* write @contextmanager between"),
+        ("@hookimpl\nasync def setup(self): pass", "it is async, so that calling it would run nothing"),
         ("@hookimpl\ndef weights_updated(self, step=0): pass", "argument 'step=0' would never be passed"),
         ("@hookimpl\ndef setup(self, **rest): pass", r"argument '\*\*rest' would never be passed"),
         ("@hookimpl\ndef setup(self, *, context): pass", "argument 'context' would never be passed"),
@@ -447,7 +503,7 @@ def test_an_override_without_its_marker_is_refused(site):
     ("body", "trainer", "expected"),
     [
         ("trainers = ('grpo',)\n@hookimpl\ndef setup(self): pass", "sft", "is for the trainers grpo, and this is sft"),
-        ("trainers = 'sft'\n@hookimpl\ndef setup(self): pass", "grpo", "is for the trainers sft, and this is grpo"),
+        ("trainers = ['sft']\n@hookimpl\ndef setup(self): pass", "grpo", "is for the trainers sft, and this is grpo"),
         (
             "@hookimpl\ndef policy_loss(self, tokens): pass\n@hookimpl\ndef setup(self): pass",
             "sft",
@@ -512,6 +568,11 @@ def test_an_instance_whose_comparison_fails_is_accepted():
     assert activate(None, [Tensorlike()], trainer="sft").names == ("Tensorlike",)
 
 
+def test_paths_and_members_are_recorded_as_a_config_writes_them():
+    (plugin,) = activate(None, [Equal(alpha=Path("a/b"), helper=Reduction.MEAN)], trainer="sft")
+    assert plugin.options == {"alpha": "a/b", "helper": "MEAN"}
+
+
 def test_what_json_cannot_hold_is_recorded_by_its_repr():
     (plugin,) = activate(None, [Equal()], trainer="sft")
     assert plugin.options == {"alpha": 1.0, "helper": repr(print)}
@@ -559,6 +620,6 @@ def test_an_instance_s_ranges_and_hooks_are_checked_too():
 
     assert "plugins=[Future(...)]" in message_of(None, [Future()])
     assert f"needs plugin API >=2,<3, but {API_VERSION} is installed" in message_of(None, [Future()])
-    assert "did you mean 'setup'" in message_of(None, [Misspelt()])
+    assert "Did you mean 'setup'" in message_of(None, [Misspelt()])
     assert "(class " in message_of(None, [Misspelt()])
     assert "plugins=[Misspelt(...)]" in message_of(None, [Misspelt()])

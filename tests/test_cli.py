@@ -160,12 +160,20 @@ def test_check_passes_usable_plugins_whatever_their_options(site):
     ("source", "expected"),
     [
         (EXPLODES, "RuntimeError: imported"),
-        (MISSPELT, "did you mean 'setup'"),
+        (MISSPELT, "Did you mean 'setup'"),
         ("class Plugin: pass", "is not a dataclass"),
         (GOOD.replace("path: str", "path: 'Absent'"), "the type of option 'path' is not imported"),
         (GOOD.replace("path: str", "label: str"), "has an option 'label', a name that configs reserve"),
+        (GOOD.replace("path: str", "path: 'set[str]'"), "option 'path' has the type set[str], which cannot be written"),
+        (
+            "from typing import Annotated\nfrom trl_ext.options import Range\n"
+            + GOOD.replace("alpha: float", "alpha: Annotated[float, Range(gt=1)]"),
+            "the default alpha=1.0 is not > 1",
+        ),
+        (GOOD.replace('"1"', "1"), "declares the range 1 of plugin API, which is not a text; write"),
+        (GOOD.replace('("sft",)', '"sft"'), "declares trainers = 'sft', a bare text; write trainers = ('sft',)"),
     ],
-    ids=["import", "hook", "class", "type", "reserved"],
+    ids=["import", "hook", "class", "type", "reserved", "unwritable", "default", "range", "trainers"],
 )
 def test_check_fails_for_what_a_run_would_refuse(site, source, expected):
     add_plugin(site, "good", GOOD)

@@ -276,6 +276,24 @@ def test_all_plugins_that_import_a_broken_module_are_broken(site):
     )
 
 
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("x = 1\0\n", "null bytes"),
+        (f"x = {'-' * 100_000}1\n" + GOOD, None),
+        ("if x:\n  " + "+".join("1" * 5000) + "\n" + GOOD, None),
+    ],
+    ids=["null bytes", "deep", "long"],
+)
+def test_an_extreme_source_does_not_end_the_list(site, source, expected):
+    add_plugin(site, GOOD, "good")
+    site.add("trl-ext-fake", plugins={"fake": "fake_pkg:Plugin"})
+    (site.root / "fake_pkg.py").write_text(source)
+    assert found("good").error is None
+    error = found("fake").error
+    assert error is None if expected is None else expected in str(error)
+
+
 def test_a_name_that_no_config_could_hold_is_broken(site):
     site.add("trl-ext-fake", plugins={"fake one": "fake_pkg:Plugin"}, files={"fake_pkg/__init__.py": GOOD})
     assert "cannot be written in a config" in error_of("fake one")

@@ -11,13 +11,15 @@ import textwrap
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import CodeType
+from typing import Any, get_args
 
 import pytest
 import typer
 import yaml
 
-from trl_ext.hookspecs import HOOKS, HookSpecs
+from trl_ext.hookspecs import HOOKS, HookSpecs, Kind
+from trl_ext.records import TRAINERS
 from trl_ext.testing import Addition, Copy, save_model, tiny_qwen2, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -32,8 +34,8 @@ def blocks(document: Path, *languages: str) -> Iterator[tuple[int, str]]:
             yield text[: match.start(2)].count("\n") + 1, match[2]
 
 
-def having(*languages: str) -> pytest.MarkDecorator:
-    documents = [d for d in DOCUMENTS if any(blocks(d, *languages))]
+def having(*languages: str, but: str = "") -> pytest.MarkDecorator:
+    documents = [d for d in DOCUMENTS if any(blocks(d, *languages)) and d.name != but]
     return pytest.mark.parametrize("document", documents, ids=lambda d: str(d.relative_to(ROOT)))
 
 
@@ -49,6 +51,12 @@ def signature(hook: str) -> str:
     return f"{hook}({ast.unparse(tree.args)}) -> {ast.unparse(tree.returns)}"
 
 
+def trainers_named(hook: str) -> list[str]:
+    """The trainers that call a hook, as the documents write them; none where all do."""
+    trainers = HOOKS[hook].trainers
+    return [] if trainers == TRAINERS else [trainer.upper() for trainer in trainers]
+
+
 def sections() -> dict[str, str]:
     """The sections of docs/hooks.md that are about a hook, by name."""
     parts = re.split(r"^## `(\w+)`$", (ROOT / "docs" / "hooks.md").read_text(), flags=re.MULTILINE)
@@ -60,14 +68,26 @@ def test_hook_is_documented_with_its_signature_kind_and_an_example(hook: str) ->
     entry = sections()[hook].strip()
     first, kind, rest = (part.strip() for part in re.split(r"\n\n|(?<=\*)\. ", entry, maxsplit=2))
     assert first == f"`{signature(hook)}`"
-    doc = inspect.getdoc(getattr(HookSpecs, hook))
-    assert doc is not None
-    assert kind == f"*{doc[1 : doc.index(']')]}*"
+    assert kind == f"*{', '.join([HOOKS[hook].kind, *trainers_named(hook)])}*"
     assert f"def {hook}(self" in rest.partition("```python")[2], "no example that implements the hook"
 
 
-def test_no_entry_is_about_a_hook_that_does_not_exist() -> None:
-    assert set(sections()) == set(HOOKS)
+def test_hooks_have_their_entries_in_the_order_in_which_they_fire() -> None:
+    assert list(sections()) == list(HOOKS)
+
+
+def test_the_table_of_hooks_says_what_their_declarations_say() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \|$", (ROOT / "docs" / "hooks.md").read_text(), re.MULTILINE
+    )
+    assert rows == [
+        (hook, facts.kind, ", ".join(trainers_named(hook)) or "all", facts.moment) for hook, facts in HOOKS.items()
+    ]
+
+
+def test_every_kind_is_explained() -> None:
+    explained = re.findall(r"^- \*([\w ]+)\*: ", (ROOT / "docs" / "hooks.md").read_text(), re.MULTILINE)
+    assert sorted(explained) == sorted(get_args(Kind))
 
 
 # -- snippets --------------------------------------------------------------------------------------------------------
@@ -84,12 +104,29 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@having("python")
+def snippets(document: Path) -> list[CodeType]:
+    """The Python blocks, compiled with the document's line numbers for tracebacks."""
+    return [compile("\n" * (line - 1) + text, str(document), "exec") for line, text in blocks(document, "python")]
+
+
+@having("python", but="hooks.md")
 def test_python_snippets_run(document: Path, workplace: Path) -> None:
-    """In order, in one namespace a document, with the document's line numbers in tracebacks."""
+    """In order, in one namespace a document."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for line, text in blocks(document, "python"):
-        exec(compile("\n" * (line - 1) + text, str(document), "exec"), namespace)
+    for snippet in snippets(document):
+        exec(snippet, namespace)
+
+
+def test_each_hook_s_snippet_runs_alone_and_the_last_trains_with_all(workplace: Path) -> None:
+    imports, *plugins, run = snippets(ROOT / "docs" / "hooks.md")
+    shared: dict[str, Any] = {"__name__": "__main__"}
+    exec(imports, shared)
+    together = dict(shared)
+    for snippet in plugins:
+        alone = dict(shared)  # the methods keep this namespace: a name of another snippet's fails in the run too
+        exec(snippet, alone)
+        together |= alone
+    exec(run, together)
 
 
 # -- commands --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
-from trl_ext.hookspecs import EXCLUSIVE, FOREIGN, GRPO_ONLY, HOOKS
+from trl_ext.hookspecs import HOOKS
 from trl_ext.records import AuxiliaryLoss, StreamRequest
 
 STEPS, ACCUMULATION, CLIP = 2, 2, 1e-3
@@ -289,12 +289,15 @@ MOMENTS = {
 
 @pytest.mark.parametrize(
     ("hook", "kind"),
-    [(hook, kind) for hook in HOOKS for kind in MAKE if hook not in FOREIGN[kind]],
+    [(hook, kind) for hook, facts in HOOKS.items() for kind in facts.trainers],
 )
 def test_hook_fires_at_its_moment(runs, hook, kind):
-    assert hook in MOMENTS, f"add the moment at which '{hook}' fires to MOMENTS, and the hook to Spy"
     assert hook in runs[kind].order()
     MOMENTS[hook](runs[kind])
+
+
+def test_every_declared_hook_and_no_other_has_its_moment_here():
+    assert MOMENTS.keys() == HOOKS.keys()
 
 
 STREAM, MICRO = "per_token_loss", ["per_token_loss", "auxiliary_losses"]
@@ -321,6 +324,13 @@ ORDER = {
 @pytest.mark.parametrize("kind", ORDER)
 def test_hooks_fire_in_the_stated_order(runs, kind):
     assert runs[kind].order() == ORDER[kind]
+
+
+@pytest.mark.parametrize("kind", ORDER)
+def test_hooks_are_declared_in_the_order_in_which_they_first_fire(runs, kind):
+    own = [hook for hook, facts in runs[kind].spy.events if hook in HOOKS and not facts.get("stream")]
+    declared = [hook for hook, facts in HOOKS.items() if kind in facts.trainers and hook in own]
+    assert list(dict.fromkeys(own)) == declared
 
 
 def test_check_runs_before_the_model_loads(tmp_path):
@@ -415,11 +425,25 @@ def test_a_chain_hook_may_not_return_nothing(tmp_path, hook, kind):
         trainer.train()
 
 
-@pytest.mark.parametrize("hook", sorted(EXCLUSIVE))
+@dataclass(eq=False)
+class ReturnsAView(Plugin):
+    @hookimpl
+    def gradients_ready(self, gradients):
+        return gradients
+
+
+def test_an_in_place_hook_may_not_return_a_value(tmp_path):
+    trainer = make_sft(tmp_path / "run", plugins=[ReturnsAView()])
+    match = "hook 'gradients_ready' at step 1: TypeError: returned a GradientView, which would be ignored; edit"
+    with pytest.raises(PluginError, match=match):
+        trainer.train()
+
+
+@pytest.mark.parametrize("hook", [hook for hook, facts in HOOKS.items() if facts.kind == "exclusive"])
 def test_an_exclusive_hook_has_one_owner(tmp_path, hook):
     plugins = [plugin_with(hook, "One"), plugin_with(hook, "Other")]
     with pytest.raises(ConfigurationError, match=f"hook '{hook}' can have one owner, and 'One'.* and 'Other'.*claim"):
-        MAKE["grpo" if hook in GRPO_ONLY else "sft"](tmp_path / "run", plugins=plugins)
+        MAKE[HOOKS[hook].trainers[0]](tmp_path / "run", plugins=plugins)
 
 
 def test_the_wrapped_optimiser_is_the_one_that_steps_and_is_wrapped_once(tmp_path):

@@ -28,7 +28,8 @@ from helpers import (
 from safetensors.torch import load_file
 
 from trl_ext import hookimpl
-from trl_ext.checkpoints.files import incompleteness, newest_complete
+from trl_ext.checkpoints import newest_complete
+from trl_ext.checkpoints.completeness import incompleteness
 from trl_ext.errors import CheckpointError, ConfigurationError
 from trl_ext.records import StreamRequest
 

@@ -403,7 +403,7 @@ def test_a_gradient_that_is_not_kept_is_gone_in_the_windows_own_passes(tmp_path,
 
     plugin = Early()
     trainer = MAKE[kind](tmp_path / "run", plugins=[plugin], streams={"general": additions(9)}, max_steps=2)
-    original = trainer._ext_stream_gradients
+    original = trainer.ext_step._stream_gradients
 
     def noted(model: Any, when: str) -> Any:
         found = original(model, when)
@@ -411,7 +411,7 @@ def test_a_gradient_that_is_not_kept_is_gone_in_the_windows_own_passes(tmp_path,
             plugin.tensors.extend(weakref.ref(tensor) for tensor in one.gradients._tensors)
         return found
 
-    trainer._ext_stream_gradients = noted
+    trainer.ext_step._stream_gradients = noted
     trainer.train()
     assert set(plugin.there) == {keep}
     assert plugin.roles == [{"general"} if keep else set()] * 2

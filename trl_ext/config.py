@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field, fields
 from functools import cache
+from inspect import formatannotation
 from typing import Any
 
 from transformers import TrainingArguments
@@ -87,43 +88,30 @@ class _PluginSettings:
             )
 
 
-_PARAMETERS = """
-    Parameters:
-        plugins (`list[str]`, *optional*):
-            Plugins to activate, in order. Each is a name with options (`"power:alpha=10"`) or a mapping
-            (`{"name": "power", "alpha": 10}`); one text with commas and JSON are understood too. Kept as a list of
-            mappings. If `None`, the environment variable `TRL_EXT_PLUGINS` is read.
-        streams (`dict[str, Any]` or `str`, *optional*):
-            Named auxiliary data sets for plugins that want one: `general=data.jsonl`, or a mapping from name to a path
-            or to a mapping with `path`, `name`, `split`, `data_files`, `data_dir` and `columns`.
-        dataset_columns (`dict[str, Any]` or `str`, *optional*):
-            Columns of the training and evaluation data to rename, old to new: `question=prompt,answer=completion`, or a
-            mapping.
-        nonfinite (`str`, *optional*):
-            What to do about a NaN or infinite gradient before the optimiser's step: `"raise"` stops all ranks, `"skip"`
-            leaves out the step on all ranks, `"ignore"` does as TRL does. If `None`, `"raise"` when plugins are active,
-            and `"ignore"` otherwise.
-        rank_check_steps (`int`, *optional*, defaults to `0`):
-            Compare hashes of the parameters and of the plugins' state across ranks every so many optimiser steps, and
-            stop when they differ; 0 never compares.
-        reset_plugin_state (`bool`, *optional*, defaults to `False`):
-            Whether to start plugins afresh when a checkpoint's plugin state is missing, corrupt or of other plugins,
-            instead of refusing to resume.
-"""
+_PARAMETERS = "\n".join(
+    f"        {setting.name} (`{formatannotation(setting.type)}`):\n            {setting.metadata['help']}"
+    for setting in fields(_PluginSettings)
+)
 
 
 @dataclass
 class SFTConfig(_PluginSettings, TrlSFTConfig):
     __doc__ = f"""
     [`trl.SFTConfig`] with the settings of the plugin layer. Every argument of TRL's keeps its place and meaning.
-{_PARAMETERS}"""
+
+    Parameters:
+{_PARAMETERS}
+    """
 
 
 @dataclass
 class GRPOConfig(_PluginSettings, TrlGRPOConfig):
     __doc__ = f"""
     [`trl.GRPOConfig`] with the settings of the plugin layer. Every argument of TRL's keeps its place and meaning.
-{_PARAMETERS}"""
+
+    Parameters:
+{_PARAMETERS}
+    """
 
 
 def upgrade_config(args: Any, config_cls: type[Any]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class TrlExtError(Exception):
     """Base of all errors that trl_ext raises on purpose."""
@@ -32,3 +34,11 @@ class StreamExhaustedError(TrlExtError, RuntimeError):
 
 class CheckpointError(TrlExtError, RuntimeError):
     """A checkpoint is incomplete, corrupt, or belongs to other plugins."""
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """A hint for a word that is none of those that are known: "Did you mean 'power'? ", or "" where none is near."""
+    import difflib
+
+    near = difflib.get_close_matches(word, list(words), n=3)
+    return f"Did you mean {' or '.join(map(repr, near))}? " if near else ""

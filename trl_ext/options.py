@@ -1,9 +1,9 @@
 """What a plugin declares about its options beside their types: bounds of numbers. The core refuses what is outside.
 
 A choice is declared as `Literal["a", "b"]`, a bounded number as `Annotated[float, Range(gt=0, le=1)]`; both also
-inside `X | None`, `list[X]`, `tuple[X, ...]` and `dict[str, X]`. What is declared needs no check in `__post_init__`, is
-shown by `trl-ext plugins info`, and is refused with the plugin, the option and the config line to change, for values
-from a config and for instances made in a script.
+inside `X | None`, `list[X]`, `tuple[X, ...]`, `Sequence[X]`, `dict[str, X]` and `Mapping[str, X]`. What is declared
+needs no check in `__post_init__` and is shown by `trl-ext plugins info`. Other values are refused with the plugin, the
+option and the config line to change, whether they come from a config or with an instance that a script has made.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
 
 _MISSING = object()
@@ -46,7 +46,7 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.gt is None or value > self.gt)
             and (self.ge is None or value >= self.ge)
             and (self.lt is None or value < self.lt)
@@ -110,11 +110,16 @@ def violation(value: Any, annotation: Any) -> str | None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return next((f"is not {bounds}" for bounds in ranges if number and value not in bounds), None)
     if origin is Literal:
-        return None if value in arguments else f"is not one of {', '.join(map(str, arguments))}"
+        return None if _is_chosen(value, arguments) else f"is not one of {', '.join(map(str, arguments))}"
     if origin in (Union, types.UnionType):
         reasons = [violation(value, member) for member in arguments if _may_be(value, member)]
         return None if not reasons or None in reasons else reasons[0]
     return next(filter(None, (violation(item, inner) for item, inner in _items(value, origin, arguments))), None)
+
+
+def _is_chosen(value: Any, choices: tuple[Any, ...]) -> bool:
+    """Whether a value is one of the choices; True is not the number 1."""
+    return any(value == choice and isinstance(value, bool) == isinstance(choice, bool) for choice in choices)
 
 
 def _may_be(value: Any, annotation: Any) -> bool:
@@ -129,6 +134,8 @@ def _may_be(value: Any, annotation: Any) -> bool:
         return True
     if kind in (int, float) and isinstance(value, bool):
         return False
+    if kind is Sequence and isinstance(value, str):
+        return False
     kinds = (int, float) if kind is float else kind
     return isinstance(kind, type) and isinstance(value, kinds)
 
@@ -137,10 +144,10 @@ def _items(value: Any, origin: Any, arguments: tuple[Any, ...]) -> Iterable[tupl
     """The members of a container, each with its annotation."""
     if not arguments:
         return []
-    if origin is dict and isinstance(value, Mapping):
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
         return [(item, arguments[1]) for item in value.values()]
-    if origin not in (list, tuple) or not isinstance(value, list | tuple):
+    if origin not in (list, tuple, Sequence) or not isinstance(value, list | tuple):
         return []
-    if origin is list or arguments[-1] is Ellipsis:
+    if origin is not tuple or arguments[-1] is Ellipsis:
         return [(item, arguments[0]) for item in value]
     return list(zip(value, arguments, strict=False))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     import torch
@@ -17,12 +17,16 @@ if TYPE_CHECKING:
 
     from trl_ext.gradients import GradientView
 
+TrainerKind = Literal["sft", "grpo"]
+"""What a run trains with."""
+TRAINERS: tuple[str, ...] = get_args(TrainerKind)
+
 
 @dataclass(frozen=True)
 class RunDescription:
     """The run as asked for, before the model loads (`check`)."""
 
-    trainer: Literal["sft", "grpo"]
+    trainer: TrainerKind
     args: Any
     """The trainer's config (`SFTConfig` or `GRPOConfig`)."""
     model: Any
@@ -44,7 +48,7 @@ class RunDescription:
 class SetupContext:
     """The model as it will be trained, and facts of the run (`setup`)."""
 
-    trainer: Literal["sft", "grpo"]
+    trainer: TrainerKind
     model: nn.Module
     """The unwrapped model; its parameters are DTensors under FSDP2."""
     weights: WeightsView

@@ -20,7 +20,7 @@ import test_resume
 import transformers.trainer
 from transformers import Trainer, TrainerState
 
-from trl_ext.checkpoints import files
+from trl_ext.checkpoints import newest_complete, plugin_state
 
 STEP = 4
 OUT = Path()
@@ -54,11 +54,11 @@ def of_counter(folder: Path, *args: Any) -> bool:
 POINTS: dict[str, Callable[[], None]] = {
     "after the model": lambda: around(Trainer, "_save_optimizer_and_scheduler", before=True),
     "after the optimiser": lambda: around(Trainer, "_save_rng_state", before=True),
-    "before the plugins": lambda: around(files, "save_state", before=True),
-    "amid the plugins": lambda: around(files, "_write", before=True, when=of_counter),
-    "after a plugin": lambda: around(files, "_write", before=False, when=of_counter),
+    "before the plugins": lambda: around(plugin_state, "save_state", before=True),
+    "amid the plugins": lambda: around(plugin_state, "_write", before=True, when=of_counter),
+    "after a plugin": lambda: around(plugin_state, "_write", before=False, when=of_counter),
     "before the manifest": lambda: around(os, "replace", before=True, when=lambda a, b: "manifest" in str(b)),
-    "after the plugins": lambda: around(files, "save_state", before=False),
+    "after the plugins": lambda: around(plugin_state, "save_state", before=False),
     "before the trainer's state": lambda: around(TrainerState, "save_to_json", before=True),
     "rotation": lambda: around(transformers.trainer, "rotate_checkpoints", before=True),
 }
@@ -93,7 +93,7 @@ def main(folder: Path, points: list[str]) -> None:
             test_resume.build_sft(out, save_total_limit=1).train(resume_from_checkpoint=True)
 
         status = in_child(train)
-        newest, _ = files.newest_complete(OUT)
+        newest, _ = newest_complete(OUT)
         report[point] = {
             "killed": os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL,
             "resumed at": None if newest is None else int(newest.name.removeprefix("checkpoint-")),

@@ -8,9 +8,12 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from trl_ext.plugins.discovery import PluginInfo
 
 plugins_app = typer.Typer(help="Show and check the installed plugins.", no_args_is_help=True)
 
@@ -58,7 +61,7 @@ def info(
         print(f"wrote {draw}")
         return
     print(f"{name} ({found.distribution} {found.version}), {found.value}\n")
-    print(*_describe(plugin_class), sep="\n")
+    print(*_describe(plugin_class, found), sep="\n")
     if options := _options(plugin_class):
         print("\nOptions:")
         header: tuple[str, ...] = ("option", "type", "default")
@@ -92,13 +95,19 @@ def check(
         raise typer.Exit(1)
 
 
-def _describe(plugin_class: type) -> list[str]:
+def _describe(plugin_class: type, info: PluginInfo) -> list[str]:
     import inspect
 
-    from trl_ext.plugins.implementations import marked_hooks, supported_trainers
+    from trl_ext.plugins.declarations import read_declarations
+    from trl_ext.plugins.implementations import marked_hooks
+    from trl_ext.specs import config_line
 
+    declared = read_declarations(plugin_class, info.name, str(info), config_line({"name": info.name}))
     facts = {
-        "Trainers": ", ".join(supported_trainers(plugin_class)),
+        "Trainers": ", ".join(declared.trainers),
+        "Provides": ", ".join(declared.provides[1:]),
+        "Conflicts with": "; ".join(f"{word} ({reason})" for word, reason in declared.conflicts.items()),
+        "Comes after": "; ".join(f"{word} ({reason})" for word, reason in declared.after.items()),
         "Hooks": ", ".join(marked_hooks(plugin_class)),
         "Needs": ", ".join(
             f"{what} {wanted}"
@@ -124,9 +133,11 @@ def _options(plugin_class: type) -> list[tuple[str, ...]]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
+    from trl_ext.plugins.coercion import as_written
+
     if field.default is not dataclasses.MISSING:
-        return repr(field.default)
-    return "required" if field.default_factory is dataclasses.MISSING else repr(field.default_factory())
+        return repr(as_written(field.default))
+    return "required" if field.default_factory is dataclasses.MISSING else repr(as_written(field.default_factory()))
 
 
 def _print_table(header: tuple[str, ...], rows: Iterable[Sequence[str]]) -> None:

@@ -15,14 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trl_ext.errors import NonFiniteError, OnAllRanksError, PluginError
+from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.activation import PluginSet
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-_TOUCH_THE_UPDATE = frozenset(
-    {"sample_weights", "per_token_loss", "advantages", "policy_loss", "auxiliary_losses", "gradients_ready"}
-)
 
 
 class AgreedError(PluginError):
@@ -30,7 +27,7 @@ class AgreedError(PluginError):
 
 
 class Guard:
-    """Runs hooks on behalf of a trainer and turns what goes wrong into one error on every rank.
+    """Runs hooks for a trainer, with one method for each kind, and turns a failure into one error on every rank.
 
     Args:
         plugins: the active plugins.
@@ -46,21 +43,40 @@ class Guard:
         self.step = step
         self.last_touched: str | None = None
         self._failure: PluginError | None = None
-        self._silenced: set[str] = set()
+        self._silenced: set[tuple[str, str]] = set()
         self._origin = {p.name: str(p) for p in plugins}
 
-    def run(self, hook: str, plugin: str, call: Callable[..., T], fallback: T, **arguments: Any) -> T:
-        """Call one implementation. A failure raises at once on one rank, and at the next `agree` on several.
+    def run(
+        self,
+        hook: str,
+        plugin: str,
+        call: Callable[..., T],
+        fallback: T,
+        check: Callable[[T], None] | None = None,
+        **arguments: Any,
+    ) -> T:
+        """Call something of one plugin. A failure raises at once on one rank, and at the next `agree` on several.
+
+        Args:
+            hook: the hook, or whatever else of the plugin is called, for messages.
+            plugin: the plugin's name.
+            call: what to call.
+            fallback: the result where it fails, with which the step goes on until the ranks agree.
+            check: raises on a wrong result, which counts as the plugin's failure.
+            **arguments: what to call it with.
 
         Raises:
             PluginError: naming plugin, distribution, hook and step.
         """
         if self._failure is not None:
             return fallback
-        if hook in _TOUCH_THE_UPDATE:
+        if hook in HOOKS and HOOKS[hook].touches_update:
             self.last_touched = f"{plugin}.{hook}"
         try:
-            return call(**arguments)
+            result = call(**arguments)
+            if check is not None:
+                check(result)
+            return result
         except AgreedError:
             raise
         except OnAllRanksError as error:
@@ -75,11 +91,12 @@ class Guard:
             return fallback
 
     def run_all(self, hook: str, **arguments: Any) -> None:
-        """Call every implementation of a hook whose results are ignored. Collective if there are several."""
+        """Call every implementation of a hook of the kind *all* or *in place*. Collective if there are several."""
+        check = _nothing_returned if HOOKS[hook].kind == "in place" else None
         for i, (plugin, call) in enumerate(self.plugins.calls(hook)):
             if i:
                 self.agree()  # a rank that failed would be missed in the collectives of the next plugin
-            self.run(hook, plugin, call, None, **arguments)
+            self.run(hook, plugin, call, None, check, **arguments)
 
     def chain(self, hook: str, argument: str, value: T, check: Callable[[T], None], **arguments: Any) -> T:
         """Call every implementation in order, each on the result of the one before. Collective if there are several.
@@ -94,27 +111,51 @@ class Guard:
         for i, (plugin, call) in enumerate(self.plugins.calls(hook)):
             if i:
                 self.agree()
-
-            def checked(call: Callable[..., T] = call, **kwargs: Any) -> T:
-                result = call(**kwargs)
-                check(result)
-                return result
-
-            value = self.run(hook, plugin, checked, value, **{argument: value}, **arguments)
+            value = self.run(hook, plugin, call, value, check, **{argument: value}, **arguments)
         return value
 
-    def metrics(self, mode: str) -> dict[str, float]:
-        """Collect the diagnostics. One that raises is logged and switched off: it must not change the training."""
+    def exclusive(self, hook: str, fallback: T, *, check: Callable[[T], None] | None = None, **arguments: Any) -> T:
+        """Give the result of the hook's owner; `fallback` where it has none, or where the owner fails.
+
+        Args:
+            hook: the hook.
+            fallback: what stands in for the owner's result.
+            check: raises on a wrong result.
+            **arguments: the hook's arguments.
+        """
+        for plugin, call in self.plugins.calls(hook):
+            return self.run(hook, plugin, call, fallback, check, **arguments)
+        return fallback
+
+    def sum(self, hook: str, *, check: Callable[[Mapping[str, T]], None], **arguments: Any) -> dict[str, T]:
+        """Give the named terms of all plugins, to be added up, under `<plugin>/<term>`.
+
+        Args:
+            hook: the hook.
+            check: raises on a wrong result of one plugin.
+            **arguments: the hook's arguments.
+        """
+        terms: dict[str, T] = {}
+        none: Mapping[str, T] = {}
+        for plugin, call in self.plugins.calls(hook):
+            given = self.run(hook, plugin, call, none, check, **arguments)
+            terms |= {f"{plugin}/{name}": term for name, term in given.items()}
+        return terms
+
+    def collect(self, hook: str, **arguments: Any) -> dict[str, float]:
+        """Gather the named numbers of all plugins under `<plugin>/<name>`.
+
+        They are for the log alone, so a plugin that raises is logged and switched off: it must not end the training.
+        """
         collected: dict[str, float] = {}
-        for plugin, call in self.plugins.calls("metrics"):
-            if plugin in self._silenced:
+        for plugin, call in self.plugins.calls(hook):
+            if (hook, plugin) in self._silenced:
                 continue
             try:
-                values: Mapping[str, float] = call(mode=mode)
-                collected.update({f"{plugin}/{key}": float(value) for key, value in values.items()})
+                collected |= {f"{plugin}/{key}": float(value) for key, value in call(**arguments).items()}
             except Exception:
-                self._silenced.add(plugin)
-                logger.exception("%s; its metrics are off from here on", self.failure("metrics", plugin, "it raised"))
+                self._silenced.add((hook, plugin))
+                logger.exception("%s; it is switched off from here on", self.failure(hook, plugin, "it raised"))
         return collected
 
     def failure(self, hook: str, plugin: str, reason: str) -> PluginError:
@@ -165,3 +206,10 @@ class Guard:
         dist.all_gather_object(messages, None if self._failure is None else str(self._failure))
         rank, message = next((r, m) for r, m in enumerate(messages) if m is not None)
         raise AgreedError(f"{message} [on rank {rank} of {self.world_size}]") from self._failure
+
+
+def _nothing_returned(result: Any) -> None:
+    if result is not None:
+        raise TypeError(
+            f"returned a {type(result).__name__}, which would be ignored; edit the argument in place and return None"
+        )

@@ -2,47 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from trl_ext.engine.context import RunContext
 from trl_ext.records import AuxiliaryLoss, MicroStep, TokenRecord
-
-if TYPE_CHECKING:
-    from trl_ext.trainers.mixin import TrainerMixin
 
 
 def token_record(
-    trainer: TrainerMixin, outputs: Any, inputs: Mapping[str, Any], denominator: Tensor, stream: str | None = None
+    run: RunContext, outputs: Any, inputs: Mapping[str, Any], denominator: Tensor, stream: str | None = None
 ) -> TokenRecord:
-    """What `per_token_loss` receives for the outputs of TRL's fused head.
+    """What `per_token_loss` receives for a batch (`inputs`) and TRL's `FusedCausalLMOutput` of it (`outputs`).
 
-    Args:
-        trainer: the trainer.
-        outputs: TRL's `FusedCausalLMOutput`.
-        inputs: the micro-batch.
-        denominator: () what the sum of the losses is divided by on this rank.
-        stream: name of the stream that the batch is of.
+    `denominator` is () what the sum of the losses is divided by on this rank; `stream` names the stream of the batch.
     """
-    training = trainer.model.training
-    own_step = training and stream is None
+    own_step = run.training() and stream is None
     return TokenRecord(
         log_probs=outputs.log_probs,
         entropy=outputs.entropy,
         mask=outputs.label_mask,
-        training=training,
+        training=run.training(),
         denominator=denominator,
-        accumulation_steps=trainer.current_gradient_accumulation_steps if own_step else 1,
-        progress=trainer.ext_progress(),
+        accumulation_steps=run.accumulation_steps() if own_step else 1,
+        progress=run.progress(),
         stream=stream,
-        extras={name: outputs[name] for name in trainer.ext_fused_outputs},
+        extras={name: outputs[name] for name in run.fused_outputs},
         inputs=inputs,
     )
 
 
+def label_tokens(num_items: Tensor | int, counted_ranks: int, device: torch.device) -> Tensor:
+    """() float: a window's label tokens, at least one, as seen from a rank whose gradients are averaged with others'.
+
+    `num_items` is transformers' count, over all ranks or, with `counted_ranks` = 1, of this rank alone.
+    """
+    return torch.as_tensor(num_items, device=device).clamp(min=1) / counted_ranks
+
+
+def per_token_loss(run: RunContext, tokens: TokenRecord) -> Tensor:
+    """(B, T) the objective's loss, 0 without a label: the owner's, or the negative log-probability."""
+    nll = -tokens.log_probs
+    if not run.plugins.implements("per_token_loss"):
+        return nll
+    loss = run.guard.exclusive("per_token_loss", nll, check=same_shape(nll), tokens=tokens)
+    # `where`, not a product: a loss may be infinite at masked positions, where the log-probability reads 0.
+    return torch.where(tokens.mask, loss, torch.zeros_like(loss))
+
+
+def same_shape(log_probs: Tensor) -> Callable[[Any], None]:
+    """A check that a loss hook has returned one number per token."""
+
+    def check(loss: Any) -> None:
+        if not isinstance(loss, Tensor) or loss.shape != log_probs.shape:
+            got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(f"returned {got}; expected a loss of shape {tuple(log_probs.shape)}")
+
+    return check
+
+
 def add_auxiliary_losses(
-    trainer: TrainerMixin,
+    run: RunContext,
     loss: Tensor,
     micro_step: MicroStep,
     *,
@@ -59,19 +81,15 @@ def add_auxiliary_losses(
         PluginError: a plugin returns anything but a mapping of names to scalar `AuxiliaryLoss`.
     """
     denominators = {"token": per_token, "sequence": per_sequence, "batch": per_batch}
-    for plugin, call in trainer.ext_plugins.calls("auxiliary_losses"):
 
-        def checked(call: Any = call, **arguments: Any) -> Mapping[str, AuxiliaryLoss]:
-            terms = call(**arguments)
-            for name, term in terms.items():
-                if not isinstance(term, AuxiliaryLoss) or term.value.ndim or term.per not in denominators:
-                    raise TypeError(f"term '{name}' is {term!r}; expected AuxiliaryLoss(scalar, per)")
-            return terms
-
-        none: Mapping[str, AuxiliaryLoss] = {}
-        terms = trainer.ext_guard.run("auxiliary_losses", plugin, checked, none, micro_step=micro_step)
+    def check(terms: Mapping[str, AuxiliaryLoss]) -> None:
         for name, term in terms.items():
-            value = term.value / denominators[term.per]
-            loss = loss + value
-            trainer.ext_tally.add_term(f"{plugin}/{name}", value)
+            if not isinstance(term, AuxiliaryLoss) or term.value.ndim or term.per not in denominators:
+                raise TypeError(f"term '{name}' is {term!r}; expected AuxiliaryLoss(scalar, per)")
+
+    terms = run.guard.sum("auxiliary_losses", check=check, micro_step=micro_step)
+    for name, term in terms.items():
+        value = term.value / denominators[term.per]
+        loss = loss + value
+        run.tally.add_term(name, value)
     return loss

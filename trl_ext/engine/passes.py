@@ -6,19 +6,19 @@ nothing of the trainer's bookkeeping is touched; `p.grad` is set aside and put b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.gradients import GradientView, local_tensor
-
-if TYPE_CHECKING:
-    from trl_ext.trainers.mixin import TrainerMixin
+from trl_ext.records import WeightsView
 
 
 @contextmanager
@@ -69,38 +69,84 @@ def gradient_sync(model: nn.Module, syncing: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def standing_aside(trainer: TrainerMixin, seed: int | None = None) -> Iterator[None]:
-    """All that an extra forward needs around it: TRL's autocast and offload contexts, a preserved random state."""
-    with ExitStack() as stack:
-        stack.enter_context(preserved_rng(trainer.accelerator.device, seed))
-        offload = getattr(trainer, "maybe_activation_offload_context", None)
-        if offload is not None:
-            stack.enter_context(offload)
-        stack.enter_context(trainer.compute_loss_context_manager())
-        yield
+@dataclass(frozen=True)
+class ExtraPasses:
+    """How to run the model outside of TRL's step. What changes during a run is a function."""
+
+    device: torch.device
+    weights: Callable[[], WeightsView]
+    """Gives the trainable parameters, once the model is prepared."""
+    unwrapped: Callable[[], nn.Module]
+    """The model without DDP around it, whose passes reduce nothing."""
+    syncing: Callable[[], bool]
+    """Whether the micro-step around the pass reduces its gradients over ranks."""
+    surroundings: Callable[[], AbstractContextManager[None]]
+    """What TRL runs a forward in: mixed precision, and offloading of activations where it is on."""
+    backward: Callable[[Tensor], None]
+    agree: Callable[[], None]
+    """Called before the collectives of a gradient view, so that a rank whose hook has failed is not waited for."""
+    to_device: Callable[[Mapping[str, Any]], dict[str, Any]]
+    sft_head: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Gives a context in which the fused head yields plain SFT log-probabilities."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the MoE balancing loss; 0 where it is off."""
+
+    @contextmanager
+    def aside(self, seed: int | None = None) -> Iterator[None]:
+        """All that an extra forward needs around it: TRL's contexts, and a random state that is put back."""
+        with preserved_rng(self.device, seed), self.surroundings():
+            yield
+
+    def forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """TRL's `FusedCausalLMOutput` of a batch, with the MoE balancing loss where the run uses it."""
+        extra = {"output_router_logits": True} if self.router_aux_loss_coef else {}
+        return model(**{**inputs, "use_cache": False, **extra}, fused_lm_head=True)
+
+    def gradient(self, model: nn.Module, loss: Callable[[], Tensor], seed: int | None = None) -> GradientView:
+        """The reduced gradient of a loss as a snapshot, with `p.grad` as before.
+
+        Args:
+            model: the wrapped model; every rank must call this alike.
+            loss: runs the forward and returns the () loss of this rank.
+            seed: seed of the pass (dropout); the surrounding random state is preserved in any case.
+        """
+        weights = self.weights()
+        with swapped_gradients(weights.parameters):
+            with gradient_sync(model, self.syncing()):
+                with self.aside(seed):
+                    value = loss()
+                self.backward(value)
+            tensors = [None if p.grad is None else local_tensor(p.grad) for p in weights.parameters]
+            return GradientView(weights.names, weights.parameters, tensors, self.agree)
 
 
-def fused_forward(trainer: TrainerMixin, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """TRL's `FusedCausalLMOutput` of a batch, with the MoE balancing loss where the trainer uses it."""
-    extra = {"output_router_logits": True} if trainer.aux_loss_enabled else {}
-    return model(**{**inputs, "use_cache": False, **extra}, fused_lm_head=True)
+def sft_head(
+    base_model: Callable[[], nn.Module],
+    outputs: Sequence[str],
+    autocast: Callable[[], AbstractContextManager[Any]],
+    cast_to_fp32: bool,
+) -> Callable[[], AbstractContextManager[None]]:
+    """Give contexts in which the fused head of a GRPO model yields SFT log-probabilities, and the named outputs too.
 
-
-def gradient_of(trainer: TrainerMixin, model: nn.Module, loss: Any, seed: int | None = None) -> GradientView:
-    """The reduced gradient of a loss as a snapshot, with `p.grad` as before.
-
-    Args:
-        trainer: the trainer.
-        model: the wrapped model; every rank must call this alike.
-        loss: a function without arguments that runs the forward and returns the () loss of this rank.
-        seed: seed of the pass (dropout); the surrounding random state is preserved in any case.
+    GRPO's head divides logits by the sampling temperature; SFT data wants them as they are. The heads are exchanged
+    beneath the mixed precision that accelerate has put around the model's forward, so it is put around this one too.
     """
-    weights = trainer.ext_weights
-    with swapped_gradients(weights.parameters):
-        with gradient_sync(model, trainer.accelerator.sync_gradients):
-            with standing_aside(trainer, seed):
-                value: Tensor = loss()
-            trainer.accelerator.backward(value)
-        tensors = [None if p.grad is None else local_tensor(p.grad) for p in weights.parameters]
-        return GradientView(weights.names, weights.parameters, tensors, trainer.ext_guard.agree)
+    forward: Any = None
+
+    @contextmanager
+    def exchanged() -> Iterator[None]:
+        nonlocal forward
+        base = base_model()
+        policy_forward = base.forward
+        if forward is None:
+            names = tuple(dict.fromkeys(("log_probs", "entropy", *outputs)))
+            add_fused_lm_head(base, cast_lm_head_to_fp32=cast_to_fp32, outputs=names)
+            forward = base.forward
+        base.forward = forward
+        try:
+            with autocast():
+                yield
+        finally:
+            base.forward = policy_forward
+
+    return exchanged

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch.utils.data import Sampler
 from trl.trainer.utils import RepeatSampler
+
+from trl_ext.engine.guard import Guard
+from trl_ext.errors import PluginError
 
 
 class PromptSampler(Sampler[int]):
@@ -46,13 +52,38 @@ class PromptSampler(Sampler[int]):
         return len(self._places)
 
 
-def check_order(result: Any, rows: int) -> None:
-    """Check what a `prompt_order` hook returned.
+@dataclass
+class PromptOrder:
+    """The order of the training prompts that the `prompt_order` hooks give, once an epoch."""
 
-    Raises:
-        TypeError: it is no list of integers.
-        ValueError: it is not one row number for each row of the data set.
-    """
+    guard: Guard
+    gather: Callable[[Any], list[Any]]
+    """Gives the list of every rank's object, on every rank."""
+    chosen: tuple[int, list[int]] | None = None
+    """The epoch whose order was chosen last, and the order: an epoch that is resumed keeps its own."""
+
+    def choose(self, prompts: Any, order: list[int], epoch: int) -> list[int]:
+        """The rows of `prompts` in the order to draw them in, out of TRL's. Collective.
+
+        Raises:
+            PluginError: the ranks would draw in different orders.
+        """
+        if self.chosen is None or self.chosen[0] != epoch:
+            check = partial(_check, rows=len(prompts))
+            order = self.guard.chain("prompt_order", "order", list(order), check, prompts=prompts, epoch=epoch)
+            self.guard.agree()
+            digest = hashlib.sha256(repr(order).encode()).hexdigest()
+            if len(set(self.gather(digest))) > 1:
+                owners = " or ".join(name for name, _ in self.guard.plugins.calls("prompt_order"))
+                raise PluginError(
+                    f"plugin {owners} gave the ranks different orders in hook 'prompt_order' for epoch {epoch}: "
+                    "groups would be torn apart; decide by what all ranks know"
+                )
+            self.chosen = epoch, order
+        return self.chosen[1]
+
+
+def _check(result: Any, rows: int) -> None:
     if not isinstance(result, list) or not all(type(row) is int for row in result):
         raise TypeError(f"returned {type(result).__name__}; expected a list of int")
     if len(result) != rows:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pluggy
 
 from trl_ext.errors import ConfigurationError
-from trl_ext.hookspecs import EXCLUSIVE, HOOKS, PROJECT, HookSpecs
-from trl_ext.options import check_options, option_fields, option_type
-from trl_ext.plugins.coercion import build_options, resolved_options
-from trl_ext.plugins.discovery import PluginInfo, find_distribution, load_plugin, range_error
-from trl_ext.plugins.implementations import implementations, refuse_other_trainer
-from trl_ext.specs import RESERVED, config_line, parse_specs, registered_name
+from trl_ext.hookspecs import HOOKS, PROJECT, HookSpecs
+from trl_ext.options import check_options
+from trl_ext.plugins.coercion import build_options, check_option_types, resolved_options
+from trl_ext.plugins.declarations import Declarations, read_declarations
+from trl_ext.plugins.discovery import find_distribution, load_plugin, range_error
+from trl_ext.plugins.implementations import implementations, marked_hooks
+from trl_ext.plugins.relations import refuse_relations
+from trl_ext.records import TrainerKind
+from trl_ext.specs import config_line, parse_specs, registered_name
 
 __all__ = ["ActivePlugin", "PluginSet", "activate", "check_plugin", "from_spec", "parse_specs"]
 
@@ -34,12 +37,13 @@ class ActivePlugin:
     options: dict[str, Any]
     """All options with their values, as JSON."""
     citation: str
-    line: str = ""
+    declared: Declarations
+    line: str
     """The config line that activates it, for messages."""
 
     def __str__(self) -> str:
         if self.distribution is None:
-            return f"{self.name!r} (class {type(self.instance).__qualname__} of {type(self.instance).__module__})"
+            return f"{self.name!r} ({_class_of(self.instance)})"
         return f"{self.name!r} ({self.distribution} {self.version})"
 
 
@@ -54,7 +58,8 @@ class PluginSet:
     """The active plugins of one trainer, in the order of the config.
 
     Raises:
-        ConfigurationError: A hook is misspelt, ill-formed, or claimed twice though exclusive.
+        ConfigurationError: A hook is misspelt, ill-formed, or claimed twice though exclusive; or what the plugins
+            declare of each other keeps them apart.
     """
 
     def __init__(self, plugins: Sequence[ActivePlugin] = ()) -> None:
@@ -63,16 +68,13 @@ class PluginSet:
         self.manager.add_hookspecs(HookSpecs)
         for plugin in reversed(self.plugins):  # pluggy calls the last one registered first
             registration = _Registration(implementations(plugin.instance, str(plugin), plugin.line))
-            try:
-                self.manager.register(registration, plugin.name)
-            except pluggy.PluginValidationError as error:
-                raise ConfigurationError(
-                    f"plugin {plugin} implements a hook wrongly: {error}. See {plugin.line}"
-                ) from error
+            self.manager.register(registration, plugin.name)
         # The training loop asks for these at every micro-step, so they are looked up once.
         self._calls: dict[str, list[HookCall]] = {hook: self._bind(hook) for hook in HOOKS}
-        for hook in sorted(EXCLUSIVE):
-            self._refuse_two_owners(hook)
+        for hook, facts in HOOKS.items():
+            if facts.kind == "exclusive":
+                self._refuse_two_owners(hook)
+        refuse_relations(self.plugins)
 
     def __bool__(self) -> bool:
         return bool(self.plugins)
@@ -94,7 +96,7 @@ class PluginSet:
 
     def owner(self, hook: str) -> str | None:
         """Name of the plugin that owns an exclusive hook."""
-        if hook not in EXCLUSIVE:
+        if HOOKS[hook].kind != "exclusive":
             raise KeyError(f"{hook!r} is not an exclusive hook")
         return next((name for name, _ in self._calls[hook]), None)
 
@@ -119,7 +121,7 @@ class PluginSet:
             )
 
 
-def activate(specs: Any, instances: Sequence[Any] = (), *, trainer: Literal["sft", "grpo"]) -> PluginSet:
+def activate(specs: Any, instances: Sequence[Any] = (), *, trainer: TrainerKind) -> PluginSet:
     """Load, configure and check the plugins of a run: those of `specs` in order, then `instances` in order.
 
     Args:
@@ -135,27 +137,22 @@ def activate(specs: Any, instances: Sequence[Any] = (), *, trainer: Literal["sft
     for instance in instances:
         plugins.append(_from_instance(instance, plugins))
     for plugin in plugins:
-        refuse_other_trainer(plugin.instance, trainer, str(plugin), plugin.line)
+        _refuse_other_trainer(plugin, trainer)
     return PluginSet(plugins)
 
 
 def check_plugin(name: str) -> None:
-    """Check all of an installed plugin that does not depend on its options: import, ranges, option types, hooks.
+    """Check all of an installed plugin that does not depend on a run: import, versions, options, declarations, hooks.
 
     Raises:
         ConfigurationError: A run with this plugin would be refused.
     """
     plugin_class, info = load_plugin(name)
-    for option in option_fields(plugin_class):
-        try:
-            option_type(plugin_class, option)
-        except NameError as error:
-            raise ConfigurationError(
-                f"plugin {info}: the type of option {option!r} is not imported: {error}"
-            ) from error
-    _refuse_reserved_options(plugin_class, info)
+    line = config_line({"name": name})
+    check_option_types(plugin_class, str(info))
     bare: Any = object.__new__(plugin_class)  # hooks are the class's; options may be required or need this run's data
-    PluginSet([ActivePlugin(name, bare, info.distribution, info.version, {}, "", config_line({"name": name}))])
+    declared = read_declarations(bare, name, str(info), line)
+    PluginSet([ActivePlugin(name, bare, info.distribution, info.version, {}, "", declared, line)])
 
 
 def from_spec(spec: dict[str, Any]) -> ActivePlugin:
@@ -165,7 +162,6 @@ def from_spec(spec: dict[str, Any]) -> ActivePlugin:
         ConfigurationError: it is not installed, or refuses its options.
     """
     plugin_class, info = load_plugin(spec["name"])
-    _refuse_reserved_options(plugin_class, info)
     options = build_options(plugin_class, spec, str(info))
     try:
         instance = plugin_class(**options)
@@ -178,14 +174,23 @@ def from_spec(spec: dict[str, Any]) -> ActivePlugin:
         version=info.version,
         options=resolved_options(instance),
         citation=getattr(plugin_class, "citation", ""),
+        declared=read_declarations(instance, info.name, str(info), config_line(spec)),
         line=config_line(spec),
     )
 
 
-def _refuse_reserved_options(plugin_class: type, info: PluginInfo) -> None:
-    for option in RESERVED:
-        if option in option_fields(plugin_class):
-            raise ConfigurationError(f"plugin {info} has an option {option!r}, a name that configs reserve; rename it")
+def _refuse_other_trainer(plugin: ActivePlugin, trainer: str) -> None:
+    """Refuse a plugin that declares itself, or shows by its hooks, to be for another trainer."""
+    if trainer not in plugin.declared.trainers:
+        raise ConfigurationError(
+            f"plugin {plugin} is for the trainers {', '.join(plugin.declared.trainers)}, and this is {trainer}. "
+            f"Remove {plugin.line}"
+        )
+    acting = [name for name in marked_hooks(plugin.instance) if not HOOKS[name].bystander]
+    if acting and not any(trainer in HOOKS[name].trainers for name in acting):
+        raise ConfigurationError(
+            f"plugin {plugin} acts only through {', '.join(acting)}, which {trainer} never calls. Remove {plugin.line}"
+        )
 
 
 def _from_instance(instance: Any, before: Sequence[ActivePlugin]) -> ActivePlugin:
@@ -200,14 +205,15 @@ def _from_instance(instance: Any, before: Sequence[ActivePlugin]) -> ActivePlugi
         )
     if any(plugin.instance is instance for plugin in before):
         raise ConfigurationError(f"{line}: the same instance {instance!r} is given twice; make one for each place")
-    if error := range_error(getattr(instance, "requires_api", None), getattr(instance, "requires_trl", None)):
-        raise ConfigurationError(f"{line}: {type(instance).__qualname__} of {type(instance).__module__} {error}")
+    if misfit := range_error(getattr(instance, "requires_api", None), getattr(instance, "requires_trl", None)):
+        raise ConfigurationError(f"{line}: {_class_of(instance)} {misfit}")
     try:
         check_options(instance)
     except ValueError as error:
-        raise ConfigurationError(f"{line}: {type(instance).__qualname__} refuses its options: {error}") from error
+        raise ConfigurationError(f"{line}: {_class_of(instance)} refuses its options: {error}") from error
     info = find_distribution(type(instance))
-    name = getattr(instance, "label", None) or (info.name if info else type(instance).__name__)
+    own_name = info.name if info else type(instance).__name__
+    name = getattr(instance, "label", None) or own_name
     if any(plugin.name == name for plugin in before):
         raise ConfigurationError(
             f"{line}: a plugin named {name!r} is already active. Set a `label` on the instance, or take one of them out"
@@ -219,8 +225,13 @@ def _from_instance(instance: Any, before: Sequence[ActivePlugin]) -> ActivePlugi
         version=info.version if info else None,
         options=resolved_options(instance),
         citation=getattr(instance, "citation", ""),
+        declared=read_declarations(instance, own_name, str(info or f"{name!r} ({_class_of(instance)})"), line),
         line=line,
     )
+
+
+def _class_of(instance: Any) -> str:
+    return f"class {type(instance).__qualname__} of {type(instance).__module__}"
 
 
 def _by_keyword(implementation: pluggy.HookImpl) -> Callable[..., Any]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import enum
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from trl_ext.errors import ConfigurationError
+from trl_ext.errors import ConfigurationError, did_you_mean
 from trl_ext.options import Range, option_fields, option_type, violation
 from trl_ext.specs import RESERVED, config_line, split_outside_brackets, unquote
 
@@ -27,6 +28,8 @@ def type_name(annotation: Any) -> str:
         return " ".join([type_name(inner), *(str(mark) for mark in marks if isinstance(mark, Range))])
     if origin is Literal:
         return "one of " + ", ".join(repr(choice) for choice in arguments)
+    if _is_enum(annotation):
+        return "one of " + ", ".join(annotation.__members__)
     if origin in (Union, types.UnionType):
         return " | ".join(type_name(member) for member in arguments)
     if arguments:
@@ -36,7 +39,9 @@ def type_name(annotation: Any) -> str:
 
 
 def coerce(value: Any, annotation: Any) -> Any:
-    """Turn a value from a config into one of the annotated type: text into numbers, truth values, lists and mappings.
+    """Turn a value from a config into one of the annotated type: text into numbers, truth values, paths and containers.
+
+    A member of an `Enum` is written as its name; a `Sequence` becomes a tuple, and a `Mapping` a dict.
 
     Raises:
         ValueError: The value is not of the type; the message says what was expected.
@@ -51,8 +56,10 @@ def coerce(value: Any, annotation: Any) -> Any:
         return _choose(value, arguments)
     if origin in (Union, types.UnionType):
         return _coerce_union(value, arguments)
-    if origin in (list, tuple, dict):
-        return _coerce_container(value, origin, arguments)
+    if origin in _CONTAINERS:
+        return _coerce_container(value, annotation)
+    if _is_enum(origin):
+        return _member(value, origin)
     if origin not in _SCALARS:
         raise TypeError(f"type {type_name(annotation)} cannot be written in a config")
     try:
@@ -68,16 +75,18 @@ def build_options(plugin_class: type, spec: Mapping[str, Any], origin: str) -> d
         origin: The plugin in words, for messages: `'power' (trl-ext-objectives 0.1.0)`.
 
     Raises:
-        ConfigurationError: An option is unknown, missing or of the wrong type.
+        ConfigurationError: An option is unknown, missing, of the wrong type or outside of what it may be.
     """
+    _refuse_reserved_options(plugin_class, origin)
     fields = option_fields(plugin_class)
     given = {key: value for key, value in spec.items() if key not in RESERVED}
     for option in given:
         if option not in fields:
-            near = difflib.get_close_matches(option, fields, n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            hint = did_you_mean(option, fields)
+            if isinstance(getattr(plugin_class, option, None), bool | int | float | str | list | tuple | dict):
+                hint = f"Its class sets one without an annotation: write `{option}: <type> = ...` there. "
             raise ConfigurationError(
-                f"plugin {origin} has no option {option!r}; {hint}Its options: {', '.join(fields) or 'none'}. "
+                f"plugin {origin} has no option {option!r}. {hint}Its options: {', '.join(fields) or 'none'}. "
                 f"Change {config_line(spec)}"
             )
     for option, field in fields.items():
@@ -96,16 +105,58 @@ def build_options(plugin_class: type, spec: Mapping[str, Any], origin: str) -> d
             raise ConfigurationError(f"plugin {origin}, option {option!r}: {error}. Change it to {line}") from error
         if reason := violation(values[option], annotation):
             line = config_line(spec, **{option: f"<{type_name(annotation)}>"})
-            raise ConfigurationError(f"plugin {origin}: {option}={value!r} {reason}. Change it to {line}")
+            raise ConfigurationError(f"plugin {origin}: {option}={values[option]!r} {reason}. Change it to {line}")
     return values
 
 
+def check_option_types(plugin_class: type, origin: str) -> None:
+    """Check that every option of a plugin can be written in a config, and that its default is one it accepts.
+
+    Raises:
+        ConfigurationError: Naming the option.
+    """
+    _refuse_reserved_options(plugin_class, origin)
+    for option, field in option_fields(plugin_class).items():
+        try:
+            annotation = option_type(plugin_class, option)
+        except NameError as error:
+            raise ConfigurationError(
+                f"plugin {origin}: the type of option {option!r} is not imported: {error}"
+            ) from error
+        if part := _unwritable(annotation):
+            raise ConfigurationError(
+                f"plugin {origin}: option {option!r} has the type {part}, which cannot be written in a config; use "
+                "numbers, texts, truth values, Path, Enum, Literal, and lists, tuples or mappings of them"
+            )
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if default is not dataclasses.MISSING and (reason := violation(default, annotation)):
+            raise ConfigurationError(
+                f"plugin {origin}: the default {option}={default!r} {reason}, as its own annotation asks; change one"
+            )
+
+
+def _refuse_reserved_options(plugin_class: type, origin: str) -> None:
+    for option in RESERVED:
+        if option in option_fields(plugin_class):
+            raise ConfigurationError(
+                f"plugin {origin} has an option {option!r}, a name that configs reserve; rename it"
+            )
+
+
 def resolved_options(plugin: object) -> dict[str, Any]:
-    """The options of an instance as JSON values; what JSON cannot hold is given as its `repr`. {} for a plain class."""
+    """The options of an instance as JSON values; {} for a plain class."""
     if not dataclasses.is_dataclass(plugin):
         return {}
-    values = {name: getattr(plugin, name) for name in option_fields(type(plugin))}
-    return json.loads(json.dumps(values, default=repr))
+    return {name: as_written(getattr(plugin, name)) for name in option_fields(type(plugin))}
+
+
+def as_written(value: Any) -> Any:
+    """A value as a config holds it: a path as text, a member by its name; its `repr` where no config could."""
+
+    def written(value: Any) -> str:
+        return value.name if isinstance(value, enum.Enum) else str(value) if isinstance(value, Path) else repr(value)
+
+    return written(value) if isinstance(value, enum.Enum) else json.loads(json.dumps(value, default=written))
 
 
 def _to_bool(value: Any) -> bool:
@@ -129,6 +180,10 @@ def _to_str(value: Any) -> str:
     return value
 
 
+def _to_path(value: Any) -> Path:
+    return Path(_to_str(value))
+
+
 def _to_none(value: Any) -> None:
     if value is not None and not (isinstance(value, str) and value.strip().lower() in ("none", "null")):
         raise TypeError
@@ -139,8 +194,36 @@ _SCALARS: dict[Any, Any] = {
     int: _to_number(int),
     float: _to_number(float),
     str: _to_str,
+    Path: _to_path,
     type(None): _to_none,
 }
+_CONTAINERS: dict[Any, type] = {list: list, tuple: tuple, Sequence: tuple, dict: dict, Mapping: dict}
+"""What each kind of annotation gives."""
+
+
+def _unwritable(annotation: Any) -> str | None:
+    """The part of an annotation that no config can hold; None where all of it can be written."""
+    origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if origin is Annotated:
+        return _unwritable(arguments[0])
+    if origin in (Union, types.UnionType):
+        parts = [_unwritable(member) for member in arguments if member is not type(None)]
+        return None if None in parts else parts[0]
+    if origin in _CONTAINERS:
+        return next(filter(None, (_unwritable(member) for member in arguments if member is not Ellipsis)), None)
+    writable = origin in (Any, Literal) or origin in _SCALARS or _is_enum(origin)
+    return None if writable else type_name(annotation)
+
+
+def _is_enum(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, enum.Enum)
+
+
+def _member(value: Any, kind: type[enum.Enum]) -> enum.Enum:
+    try:
+        return kind[value]
+    except KeyError:
+        raise _mismatch(value, kind) from None
 
 
 def _choose(value: Any, choices: tuple[Any, ...]) -> Any:
@@ -155,8 +238,8 @@ def _bare(annotation: Any) -> Any:
 
 
 def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:
-    # A text may be any member in disguise: `str` takes all of them, and `bool` the number 1, so these are asked last.
-    for member in sorted(members, key=lambda member: {bool: 1, str: 2}.get(_bare(member), 0)):
+    # A text may be any member in disguise: `str` and `Path` take all of them, and `bool` the number 1; they come last.
+    for member in sorted(members, key=lambda member: {bool: 1, str: 2, Path: 2}.get(_bare(member), 0)):
         try:
             return coerce(value, member)
         except (TypeError, ValueError):
@@ -164,10 +247,11 @@ def _coerce_union(value: Any, members: tuple[Any, ...]) -> Any:
     raise _mismatch(value, Union[members])  # noqa: UP007  # of a tuple
 
 
-def _coerce_container(value: Any, kind: type, arguments: tuple[Any, ...]) -> Any:
+def _coerce_container(value: Any, annotation: Any) -> Any:
+    origin, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    kind = _CONTAINERS[origin]
     if isinstance(value, str):
         value = _read_container(value, kind)
-    annotation = kind[arguments] if arguments else kind  # type: ignore[index]
     if kind is dict:
         if not isinstance(value, Mapping):
             raise _mismatch(value, annotation)
@@ -175,7 +259,7 @@ def _coerce_container(value: Any, kind: type, arguments: tuple[Any, ...]) -> Any
         return {coerce(key, key_type): coerce(item, value_type) for key, item in value.items()}
     if not isinstance(value, list | tuple):
         raise _mismatch(value, annotation)
-    if kind is list or not arguments or arguments[-1] is Ellipsis:
+    if origin is not tuple or not arguments or arguments[-1] is Ellipsis:
         return kind(coerce(item, arguments[0] if arguments else Any) for item in value)
     if len(value) != len(arguments):
         raise ValueError(f"expected {type_name(annotation)}, got {len(value)} values: {value!r}")

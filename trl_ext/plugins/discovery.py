@@ -7,9 +7,9 @@ not active: nothing here runs a plugin.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -18,7 +18,7 @@ from packaging.markers import default_environment
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from trl_ext.errors import ConfigurationError
+from trl_ext.errors import ConfigurationError, did_you_mean
 from trl_ext.hookspecs import API_VERSION
 from trl_ext.plugins.sources import Facts, SourceInspector, StaticError
 from trl_ext.specs import NAME
@@ -59,10 +59,9 @@ def load_plugin(name: str) -> tuple[type, PluginInfo]:
     entry_point = next(iter(installed.claims(name)), None)
     if entry_point is None:
         names = sorted({entry_point.name for entry_point in installed.entry_points})
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ConfigurationError(
-            f"plugins: [{name}]: no plugin of this name is installed. {hint}Installed: {', '.join(names) or 'none'}"
+            f"plugins: [{name}]: no plugin of this name is installed. {did_you_mean(name, names)}"
+            f"Installed: {', '.join(names) or 'none'}"
         )
     info = installed.describe(entry_point)
     if problem := installed.problem(entry_point):
@@ -105,16 +104,18 @@ def installed_version(distribution: str) -> str | None:
 
 
 def range_error(
-    requires_api: str | None,
-    requires_trl: str | None,
+    requires_api: Any,
+    requires_trl: Any,
     version: Callable[[str], str | None] = installed_version,
 ) -> str | None:
     """Say how a plugin's declared ranges miss what is installed ("needs TRL >=2, but ..."); None where they fit."""
-    if requires_api and re.fullmatch(r"\d+", requires_api):
-        requires_api = f">={requires_api},<{int(requires_api) + 1}"
     for what, wanted, present in (("plugin API", requires_api, API_VERSION), ("TRL", requires_trl, version("trl"))):
         if wanted is None:
             continue
+        if not isinstance(wanted, str):
+            return f'declares the range {wanted!r} of {what}, which is not a text; write "{wanted}" in quotes'
+        if re.fullmatch(r"\d+", wanted):
+            wanted = f">={wanted},<{int(wanted) + 1}"
         try:
             fits = present is not None and SpecifierSet(wanted).contains(present, prereleases=True)
         except InvalidSpecifier:
@@ -134,10 +135,13 @@ class _Installation:
         self._sources = SourceInspector()
         found = metadata.entry_points(group=ENTRY_POINT_GROUP)
         self.entry_points = sorted(found, key=lambda entry_point: (entry_point.name, self._origin(entry_point.dist)))
+        self._claims: defaultdict[str, list[metadata.EntryPoint]] = defaultdict(list)
+        for entry_point in self.entry_points:
+            self._claims[entry_point.name].append(entry_point)
 
     def claims(self, name: str) -> list[metadata.EntryPoint]:
         """The entry points of this name: more than one is a conflict."""
-        return [entry_point for entry_point in self.entry_points if entry_point.name == name]
+        return self._claims.get(name, [])
 
     def describe(self, entry_point: metadata.EntryPoint) -> PluginInfo:
         """What metadata says of a plugin."""

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from trl_ext.errors import ConfigurationError
-from trl_ext.hookspecs import FOREIGN, HOOKS, PROJECT
+from trl_ext.errors import ConfigurationError, did_you_mean
+from trl_ext.hookspecs import HOOKS, PROJECT, HookSpecs
 
 _MARK = f"{PROJECT}_impl"
-_TRAINERS = ("sft", "grpo")
-_BYSTANDERS = frozenset({"check", "setup", "metrics"})
-"""Hooks that do nothing for the training by themselves."""
 
 
 def implementations(plugin: Any, origin: str, line: str) -> dict[str, Callable[..., Any]]:
@@ -24,40 +20,17 @@ def implementations(plugin: Any, origin: str, line: str) -> dict[str, Callable[.
         line: The config line to change.
 
     Raises:
-        ConfigurationError: A marked method is no hook, carries call-order options or defaults, or something named like
-            a hook is not marked.
+        ConfigurationError: A marked method is no hook, carries call-order options, has arguments that the hook does not
+            pass, or would not run when called; or something named like a hook is not marked.
     """
     found = {}
     for name in dir(plugin):
-        static = inspect.getattr_static(plugin, name, None)
-        marks = _marks(static)
-        if marks is None:
-            if name in HOOKS:
-                raise ConfigurationError(
-                    f"plugin {origin}: {name!r} is the name of a hook, but it is not a method marked @hookimpl. "
-                    f"Mark or rename it, or take it out of {line}"
-                )
+        marks = _marks(inspect.getattr_static(plugin, name, None))
+        if marks is None and name not in HOOKS:
             continue
-        if name not in HOOKS:
-            near = difflib.get_close_matches(name, HOOKS, n=3)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ConfigurationError(
-                f"plugin {origin}: there is no hook {name!r}; {hint}Hooks: {', '.join(HOOKS)}. "
-                f"Rename it, or take it out of {line}"
-            )
-        if given := sorted(option for option, value in marks.items() if value):
-            raise ConfigurationError(
-                f"plugin {origin}, hook {name!r}: @hookimpl({given[0]}=...) is not supported; plugins run in the order "
-                f"of the config. Mark it with a plain @hookimpl, or take it out of {line}"
-            )
-        method = getattr(plugin, name)
-        for parameter in inspect.signature(method).parameters.values():
-            if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.default is not parameter.empty:
-                raise ConfigurationError(
-                    f"plugin {origin}, hook {name!r}: argument '{parameter}' would never be passed; name it plainly, "
-                    f"without default or star, or take it out of {line}"
-                )
-        found[name] = method
+        if fault := _fault_of_mark(name, marks) or _fault_of_method(name, getattr(plugin, name)):
+            raise ConfigurationError(f"plugin {origin}{fault}, or take it out of {line}")
+        found[name] = getattr(plugin, name)
     if not found:
         raise ConfigurationError(
             f"plugin {origin} implements no hook; mark its methods with @hookimpl, or remove {line}"
@@ -70,32 +43,43 @@ def marked_hooks(plugin: Any) -> tuple[str, ...]:
     return tuple(name for name in HOOKS if _marks(inspect.getattr_static(plugin, name, None)) is not None)
 
 
-def supported_trainers(plugin: Any) -> tuple[str, ...]:
-    """The trainers that a plugin or plugin class is for: both, unless it says otherwise."""
-    trainers = getattr(plugin, "trainers", _TRAINERS)
-    return (trainers,) if isinstance(trainers, str) else tuple(trainers)
-
-
-def refuse_other_trainer(plugin: Any, trainer: str, origin: str, line: str) -> None:
-    """Refuse a plugin that declares itself, or shows by its hooks, to be for another trainer.
-
-    Raises:
-        ConfigurationError: The plugin would do nothing, or harm.
-    """
-    supported = supported_trainers(plugin)
-    if trainer not in supported:
-        raise ConfigurationError(
-            f"plugin {origin} is for the trainers {', '.join(supported)}, and this is {trainer}. Remove {line}"
-        )
-    hooks = set(marked_hooks(plugin)) - _BYSTANDERS
-    if hooks and hooks <= FOREIGN[trainer]:
-        raise ConfigurationError(
-            f"plugin {origin} acts only through {', '.join(sorted(hooks))}, which {trainer} never calls. Remove {line}"
-        )
-
-
 def _marks(attribute: Any) -> dict[str, Any] | None:
     """The options of an attribute's @hookimpl; None where it is not marked."""
     function = getattr(attribute, "__func__", attribute)
     marks = getattr(function, _MARK, None)
     return marks if isinstance(marks, dict) else None
+
+
+def _fault_of_mark(name: str, marks: dict[str, Any] | None) -> str | None:
+    if marks is None:
+        return f": {name!r} is the name of a hook, but it is not a method marked @hookimpl. Mark or rename it"
+    if name not in HOOKS:
+        return f": there is no hook {name!r}. {did_you_mean(name, HOOKS)}Hooks: {', '.join(HOOKS)}. Rename it"
+    if given := sorted(option for option, value in marks.items() if value):
+        return (
+            f", hook {name!r}: @hookimpl({given[0]}=...) is not supported; plugins run in the order of the config. "
+            "Mark it with a plain @hookimpl"
+        )
+    return None
+
+
+def _fault_of_method(name: str, method: Callable[..., Any]) -> str | None:
+    known = list(inspect.signature(getattr(HookSpecs, name)).parameters)[1:]
+    for parameter in inspect.signature(method).parameters.values():
+        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD or parameter.default is not parameter.empty:
+            return (
+                f", hook {name!r}: argument '{parameter}' would never be passed; name it plainly, without default or "
+                "star"
+            )
+        if parameter.name not in known:
+            return (
+                f", hook {name!r}: it has no argument {parameter.name!r}. {did_you_mean(parameter.name, known)}"
+                f"Its arguments: {', '.join(known) or 'none'}. Rename it"
+            )
+    if inspect.isgeneratorfunction(method) or inspect.iscoroutinefunction(method):
+        kind = "async" if inspect.iscoroutinefunction(method) else "a generator"
+        return (
+            f", hook {name!r}: it is {kind}, so that calling it would run nothing of it; write @contextmanager between "
+            f"@hookimpl and `def {name}` where the hook gives a context, and return the result elsewhere"
+        )
+    return None

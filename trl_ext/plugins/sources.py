@@ -1,4 +1,9 @@
-"""What can be known of a plugin from its source alone: nothing here imports a plugin or a package it belongs to."""
+"""What can be known of a plugin from its source alone: nothing here imports a plugin or a package it belongs to.
+
+`trl-ext plugins list` needs it: it shows within half a second what each plugin is and whether it can be used, where
+importing all of them takes many seconds and may run anything. Training has no use for it: it imports what it was asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,8 +22,8 @@ class Facts:
 
     summary: str | None = None
     """First line of the docstring."""
-    requires_api: str | None = None
-    requires_trl: str | None = None
+    requires_api: Any = None
+    requires_trl: Any = None
 
 
 class StaticError(Exception):
@@ -31,19 +37,24 @@ class SourceInspector:
         self._specs: dict[str, ModuleSpec | None] = {}
         self._trees: dict[str, ast.Module | None] = {}
         self._bindings: dict[str, dict[str, ast.stmt]] = {}
-        self._importable: frozenset[str] = frozenset()
+        self._importable: set[str] = set()
 
     def inspect(self, module: str, attribute: str) -> Facts:
         """Check that `from module import attribute` can work, and read the literals of what it gives.
+
+        A source that is nested too deeply to be followed is taken to be importable.
 
         Raises:
             StaticError: A module is missing or has a syntax error, a top-level import or `raise` would fail, or the
                 module does not define the attribute.
         """
-        seen = set(self._importable)
-        self._check_imports(module, seen)
-        self._importable = frozenset(seen)  # only now: nothing of it failed
-        return self._find_definition(module, attribute, set())
+        seen: set[str] = set()
+        try:
+            self._check_imports(module, seen)
+            self._importable |= seen  # only now: nothing of it failed
+            return self._find_definition(module, attribute, set())
+        except (RecursionError, MemoryError):  # the parser runs out of its own stack with a MemoryError
+            return Facts()
 
     def _find_module(self, name: str) -> ModuleSpec | None:
         """Find a module's spec without importing its parents, as `importlib.util.find_spec` would."""
@@ -74,13 +85,15 @@ class SourceInspector:
                 raise StaticError(f"module {name!r} cannot be read: {error}") from error
             except SyntaxError as error:
                 raise StaticError(f"syntax error in {spec.origin}, line {error.lineno}: {error.msg}") from error
+            except ValueError as error:  # null bytes
+                raise StaticError(f"{spec.origin} is no Python source: {error}") from error
         return self._trees[name]
 
     def _check_imports(self, module: str, seen: set[str]) -> None:
         """Walk what importing `module` runs: its parents, itself, and its top-level imports within its package."""
         parts = module.split(".")
         for name in (".".join(parts[: end + 1]) for end in range(len(parts))):
-            if name in seen:
+            if name in seen or name in self._importable:
                 continue
             seen.add(name)
             tree = self._parse(name)
@@ -168,11 +181,11 @@ def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _facts(definition: ast.ClassDef | ast.FunctionDef) -> Facts:
-    literals: dict[str, str] = {}
+    literals: dict[str, Any] = {}
     for statement in definition.body if isinstance(definition, ast.ClassDef) else ():
         targets = [statement.target] if isinstance(statement, ast.AnnAssign) else getattr(statement, "targets", [])
         value = getattr(statement, "value", None)
-        if isinstance(value, ast.Constant) and isinstance(value.value, str):
+        if isinstance(value, ast.Constant):
             literals |= {target.id: value.value for target in targets if isinstance(target, ast.Name)}
     summary = (ast.get_docstring(definition) or "").strip().partition("\n")[0]
     return Facts(summary or None, literals.get("requires_api"), literals.get("requires_trl"))

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.plugins.activation import PluginSet
@@ -137,3 +142,20 @@ def _refuse_gradients(run: RunDescription, plugins: PluginSet) -> None:
         raise ConfigurationError(f"{where} does not work under FSDP1's flat parameters; set fsdp_version: 2")
     if run.args.fp16:
         raise ConfigurationError(f"{where} would see gradients scaled for fp16; set bf16=True and fp16=False")
+
+
+def refuse_wrapped(wrapped: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """What only the prepared model shows, of runs that swap gradients: those with streams or sample weights.
+
+    Args:
+        wrapped: the model as accelerate has wrapped it.
+        parameters: those that train.
+
+    Raises:
+        ConfigurationError: with the setting to change.
+    """
+    where = "streams and sample weights swap gradients, which"
+    if isinstance(wrapped, DistributedDataParallel) and wrapped.gradient_as_bucket_view:
+        raise ConfigurationError(f"{where} DDP's gradient_as_bucket_view=True corrupts; set it to False")
+    if any(isinstance(p, DTensor) and p.device_mesh.ndim > 1 for p in parameters):
+        raise ConfigurationError(f"{where} is not supported on a mesh of several dimensions (HSDP)")

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import trl_ext
-from trl_ext.hookspecs import EXCLUSIVE, FOREIGN, HOOKS
+from trl_ext.engine.streams import Stream
+from trl_ext.hookspecs import API_VERSION, HOOKS
 from trl_ext.plugins.activation import PluginSet
 
 RUN_FILE = "trl_ext_run.json"
 _CARD_START = "<!-- trl_ext -->"
 
 
-def run_facts(trainer: Any) -> dict[str, Any]:
+def run_facts(kind: str, plugins: PluginSet, streams: Mapping[str, Stream]) -> dict[str, Any]:
     """Plugins with origin, options and hooks in their order, owners of exclusive hooks, streams and versions."""
-    plugins: PluginSet = trainer.ext_plugins
-    called = [hook for hook in HOOKS if hook not in FOREIGN[trainer.ext_kind]]
+    called = [hook for hook, facts in HOOKS.items() if kind in facts.trainers]
     return {
-        "trainer": trainer.ext_kind,
+        "trainer": kind,
         "versions": {name: version(name) for name in ("trl", "transformers", "accelerate", "torch")}
-        | {"trl_ext": trl_ext.__version__, "trl_ext API": trl_ext.API_VERSION},
+        | {"trl_ext": version("trl-ext"), "trl_ext API": API_VERSION},
         "plugins": [
             {
                 "name": p.name,
@@ -34,11 +34,11 @@ def run_facts(trainer: Any) -> dict[str, Any]:
             for p in plugins
         ],
         "exclusive": {
-            hook: owner for hook in sorted(EXCLUSIVE.intersection(called)) if (owner := plugins.owner(hook)) is not None
+            hook: plugins.owner(hook) for hook in called if HOOKS[hook].kind == "exclusive" and plugins.implements(hook)
         },
         "streams": {
             role: {"samples": len(stream.dataset), "seed": stream.seed, **_request(stream.request)}
-            for role, stream in trainer.ext_streams.items()
+            for role, stream in streams.items()
         },
     }
 
@@ -66,16 +66,12 @@ def header(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def print_header(trainer: Any) -> None:
-    """Show what runs, before the first step."""
-    print(header(run_facts(trainer)), flush=True)
-
-
-def write_run_file(trainer: Any) -> None:
-    """Write the same to `trl_ext_run.json` in the run folder."""
-    folder = Path(trainer.args.output_dir)
+def report_run(kind: str, plugins: PluginSet, streams: Mapping[str, Stream], folder: Path) -> None:
+    """Show what runs, before the first step, and write the same to `trl_ext_run.json` in the run folder."""
+    facts = run_facts(kind, plugins, streams)
+    print(header(facts), flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).write_text(json.dumps(run_facts(trainer), indent=2, default=str) + "\n")
+    (folder / RUN_FILE).write_text(json.dumps(facts, indent=2, default=str) + "\n")
 
 
 def add_to_model_card(path: Path, plugins: PluginSet) -> None:
@@ -87,7 +83,7 @@ def add_to_model_card(path: Path, plugins: PluginSet) -> None:
         _CARD_START,
         "## Plugins",
         "",
-        f"Trained with trl_ext {trl_ext.__version__} and these plugins, in order:",
+        f"Trained with trl_ext {version('trl-ext')} and these plugins, in order:",
         "",
     ]
     for p in plugins:

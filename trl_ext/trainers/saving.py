@@ -9,7 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from trl_ext.checkpoints import files
+from trl_ext.checkpoints import State, completeness, plugin_state
 from trl_ext.errors import CheckpointError
 from trl_ext.startup.report import add_to_model_card
 from trl_ext.trainers.base import Opened
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointMixin(Opened):
-    """Wraps what TRL and transformers do around checkpoints; see `trl_ext.checkpoints.files` for the files."""
+    """Wraps what TRL and transformers do around checkpoints; see `trl_ext.checkpoints` for the files."""
 
     def ext_gather(self, value: Any) -> list[Any]:
         """Every rank's object, on every rank; a barrier too."""
@@ -35,7 +35,7 @@ class CheckpointMixin(Opened):
         """The last step before `trainer_state.json`: everything else of the checkpoint is written by now."""
         super()._save_rng_state(output_dir)
         if self.ext_plugins:
-            files.save_state(
+            plugin_state.save_state(
                 Path(output_dir),
                 self.ext_plugins,
                 self.ext_rank_state(),
@@ -44,7 +44,7 @@ class CheckpointMixin(Opened):
                 gather=self.ext_gather,
             )
 
-    def ext_rank_state(self) -> files.State:
+    def ext_rank_state(self) -> State:
         """What the trainer keeps on this rank, beside what TRL saves."""
         return {
             "streams": {role: stream.state_dict() for role, stream in self.ext_streams.items()},
@@ -58,8 +58,8 @@ class CheckpointMixin(Opened):
         if checkpoint in ("True", "true"):  # a flag, also as the command line gives it
             checkpoint = str(self._ext_newest_checkpoint())
         # A checkpoint with plugin state is checked without active plugins too: dropping it is a decision to be stated.
-        if checkpoint and (self.ext_plugins or Path(checkpoint, files.FOLDER).is_dir()):
-            reason = files.incompleteness(Path(checkpoint), self.args.save_only_model)
+        if checkpoint and (self.ext_plugins or Path(checkpoint, plugin_state.FOLDER).is_dir()):
+            reason = completeness.incompleteness(Path(checkpoint), self.args.save_only_model)
             if reason is not None:
                 raise CheckpointError(
                     f"{checkpoint} is incomplete: {reason}; resume from another checkpoint, or pass "
@@ -67,7 +67,7 @@ class CheckpointMixin(Opened):
                 )
             if not self.args.reset_plugin_state:
                 world = self.accelerator.num_processes
-                files.verify_plugins(Path(checkpoint), self.ext_plugins, world)
+                plugin_state.verify_plugins(Path(checkpoint), self.ext_plugins, world)
         return super().train(checkpoint, *args, **kwargs)
 
     def _ext_newest_checkpoint(self) -> Path:
@@ -75,11 +75,11 @@ class CheckpointMixin(Opened):
         output_dir = Path(self.args.output_dir)
         self.ext_gather(None)
         if self.accelerator.is_main_process:
-            for path, reason in files.newest_complete(output_dir, self.args.save_only_model)[1]:
-                aside = files.set_aside(path)
+            for path, reason in completeness.newest_complete(output_dir, self.args.save_only_model)[1]:
+                aside = completeness.set_aside(path)
                 logger.warning("%s is incomplete (%s): set aside as %s", path, reason, aside.name)
         self.ext_gather(None)
-        newest, _ = files.newest_complete(output_dir, self.args.save_only_model)
+        newest, _ = completeness.newest_complete(output_dir, self.args.save_only_model)
         if newest is None:
             raise CheckpointError(f"no complete checkpoint in {output_dir}; start without resume_from_checkpoint")
         return newest
@@ -90,10 +90,10 @@ class CheckpointMixin(Opened):
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         if not self.args.reset_plugin_state:
             for plugin in self.ext_plugins:
-                load = partial(files.load_plugin, path, plugin, rank)
-                self.ext_guard.run("load_state_dict", plugin.name, load, None)
-            self.ext_guard.agree()
-        rank_state = files.load_rank_state(path, rank, world)
+                load = partial(plugin_state.load_plugin, path, plugin, rank)
+                self.ext_run.guard.run("load_state_dict", plugin.name, load, None)
+            self.ext_run.guard.agree()
+        rank_state = plugin_state.load_rank_state(path, rank, world)
         if rank_state is None:
             logger.warning(
                 "%s holds no trainer state of trl_ext for %d ranks: streams start from their beginning", path, world
@@ -101,7 +101,7 @@ class CheckpointMixin(Opened):
             return
         self.ext_load_rank_state(rank_state)
 
-    def ext_load_rank_state(self, rank_state: files.State) -> None:
+    def ext_load_rank_state(self, rank_state: State) -> None:
         """The reverse of `ext_rank_state`."""
         self._total_train_tokens = rank_state["total_train_tokens"]
         for role, stream in self.ext_streams.items():
@@ -112,9 +112,9 @@ class CheckpointMixin(Opened):
         """Plugins follow the weights: averages and the like belong to the best checkpoint from here on."""
         super()._load_best_model()
         best = Path(self.state.best_model_checkpoint)
-        if self.ext_plugins and files.read_manifest(best) is not None:
+        if self.ext_plugins and plugin_state.read_manifest(best) is not None:
             for plugin in self.ext_plugins:
-                files.load_plugin(best, plugin, self.accelerator.process_index)
+                plugin_state.load_plugin(best, plugin, self.accelerator.process_index)
 
     # -- model card --------------------------------------------------------------------------------------------------
 

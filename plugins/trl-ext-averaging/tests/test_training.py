@@ -270,7 +270,7 @@ def test_tied_weights_are_averaged_once_and_stay_tied(tmp_path):
     recorder = Recorder()
     run = trainer(tmp_path, ["ema:decay=0.8"], recorder=recorder, model=tiny_llama(hidden=16, tie=True))
     run.train()
-    with run.ext_deployed()[""]:
+    with run.ext_swaps.deployed()[""]:
         assert run.model.lm_head.weight is run.model.model.embed_tokens.weight
     run.save_model()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -1,13 +1,9 @@
-"""Plugin state in checkpoints: one folder, checksummed, complete or not there.
+"""Plugin state in checkpoints: saved with checksums, verified before anything loads, and given back.
 
-    checkpoint-30/trl_ext/manifest.json                      written last, lists every file of the checkpoint
-                          <plugin>/state.json                 JSON values and the state's version
-                          <plugin>/state.safetensors          tensors; `state-00001.safetensors` a rank, if they differ
-                          rank-00000.json, .safetensors       what the trainer itself keeps on each rank
-
-TRL writes `trainer_state.json` after this folder and rotates old checkpoints after that. So a checkpoint is complete
-when `trainer_state.json` can be read and every file of the manifest is there with its size, and an old one is deleted
-only once its successor is complete.
+checkpoint-30/trl_ext/manifest.json                      written last, lists every file of the checkpoint
+                      <plugin>/state.json                 JSON values and the state's version
+                      <plugin>/state.safetensors          tensors; `state-00001.safetensors` a rank, if they differ
+                      rank-00000.json, .safetensors       what the trainer itself keeps on each rank
 """
 
 from __future__ import annotations
@@ -21,7 +17,6 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from trl_ext.errors import CheckpointError
 
@@ -29,9 +24,6 @@ FOLDER = "trl_ext"
 FORMAT = 1
 State = dict[str, Any]
 """Flat: names to tensors and JSON values."""
-
-
-# -- writing ---------------------------------------------------------------------------------------------------------
 
 
 def save_state(
@@ -115,9 +107,6 @@ def _write(folder: Path, stem: str, state: State, owner: str) -> None:
     save_file({k: v.clone() for k, v in tensors.items()}, folder / f"{stem}.safetensors")
 
 
-# -- reading ---------------------------------------------------------------------------------------------------------
-
-
 def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """The manifest of a checkpoint, or None where trl_ext wrote nothing.
 
@@ -198,79 +187,6 @@ def _read(folder: Path, stem: str) -> State:
     state: State = json.loads((folder / f"{stem}.json").read_text())
     state.update(load_file(folder / f"{stem}.safetensors"))
     return state
-
-
-# What a checkpoint of plain TRL has; DeepSpeed keeps all of it in a folder of its own.
-_PARTS = {
-    "model": ("*.safetensors", "pytorch_model*", "adapter_model*", "global_step*"),
-    "optimizer state": ("optimizer*", "global_step*"),
-    "scheduler state": ("scheduler*", "global_step*"),
-    "random state": ("rng_state*",),
-}
-
-# -- completeness ----------------------------------------------------------------------------------------------------
-
-
-def incompleteness(checkpoint: Path, model_only: bool = False) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None if it is complete.
-
-    Args:
-        checkpoint: its folder.
-        model_only: whether the run saves no optimiser (`save_only_model`), so that none is missed.
-    """
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        state["global_step"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"trainer_state.json, which is written last, is missing or cut off ({type(error).__name__})"
-    folder = checkpoint / FOLDER
-    if folder.is_dir():
-        try:
-            manifest = read_manifest(checkpoint)
-        except CheckpointError as error:
-            return str(error)
-        if manifest is None:
-            return f"{FOLDER}/manifest.json is missing"
-        for relative, size in manifest["sizes"].items():
-            path = checkpoint / relative
-            if not path.is_file():
-                return f"{relative} is missing"
-            if path.stat().st_size != size:
-                return f"{relative} has {path.stat().st_size} bytes instead of {size}"
-        return None
-    for part, patterns in _PARTS.items():
-        needed = part == "model" or not model_only
-        if needed and not any(next(checkpoint.glob(pattern), None) for pattern in patterns):
-            return f"there is no {part} in it"
-    return None
-
-
-def newest_complete(output_dir: Path, model_only: bool = False) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The complete checkpoint with the highest step, and the incomplete ones with the reason."""
-    found = []
-    for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if path.is_dir() and step.isdigit():
-            found.append((int(step), path))
-    complete, incomplete = None, []
-    for _, path in sorted(found):
-        reason = incompleteness(path, model_only)
-        if reason is None:
-            complete = path
-        else:
-            incomplete.append((path, reason))
-    return complete, incomplete
-
-
-def set_aside(checkpoint: Path) -> Path:
-    """Rename an incomplete checkpoint so that neither resuming nor rotation counts it; nothing is deleted."""
-    target = checkpoint.with_name(f"incomplete-{checkpoint.name}")
-    n = 1
-    while target.exists():
-        n += 1
-        target = checkpoint.with_name(f"incomplete-{checkpoint.name}.{n}")
-    checkpoint.rename(target)
-    return target
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,66 @@
+"""GRPO's generation batch: its completions and rewards as plugins see them, and as a checkpoint keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from trl_ext.checkpoints import State
+from trl_ext.engine.context import RunContext
+from trl_ext.engine.grpo_loss import loss_mask
+from trl_ext.records import Rewards, Rollouts
+
+_PREFIX = "rollouts"
+
+
+def shaped_advantages(
+    run: RunContext, output: Mapping[str, Any], rows: Mapping[str, Any], rewards: Rewards, num_generations: int
+) -> Tensor:
+    """The advantages (N,) or (N, T) of this rank's completions, as the `advantages` hooks leave them. Collective.
+
+    `output` is what TRL's `_generate_and_score_completions` returns, `rows` its inputs, prompts and completions.
+    """
+    rollouts = Rollouts(
+        **rows,
+        prompt_ids=output["prompt_ids"],
+        prompt_mask=output["prompt_mask"],
+        completion_ids=output["completion_ids"],
+        mask=loss_mask(output),
+        num_generations=num_generations,
+        step=run.step(),
+        training=run.training(),
+        old_log_probs=output.get("old_per_token_logps"),
+    )
+    shapes = (len(rows["prompts"]),), tuple(rollouts.mask.shape)
+
+    def check(result: Any) -> None:
+        if not isinstance(result, Tensor) or tuple(result.shape) not in shapes:
+            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise TypeError(f"returned {got}; expected advantages of shape {shapes[0]} or {shapes[1]}")
+
+    given: Tensor = output["advantages"]
+    shaped = run.guard.chain("advantages", "advantages", given, check, rollouts=rollouts, rewards=rewards)
+    run.guard.agree()  # what follows is collective: streams, the loss of sharded weights
+    return shaped
+
+
+def pack(buffer: Sequence[Mapping[str, Any]] | None) -> State:
+    """The rollouts still to be trained on, flat: TRL does not save them, and a run resumed amid them would differ."""
+    return {
+        f"{_PREFIX}.{i}.{key}": value
+        for i, batch in enumerate(buffer or ())
+        for key, value in batch.items()
+        if value is not None
+    }
+
+
+def unpack(state: State, to_device: Callable[[Any], Any]) -> list[dict[str, Any]] | None:
+    """The reverse of `pack`, out of a state with other names in it too; None where it holds no rollouts."""
+    batches: dict[int, dict[str, Any]] = {}
+    for name, value in state.items():
+        if name.startswith(f"{_PREFIX}."):
+            _, i, key = name.split(".", 2)
+            batches.setdefault(int(i), {})[key] = to_device(value)
+    return [batches[i] for i in sorted(batches)] or None

@@ -1,0 +1,137 @@
+"""Weights of a window's samples: what `sample_weights` may look at, and how its answer enters the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trl_ext.engine.context import AccumulationWindow, RunContext
+from trl_ext.engine.losses import label_tokens, per_token_loss, token_record
+from trl_ext.engine.passes import ExtraPasses
+from trl_ext.gradients import GradientView
+from trl_ext.records import SampleWeights, StreamGradient, TokenRecord, Window
+
+Streams = Mapping[str, StreamGradient]
+
+
+@dataclass(frozen=True)
+class SampleWeighting:
+    """Counts and weighs the samples of each window of an SFT run."""
+
+    run: RunContext
+    passes: ExtraPasses
+    prepare: Callable[[Any], dict[str, Any]]
+    """Puts a micro-batch on the device as TRL's training step does."""
+    counted_ranks: int
+    """Ranks that the window's label tokens are counted over."""
+
+    def begin_window(self, model: nn.Module, window: AccumulationWindow, streams: Streams) -> None:
+        """Fill in `window.sequences` and `window.weights` where a plugin has a use for them. Collective.
+
+        It comes before the window's first forward; `streams` are those asked for before the window.
+        """
+        weighs = self.run.plugins.implements("sample_weights")
+        if not weighs and not self.run.plugins.implements("auxiliary_losses"):
+            return
+        batches = [self.prepare(dict(batch)) for batch in window.micro_batches]
+        index = sample_index(batches)
+        samples = int(max(int(i.max()) for i in index)) + 1
+        window.sequences = self.run.sum_over_ranks(torch.tensor(float(samples), device=self.run.device))
+        if not weighs:
+            return
+        if window.num_items is None:
+            raise ValueError("sample weights need the window's token count, which this model's forward does not take")
+        chosen = self._ask(self._record(model, window.num_items, batches, index, samples, streams), samples)
+        if chosen is not None:
+            weights = self._per_sample(chosen, window.num_items, batches, index)
+            window.weights = [weights[i] for i in index]
+
+    def _ask(self, record: Window, samples: int) -> SampleWeights | None:
+        """The owner's weights; ones where only other ranks weigh, None where no rank does."""
+        answer = self.run.guard.exclusive("sample_weights", None, check=_check(samples), window=record)
+        self.run.guard.agree()
+        # Whether weights are used must not depend on the rank, or the ranks would divide by different counts.
+        used = torch.tensor(float(answer is not None), device=self.run.device)
+        if self.run.sum_over_ranks(used).item() == 0:
+            return None
+        return _as_weights(torch.ones(samples) if answer is None else answer)
+
+    def _per_sample(
+        self, chosen: SampleWeights, num_items: Tensor | int, batches: Sequence[Any], index: Sequence[Tensor]
+    ) -> Tensor:
+        """(samples,) float: the weights, with a denominator of their own as a factor."""
+        weights = chosen.weights.detach().to(self.run.device, torch.float32)
+        if chosen.denominator != "weighted":
+            return weights
+        masks = [batch["labels"][:, 1:] != -100 for batch in batches]
+        total = torch.stack([(weights[i] * mask).sum() for i, mask in zip(index, masks, strict=True)]).sum()
+        total = self.run.sum_over_ranks(total)
+        # TRL goes on dividing by all label tokens, so the weights carry the ratio; all-zero weights stay zero.
+        return weights * torch.where(total > 0, num_items / total, torch.zeros_like(total))
+
+    def _record(
+        self,
+        model: nn.Module,
+        num_items: Tensor | int,
+        batches: Sequence[dict[str, Any]],
+        index: Sequence[Tensor],
+        samples: int,
+        streams: Streams,
+    ) -> Window:
+        run, passes = self.run, self.passes
+        denominator = label_tokens(num_items, self.counted_ranks, run.device)
+
+        def tokens(module: nn.Module, i: int) -> TokenRecord:
+            return token_record(run, passes.forward(module, batches[i]), batches[i], denominator)
+
+        # Local passes use the unwrapped model: nothing is reduced, so ranks need not make them alike.
+        def forward(i: int) -> TokenRecord:
+            with passes.aside():
+                return tokens(passes.unwrapped(), i)
+
+        def local_loss(i: int) -> Tensor:
+            with passes.aside():
+                return per_token_loss(run, tokens(passes.unwrapped(), i))
+
+        def gradient(i: int, weights: Tensor | None = None) -> GradientView:
+            def loss() -> Tensor:
+                losses = per_token_loss(run, tokens(model, i))
+                return (losses if weights is None else losses * weights[index[i]]).sum() / denominator
+
+            run.guard.agree()
+            return passes.gradient(model, loss)
+
+        return Window(batches, index, samples, run.step(), streams, forward, local_loss, gradient)
+
+
+def sample_index(batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """(B, T) long per micro-batch: the sample that each label belongs to, counted from 0 over the whole window."""
+    index, offset = [], 0
+    for batch in batches:
+        labels = batch["labels"][:, 1:]
+        none = labels.new_zeros(labels.shape)
+        record = TokenRecord(none, none, none, True, none, 1, 0.0, inputs=batch)
+        index.append(record.sample_index + offset)
+        offset += record.num_samples
+    return index
+
+
+def _check(samples: int) -> Callable[[SampleWeights | Tensor | None], None]:
+    def check(answer: SampleWeights | Tensor | None) -> None:
+        if answer is None:
+            return
+        chosen = _as_weights(answer)
+        if chosen.weights.shape != (samples,):
+            raise TypeError(f"returned weights of shape {tuple(chosen.weights.shape)}; expected ({samples},)")
+        if chosen.denominator == "weighted" and bool((chosen.weights < 0).any()):
+            raise ValueError("returned negative weights, which have no weighted mean; use denominator='tokens'")
+
+    return check
+
+
+def _as_weights(answer: SampleWeights | Tensor) -> SampleWeights:
+    return answer if isinstance(answer, SampleWeights) else SampleWeights(answer)

@@ -1,0 +1,130 @@
+"""From the constructor's arguments to a run that can work: what it activates, what data it needs, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from datasets import IterableDataset
+from torch import nn
+from trl.trainer.utils import get_callable_name
+
+from trl_ext.config import upgrade_config
+from trl_ext.data import load_dataset_spec, rename_columns
+from trl_ext.errors import ConfigurationError
+from trl_ext.plugins.activation import PluginSet, activate
+from trl_ext.records import RunDescription, TrainerKind
+from trl_ext.startup.refusals import refuse_unsupported, sharding_of
+from trl_ext.startup.stream_data import Matched, match_streams
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run that nothing speaks against, before the model loads."""
+
+    arguments: Mapping[str, Any]
+    """Of TRL's constructor, with a config of ours and columns renamed."""
+    plugins: PluginSet
+    streams: Matched
+    """The auxiliary data sets to prepare."""
+
+    @property
+    def fused_outputs(self) -> tuple[str, ...]:
+        """Outputs that plugins want of the fused head, beside those that TRL's trainer asks for."""
+        return tuple(
+            dict.fromkeys(name for plugin in self.plugins for name in getattr(plugin.instance, "fused_outputs", ()))
+        )
+
+
+def plan_run(
+    kind: TrainerKind,
+    config_class: type[Any],
+    given: Mapping[str, Any],
+    instances: Sequence[Any],
+    streams: Mapping[str, Any],
+) -> RunPlan:
+    """Activate, load and check everything that does not need the model.
+
+    `given` are the arguments of TRL's constructor, `instances` and `streams` what the caller passed beside the config.
+
+    Raises:
+        ConfigurationError: for anything that cannot work; it names the line to change.
+    """
+    config = _config(kind, config_class, given)
+    plugins = activate(config.plugins, instances, trainer=kind)
+    datasets = {role: load_dataset_spec(spec) for role, spec in (config.streams or {}).items()} | dict(streams)
+    arguments = {**given, "args": config}
+    if config.dataset_columns:
+        for name in ("train_dataset", "eval_dataset"):
+            arguments[name] = _renamed(arguments.get(name), config.dataset_columns)
+    if not plugins and not datasets:
+        return RunPlan(arguments, plugins, {})
+    run = _description(kind, config, arguments, plugins, datasets)
+    streaming = isinstance(arguments.get("train_dataset"), IterableDataset)
+    refuse_unsupported(run, plugins, arguments.get("compute_loss_func"), streaming=streaming)
+    for plugin, call in plugins.calls("check"):
+        try:
+            call(run=run)
+        except Exception as error:
+            raise ConfigurationError(f"plugin '{plugin}' refuses this run: {error}") from error
+    return RunPlan(arguments, plugins, _streams(kind, plugins, datasets))
+
+
+def _config(kind: TrainerKind, config_class: type[Any], given: Mapping[str, Any]) -> Any:
+    args, model = given.get("args"), given.get("model")
+    if args is None and "model" in given:  # named as TRL names it
+        name = model if isinstance(model, str) else model.config._name_or_path  # type: ignore[union-attr]
+        args = config_class(f"{name.split('/')[-1]}-{kind.upper()}")
+    return upgrade_config(args, config_class)
+
+
+def _description(
+    kind: TrainerKind, config: Any, arguments: Mapping[str, Any], plugins: PluginSet, datasets: Mapping[str, Any]
+) -> RunDescription:
+    model = arguments.get("model")
+    return RunDescription(
+        trainer=kind,
+        args=config,
+        model=model,
+        plugins=plugins.names,
+        streams=tuple(datasets),
+        columns=tuple(getattr(arguments.get("train_dataset"), "column_names", None) or ()),
+        peft=arguments.get("peft_config") is not None or (isinstance(model, nn.Module) and is_peft_model(model)),
+        world_size=config.world_size,
+        sharding=sharding_of(config, model),
+        rewards=_reward_names(arguments),
+    )
+
+
+def _streams(kind: TrainerKind, plugins: PluginSet, datasets: Mapping[str, Any]) -> Matched:
+    requests = {}
+    for plugin, call in plugins.calls("streams"):
+        try:
+            requests[plugin] = list(call())
+        except Exception as error:
+            raise ConfigurationError(f"plugin '{plugin}' failed in hook 'streams': {error}") from error
+    matched = match_streams(requests, datasets)
+    owner = plugins.owner("per_token_loss")
+    if kind == "grpo" and owner is not None and not matched:
+        raise ConfigurationError(
+            f"plugin '{owner}' owns the loss per token of supervised data, and this GRPO run has none: give a "
+            "plugin that takes a stream its data under `streams:`, or remove this one"
+        )
+    return matched
+
+
+def _renamed(dataset: Any, columns: Mapping[str, str]) -> Any:
+    if isinstance(dataset, Mapping):
+        return {name: rename_columns(part, columns) for name, part in dataset.items()}
+    return None if dataset is None else rename_columns(dataset, columns)
+
+
+def _reward_names(arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names that TRL will give the reward functions; none where models or an environment are among them."""
+    functions = arguments.get("reward_funcs")
+    functions = functions if isinstance(functions, list) else [functions]
+    plain = all(callable(function) and not isinstance(function, nn.Module) for function in functions)
+    known = plain and arguments.get("environment_factory") is None
+    return tuple(map(get_callable_name, functions)) if known else ()
