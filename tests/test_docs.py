@@ -105,8 +105,11 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def snippets(document: Path) -> list[CodeType]:
-    """The Python blocks, compiled with the document's line numbers for tracebacks."""
-    return [compile("\n" * (line - 1) + text, str(document), "exec") for line, text in blocks(document, "python")]
+    """The Python blocks, compiled as a file of their own, with the document's line numbers for tracebacks."""
+    return [
+        compile("\n" * (line - 1) + text, str(document), "exec", dont_inherit=True)
+        for line, text in blocks(document, "python")
+    ]
 
 
 @having("python", but="hooks.md")

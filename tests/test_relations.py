@@ -89,6 +89,7 @@ def test_an_order_is_held_among_the_plugins_that_provide_the_word():
         ({"after": {"Odd": "No."}}, "declares after = {'Odd': ...}, a word that it provides itself"),
         ({"trainers": "sft"}, "declares trainers = 'sft', a bare text; write trainers = ('sft',)"),
         ({"trainers": ("sfT",)}, "declares trainers = ('sfT',); name one or more of sft, grpo"),
+        ({"fused_outputs": "is_top1"}, "declares fused_outputs = 'is_top1', a bare text; write fused_outputs = ("),
         ({"trainers": ()}, "declares trainers = (); name one or more of sft, grpo"),
         ({"state_dict": lambda self: {}}, "has state_dict without load_state_dict, so that its state would not"),
         ({"load_state_dict": lambda self, state: None}, "has load_state_dict without state_dict"),

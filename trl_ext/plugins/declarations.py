@@ -16,6 +16,8 @@ class Declarations:
 
     trainers: tuple[str, ...] = TRAINERS
     """The trainers that it is for; all of them, unless it says otherwise."""
+    fused_outputs: tuple[str, ...] = ()
+    """Outputs of TRL's fused head that it wants beside the log-probabilities and the entropy."""
     provides: tuple[str, ...] = ()
     """The words that the relations of other plugins may name; its own name comes first."""
     conflicts: Mapping[str, str] = field(default_factory=dict)
@@ -39,6 +41,7 @@ def read_declarations(plugin: Any, name: str, origin: str, line: str) -> Declara
     try:
         declared = Declarations(
             trainers=_words(plugin, "trainers", TRAINERS),
+            fused_outputs=_words(plugin, "fused_outputs"),
             provides=(name, *_words(plugin, "provides")),
             conflicts=_reasons(plugin, "conflicts"),
             after=_reasons(plugin, "after"),

@@ -33,9 +33,7 @@ class RunPlan:
     @property
     def fused_outputs(self) -> tuple[str, ...]:
         """Outputs that plugins want of the fused head, beside those that TRL's trainer asks for."""
-        return tuple(
-            dict.fromkeys(name for plugin in self.plugins for name in getattr(plugin.instance, "fused_outputs", ()))
-        )
+        return tuple(dict.fromkeys(name for plugin in self.plugins for name in plugin.declared.fused_outputs))
 
 
 def plan_run(

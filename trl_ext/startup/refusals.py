@@ -70,7 +70,7 @@ def refuse_unsupported(
         _refuse_orders(args, plugins, streaming)
     _refuse_gradients(run, plugins)
     for plugin in plugins:
-        unknown = sorted(set(getattr(plugin.instance, "fused_outputs", ())) - set(EXTRA_FUSED_OUTPUTS))
+        unknown = sorted(set(plugin.declared.fused_outputs) - set(EXTRA_FUSED_OUTPUTS))
         if unknown:
             raise ConfigurationError(
                 f"plugin {plugin} declares fused_outputs {unknown}; "
