@@ -4,8 +4,9 @@ import pytest
 import torch
 from training import GENERAL, TARGET, train
 from trl_ext_data_regularization.surgery import GradientSurgery
-from trl_ext_data_regularization.weightings import CLOSED_FORMS, TORCHJD, half_space, pcgrad, weighting
+from trl_ext_data_regularization.weightings import CLOSED_FORMS, TORCHJD, half_space, weighting
 
+from trl_ext.gradients import pcgrad_weights
 from trl_ext.records import StreamGradient
 
 
@@ -35,19 +36,9 @@ def test_half_space_is_the_nearest_vector_that_does_not_oppose_the_general_gradi
     assert half_space(gram(t, g)).tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_pcgrad_projects_each_onto_the_others_half_space(seed):
-    t, g = pair(seed, -1)
-    a, b = pcgrad(gram(t, g))
-    expected = (t - (t @ g) / (g @ g) * g) + (g - (t @ g) / (t @ t) * t)
-    torch.testing.assert_close(a * t + b * g, expected)
-    t, g = pair(seed, 1)
-    assert pcgrad(gram(t, g)).tolist() == [1.0, 1.0]
-
-
 def test_a_zero_gradient_conflicts_with_nothing():
     zero, t = torch.zeros(6), torch.randn(6)
-    for function in (half_space, pcgrad):
+    for function in CLOSED_FORMS.values():
         for pair_ in ((t, zero), (zero, t)):
             assert torch.isfinite(function(gram(*pair_))).all()
 
@@ -109,7 +100,9 @@ def test_the_plugin_combines_the_two_gradients(scope, general):
     found = [a.detach() - b.detach() for a, b in pairs]
     flat = [torch.cat([x.flatten() for x in v]) for v in (t, g)]
     for i, got in enumerate(found):
-        weights = pcgrad(gram(*flat)) if scope == "global" else pcgrad(gram(t[i].flatten(), g[i].flatten()))
+        weights = (
+            pcgrad_weights(gram(*flat)) if scope == "global" else pcgrad_weights(gram(t[i].flatten(), g[i].flatten()))
+        )
         torch.testing.assert_close(got, weights[0] * t[i] + weights[1] * g[i], rtol=1e-4, atol=2e-6)
 
 
@@ -140,7 +133,7 @@ def test_preconditioned_surgery_uses_inner_products_of_what_adam_would_make(scop
         rows = [
             scaled[k][i].flatten() if scope == "layer" else torch.cat([x.flatten() for x in scaled[k]]) for k in (0, 1)
         ]
-        a, b = pcgrad(gram(*rows))
+        a, b = pcgrad_weights(gram(*rows))
         torch.testing.assert_close(view.tensors[i], a * t[i] + b * g[i], rtol=1e-5, atol=1e-6)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trl_ext.gradients import conflict_weight, pcgrad_weights
+
 Weighting = Callable[[Tensor], Tensor]
 """(..., 2, 2) Gram matrix of (t, g) to (..., 2) weights (a, b)."""
 
-CLOSED_FORMS = ("half-space", "pcgrad")
 # The weightings of torchjd that are functions of the Gram matrix, need no labels, and keep no state between steps.
 TORCHJD = {
     "upgrad": "UPGradWeighting",
@@ -24,15 +25,19 @@ TORCHJD = {
 
 
 def half_space(gram: Tensor) -> Tensor:
-    """The projection of t onto {u : <u, g> >= 0}: u = t - min(0, <t, g> / |g|^2) g (arXiv:1812.00420, eq. 11)."""
-    b = -(gram[..., 0, 1] / _positive(gram[..., 1, 1])).clamp(max=0)
+    """The projection of t onto {u : <u, g> >= 0}: u = t - min(0, <t, g> / |g|^2) g (arXiv:1812.00420, equation 11).
+
+    Args:
+        gram: (..., 2, 2) float.
+
+    Returns:
+        (..., 2) float: 1, and a number of at least 0.
+    """
+    b = conflict_weight(gram[..., 0, 1], gram[..., 1, 1])
     return torch.stack([torch.ones_like(b), b], -1)
 
 
-def pcgrad(gram: Tensor) -> Tensor:
-    """The sum of t and g, each projected onto the other's half-space (arXiv:2001.06782, Algorithm 1, two tasks)."""
-    conflict = gram[..., 0, 1].clamp(max=0)
-    return 1 - torch.stack([conflict / _positive(gram[..., 0, 0]), conflict / _positive(gram[..., 1, 1])], -1)
+CLOSED_FORMS: dict[str, Weighting] = {"half-space": half_space, "pcgrad": pcgrad_weights}
 
 
 def weighting(name: str) -> Weighting:
@@ -42,7 +47,7 @@ def weighting(name: str) -> Weighting:
         ImportError: it comes from torchjd, and torchjd or what it needs is not installed.
     """
     if name in CLOSED_FORMS:
-        return {"half-space": half_space, "pcgrad": pcgrad}[name]
+        return CLOSED_FORMS[name]
     hint = 'pip install "trl-ext-data-regularization[torchjd]"'
     try:
         from torchjd import aggregation
@@ -55,8 +60,3 @@ def weighting(name: str) -> Weighting:
         return torch.stack([function(one) for one in flat]).view(gram.shape[:-1])
 
     return each
-
-
-def _positive(square: Tensor) -> Tensor:
-    """A zero gradient conflicts with nothing: its inner products are zero too."""
-    return square.clamp(min=torch.finfo(square.dtype).tiny)
