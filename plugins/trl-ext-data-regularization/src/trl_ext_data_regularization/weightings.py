@@ -1,4 +1,4 @@
-"""Combinations u = a t + b g of the target's gradient t and the mean general gradient g, from their Gram matrix."""
+"""Weights (a, b) of u = a t + b g from the Gram matrix of the target's gradient t and the mean general gradient g."""
 
 from __future__ import annotations
 
@@ -41,13 +41,16 @@ CLOSED_FORMS: dict[str, Weighting] = {"half-space": half_space, "pcgrad": pcgrad
 
 
 def weighting(name: str) -> Weighting:
-    """A weighting by name.
+    """A weighting by name. Where a Gram matrix is NaN or infinite, so are the weights, and `nonfinite` decides.
 
     Raises:
         ImportError: it comes from torchjd, and torchjd or what it needs is not installed.
+        ValueError: there is no such weighting.
     """
     if name in CLOSED_FORMS:
         return CLOSED_FORMS[name]
+    if name not in TORCHJD:
+        raise ValueError(f"{name!r} is not one of {', '.join((*CLOSED_FORMS, *TORCHJD))}")
     hint = 'pip install "trl-ext-data-regularization[torchjd]"'
     try:
         from torchjd import aggregation
@@ -57,6 +60,8 @@ def weighting(name: str) -> Weighting:
 
     def each(gram: Tensor) -> Tensor:
         flat = gram.reshape(-1, 2, 2)
-        return torch.stack([function(one) for one in flat]).view(gram.shape[:-1])
+        finite = torch.isfinite(flat).all((-1, -2)).unsqueeze(-1)
+        weights = torch.stack([function(one) for one in torch.where(finite.unsqueeze(-1), flat, 0.0)])
+        return torch.where(finite, weights, torch.nan).view(gram.shape[:-1])
 
     return each

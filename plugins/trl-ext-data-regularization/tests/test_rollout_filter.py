@@ -7,18 +7,19 @@ import tempfile
 import pytest
 import torch
 import trl
-from training import TOKENIZER, arguments, model
-from trl_ext_data_regularization.policy import (
+from short_runs import TOKENIZER, arguments, model
+from trl_ext_data_regularization.rollout_filter import RolloutFilter
+from trl_ext_data_regularization.token_coefficients import (
     PolicyBatch,
     group_advantages,
     reward_loss,
     token_policy_gradient,
     train_loss,
 )
-from trl_ext_data_regularization.rollouts import RolloutFilter
 
 import trl_ext
 from trl_ext import hookimpl
+from trl_ext.options import check_options
 from trl_ext.testing import Addition
 
 TASK = Addition(digits=1)
@@ -141,7 +142,7 @@ def held_out():
 
 
 def fresh(held_out, cls=RolloutFilter, **options):
-    options = {"prompts_per_step": 2, "generations": 2, "reward": "test_rollouts:noisy_reward"} | options
+    options = {"prompts_per_step": 2, "generations": 2, "reward": "test_rollout_filter:noisy_reward"} | options
     return cls(target="prompts", prompts=held_out, **options)
 
 
@@ -264,7 +265,7 @@ def test_inputs_put_labels_on_the_tokens_of_the_loss():
 )
 def test_bad_options_are_refused(options, reason):
     with pytest.raises(ValueError, match=reason):
-        RolloutFilter(**options)
+        check_options(RolloutFilter(**options))
 
 
 @pytest.mark.parametrize("target_loss", ["train-loss", "token-pg"])

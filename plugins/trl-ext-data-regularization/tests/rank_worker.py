@@ -1,4 +1,4 @@
-"""Runs the cases of `test_ranks.py` on this rank: `torchrun ranks.py OUT`. Each rank saves what it found."""
+"""Runs the cases of `test_ranks.py` on this rank: `torchrun rank_worker.py OUT`. Each rank saves what it found."""
 
 import sys
 from dataclasses import replace
@@ -10,14 +10,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
-from test_rollouts import TASK, Before, Witness, noisy_reward, only_norms
-from test_rollouts import run as run_grpo
+from short_runs import GENERAL, TOKENIZER, DataRegularization, model, parameters, train
+from test_rollout_filter import TASK, Before, Witness, noisy_reward, only_norms
+from test_rollout_filter import run as run_grpo
 from test_sft import sharpened
-from training import GENERAL, TOKENIZER, DataRegularization, model, parameters, train
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
-from trl_ext_data_regularization.rollouts import RolloutFilter
-from trl_ext_data_regularization.surgery import GradientSurgery
+from trl_ext_data_regularization.gradient_surgery import GradientSurgery
+from trl_ext_data_regularization.rollout_filter import RolloutFilter
 
 from trl_ext import hookimpl
 from trl_ext.testing import save_model
@@ -151,10 +151,10 @@ SHARDED: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
 class FailsInScoring(DataRegularization):
     """On the second rank alone, at the second step, before the ranks exchange scores."""
 
-    def _make_engine(self, target: Any, samples: int) -> Any:
+    def _begin_step(self, samples: Any, target: Any) -> Any:
         if dist.get_rank() == 1 and self._steps_done == 1:
             raise ArithmeticError("only here")
-        return super()._make_engine(target, samples)
+        return super()._begin_step(samples, target)
 
 
 class FailsInBackward(DataRegularization):
@@ -181,7 +181,7 @@ def _filter(folder: Path) -> RolloutFilter:
     held_out = folder / f"held-out-{dist.get_rank()}.jsonl"
     TASK.dataset(4, kind="prompt_only", split="held_out").select_columns(["prompt", "answer"]).to_json(held_out)
     return RolloutFilter(
-        target="prompts", prompts=str(held_out), reward="ranks:failing_reward", prompts_per_step=2, generations=2
+        target="prompts", prompts=str(held_out), reward="rank_worker:failing_reward", prompts_per_step=2, generations=2
     )
 
 

@@ -1,20 +1,28 @@
-"""`gradient-surgery`: combine the target's gradient with the mean general gradient so that they do not work against
-each other. Costs the second stream's forward and backward, and a few inner products."""
+"""`gradient-surgery`: combine the target's gradient and the mean general one, so that they do not oppose each other.
+
+    u = a t + b g,    (a, b) = weighting([[<t, t>, <t, g>], [<t, g>, <g, g>]])
+
+t and g are the gradients of the target's and of the general data's token-mean loss (in GRPO, of TRL's loss for the
+trainer's own data), over all parameters or in each parameter tensor. Half-space is A-GEM (arXiv:1812.00420, equation
+11), `pcgrad` arXiv:2001.06782, algorithm 1; the weightings are in `weightings`. It costs the second stream's forward
+and backward, and a few inner products.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
+from trl_ext.options import Range
 from trl_ext.records import StreamGradient, StreamRequest
 from trl_ext_data_regularization.preconditioner import preconditioned, refuse_without_second_moments
-from trl_ext_data_regularization.weightings import CLOSED_FORMS, TORCHJD, weighting
+from trl_ext_data_regularization.weightings import weighting
 
 
 @dataclass(eq=False)
@@ -37,8 +45,8 @@ class GradientSurgery:
     )
     scope: Literal["global", "layer"] = "global"
     general: Literal["stream", "train"] = "stream"
-    stream_batch_size: int = 8
-    stream_max_length: int | None = None
+    stream_batch_size: Annotated[int, Range(ge=1)] = 8
+    stream_max_length: Annotated[int, Range(ge=1)] | None = None
     precondition: bool = False
 
     requires_api: ClassVar[str] = "1"
@@ -46,11 +54,6 @@ class GradientSurgery:
     citation: ClassVar[str] = "Chaudhry et al., Efficient lifelong learning with A-GEM, arXiv:1812.00420"
 
     def __post_init__(self) -> None:
-        methods = (*CLOSED_FORMS, *TORCHJD)
-        if self.method not in methods:
-            raise ValueError(f"method={self.method!r} is not one of {', '.join(methods)}")
-        if self.stream_batch_size < 1:
-            raise ValueError(f"stream_batch_size={self.stream_batch_size}: at least 1")
         self._weighting = weighting(self.method)
         self._optimizer: torch.optim.Optimizer | None = None
         self._cosines: list[Tensor] = []
@@ -72,7 +75,7 @@ class GradientSurgery:
         own, other = (0, 1) if self.general == "stream" else (1, 0)
         stream = streams["general" if self.general == "stream" else "target"].gradients
         gram = self._gram((gradients, stream) if own == 0 else (stream, gradients))
-        self._cosines.append(gram[..., 0, 1].sum() / _norms(gram))
+        self._cosines.append(_cosine(gram))
         # To the host, once a step: with plain numbers the sum needs no scaled copy of a gradient.
         weights = self._weighting(gram).tolist()
         if self.scope == "layer":
@@ -105,14 +108,17 @@ class GradientSurgery:
         if mode != "train" or not self._cosines:
             return {}
         cosines = torch.stack(self._cosines)
-        self._cosines = []
+        cosines, self._cosines = cosines[torch.isfinite(cosines)], []
+        if not len(cosines):  # nothing but steps that `nonfinite` leaves out
+            return {}
         return {"cosine": float(cosines.mean()), "conflicts": float((cosines < 0).float().mean())}
 
 
-def _norms(gram: Tensor) -> Tensor:
-    """() |t| |g| over all parameters."""
-    product = gram[..., 0, 0].sum() * gram[..., 1, 1].sum()
-    return product.sqrt().clamp(min=torch.finfo(product.dtype).tiny)
+def _cosine(gram: Tensor) -> Tensor:
+    """() the cosine of t and g over all parameters; 0 where one of the two is zero."""
+    tt, tg, gg = (gram[..., i, j].sum() for i, j in ((0, 0), (0, 1), (1, 1)))
+    lengths = tt.sqrt() * gg.sqrt()  # of the roots: the product of small squares would be 0 in fp32
+    return tg / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
 
 
 def _scale(view: GradientView, factors: list[float]) -> None:

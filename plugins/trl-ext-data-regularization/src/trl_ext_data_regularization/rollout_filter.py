@@ -1,20 +1,32 @@
-"""`rollout-filter`: in GRPO, drop the completions whose policy gradient works against the target's."""
+"""`rollout-filter`: in GRPO, drop the completions whose policy gradient works against the target's.
+
+    A_i <- A_i w_i,    w = filter(s),    s_i = <g_i, t>                (arXiv:2605.07063, policy gradient; IIF)
+
+Once per generation batch and over all layers: g_i is the gradient of completion i's share of TRL's policy loss, t that
+of the target loss on the generation batch itself or on fresh rollouts. `filter` keeps s_i >= 0 and drops the share
+`frac` of the others, the most negative first. A zero advantage alone would leave TRL's denominators as they were, so
+the kept ones get w_i = (total size) / (size of the kept ones), a completion's size being what it counts in that
+denominator: its tokens, or 1. The update is then the policy gradient of the kept ones alone.
+"""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
+from trl_ext.options import Range
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext
-from trl_ext_data_regularization.checks import refuse_unknown_choices
-from trl_ext_data_regularization.engines import Direct, Projections, Sketch
+from trl_ext_data_regularization.completion_gradients import CompletionGradients
+from trl_ext_data_regularization.engines import Projections
 from trl_ext_data_regularization.fresh_rollouts import load_function, load_prompts, rewards_of, roll_out
-from trl_ext_data_regularization.layers import Batch, find_layers
-from trl_ext_data_regularization.policy import (
+from trl_ext_data_regularization.ranks import FailedElsewhere, gather_rows, together, total_over_ranks, world_size
+from trl_ext_data_regularization.solvers import Problem, Rule
+from trl_ext_data_regularization.token_coefficients import (
     PolicyBatch,
     group_advantages,
     reward_loss,
@@ -22,24 +34,23 @@ from trl_ext_data_regularization.policy import (
     token_policy_gradient,
     train_loss,
 )
-from trl_ext_data_regularization.ranks import FailedElsewhere, gather_rows, together, total_over_ranks, world_size
-from trl_ext_data_regularization.solvers import Problem, Rule
-from trl_ext_data_regularization.taps import Taps
-from trl_ext_data_regularization.visitors import ScorePass
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
 class RolloutFilter:
     """Scores each completion once per generation batch, s_i = <g_i, t>, and gives dropped ones an advantage of zero.
 
-    That leaves TRL's denominators as they were, so the advantages of the kept completions are scaled up: the update is
-    the policy gradient of the kept ones alone. Everything else is TRL's plain update.
+    The advantages of the kept completions are scaled up, so that the update is the policy gradient of the kept ones
+    alone. Everything else is TRL's plain update.
 
     Args:
         target: "rollout": the generation batch itself (IIF), t = sum_i g_i; "prompts": fresh rollouts on held-out
             prompts.
-        target_loss: what t is the gradient of. "train-loss": the policy gradient as TRL weighs tokens; "token-pg": as a
-            mean over tokens; "reward": log-probabilities weighted by standardised rewards.
+        target_loss: what t is the gradient of. "reward", as in the authors' experiments: log-probabilities weighted by
+            standardised rewards; "token-pg": the policy gradient as a mean over tokens; "train-loss": the policy
+            gradient as TRL weighs tokens.
         frac: share of the completions with a negative score to drop, the most negative first.
         engine: "sketch": random projections; "direct": every completion's gradient, for LoRA and small models.
         prompts: target=prompts: data set of held-out prompts, path or hub id, with the columns that the reward needs.
@@ -48,17 +59,20 @@ class RolloutFilter:
         generations: target=prompts: completions per held-out prompt; at least 2 unless target_loss=reward.
         sketch_size: the projections' width per side.
         seed: of the projections and of the fresh rollouts.
+
+    Raises:
+        ValueError: two options contradict each other.
     """
 
     target: Literal["rollout", "prompts"] = "rollout"
-    target_loss: Literal["train-loss", "token-pg", "reward"] = "train-loss"
-    frac: float = 1.0
+    target_loss: Literal["train-loss", "token-pg", "reward"] = "reward"
+    frac: Annotated[float, Range(ge=0, le=1)] = 1.0
     engine: Literal["sketch", "direct"] = "sketch"
     prompts: str | None = None
     reward: str | None = None
-    prompts_per_step: int = 8
-    generations: int = 8
-    sketch_size: int = 64
+    prompts_per_step: Annotated[int, Range(ge=1)] = 8
+    generations: Annotated[int, Range(ge=1)] = 8
+    sketch_size: Annotated[int, Range(ge=1)] = 64
     seed: int = 0
 
     requires_api: ClassVar[str] = "1"
@@ -66,12 +80,6 @@ class RolloutFilter:
     citation: ClassVar[str] = "Hu, Liu, Mao and Ma, Dr. Post-Training, arXiv:2605.07063 (policy gradient, IIF)"
 
     def __post_init__(self) -> None:
-        refuse_unknown_choices(self)
-        if not 0 <= self.frac <= 1:
-            raise ValueError(f"frac={self.frac}: allowed is [0, 1]")
-        for name in ("prompts_per_step", "generations", "sketch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
         if self.target == "prompts" and (self.prompts is None or self.reward is None):
             raise ValueError("target=prompts needs prompts=<path or hub id> and reward=<package.module:function>")
         if self.target == "rollout" and (self.prompts is not None or self.reward is not None):
@@ -85,7 +93,7 @@ class RolloutFilter:
         self._rule = Rule("filter", self.frac)
         self._kept: list[Tensor] = []
         self._target_rewards: list[Tensor] = []
-        self._taps: Taps | None = None
+        self._gradients: CompletionGradients | None = None
         self._position = 0
 
     # -- start-up ----------------------------------------------------------------------------------------------------
@@ -98,58 +106,53 @@ class RolloutFilter:
         self._held_out: Any = None
         if self.target == "prompts":
             self._reward = load_function(self.reward or "")
-            self._held_out = load_prompts(self.prompts or "")
-            if "prompt" not in self._held_out.column_names:
-                raise ValueError(
-                    f"prompts={self.prompts} has no column 'prompt' ({', '.join(self._held_out.column_names)})"
-                )
-            if len(self._held_out) < self.prompts_per_step * run.world_size:
-                raise ValueError(
-                    f"prompts={self.prompts} has {len(self._held_out)} rows, fewer than prompts_per_step="
-                    f"{self.prompts_per_step} on {run.world_size} rank(s); lower prompts_per_step"
-                )
+            self._held_out = load_prompts(self.prompts or "", self.prompts_per_step, run.world_size)
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:
-        if self._taps is not None:
-            self._taps.remove()
-        self._context = context
-        self._layers, uses = find_layers(context.model, context.names)
-        self._taps = Taps(context.model, uses, self._args.temperature)
-        self._projections = Projections(self.sketch_size, self.seed)
+        if self._gradients is not None:
+            self._gradients.remove()
+        self._context, args = context, self._args
+        projections = Projections(self.sketch_size, self.seed)
+        self._gradients = CompletionGradients(
+            context, self.engine, projections, args.temperature, args.per_device_train_batch_size
+        )
 
     # -- one generation batch ----------------------------------------------------------------------------------------
 
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
+        """(N,) or (N, T): A_i w_i. NaN where a score is not finite: there is no order to drop by."""
         if not rollouts.training:
             return advantages
         try:
-            s, t, count = together(lambda: self._sketches(rollouts, rewards, advantages), self._context.device)
+            g, t, size = together(lambda: self._vectors(rollouts, rewards, advantages), self._context.device)
         except FailedElsewhere:
             return advantages
         target = total_over_ranks(torch.cat(t)).split([len(part) for part in t])
-        scores = torch.stack([z @ part for z, part in zip(s, target, strict=True)]).sum(0)
-        every, mine = torch.stack([scores, count], 1), slice(0, len(scores))
+        scores = torch.stack([vectors @ part for vectors, part in zip(g, target, strict=True)]).sum(0)
+        every, mine = torch.stack([scores, size], 1), slice(0, len(scores))
         if world_size() > 1:
             every, mine = gather_rows(every)
         problem = Problem(every[:, 0], every[:, 1])
         weights = self._rule.solve(problem, every.new_zeros(()), 0.0).weights[mine].to(advantages.dtype)
-        self._kept.append((weights != 0).float().mean())
+        self._note(weights, rollouts.step)
         return advantages * (weights if advantages.dim() == 1 else weights.unsqueeze(1))
 
-    def _sketches(
+    def _vectors(
         self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Per layer (N, D) the completions' gradients and (D,) this rank's part of t; (N,) what each counts."""
+        """Per layer (N, D) the completions' gradients and (D,) this rank's part of t; (N,) their sizes."""
+        assert self._gradients is not None
         loss_type = self._args.loss_type
-        batches = [_batch(rollouts, train_loss(advantages, rollouts.mask, loss_type))]
+        batches = [PolicyBatch.of(rollouts, train_loss(advantages, rollouts.mask, loss_type))]
         if self.target == "prompts":
             batches.append(self._fresh())
         elif self.target_loss != "train-loss":
             own, every = rewards.total[rewards.local], rewards.total
-            batches.append(_batch(rollouts, self._target_coefficients(own, advantages, rollouts.mask, every)))
-        vectors = self._vectors(batches)
+            coefficients = self._target_coefficients(own, advantages, rollouts.mask, every)
+            batches.append(PolicyBatch.of(rollouts, coefficients))
+        vectors = self._gradients.of(batches)
         n, last = len(batches[0]), len(batches[-1])
         return [v[:n] for v in vectors], [v[-last:].sum(0) for v in vectors], sizes(rollouts.mask, loss_type)
 
@@ -186,35 +189,16 @@ class RolloutFilter:
         coefficients = self._target_coefficients(found, advantages, mask)
         return PolicyBatch(prompt_ids, prompt_mask, ids, mask, coefficients, mask)
 
-    def _vectors(self, batches: list[PolicyBatch]) -> list[Tensor]:
-        """Per layer, (rows of all batches, D) each row's gradient or its sketch."""
-        total, device = sum(map(len, batches)), self._context.device
-        none: list[Tensor | None] = [None] * len(self._context.names)
-        engine = (
-            Direct(self._layers, none, total, device)
-            if self.engine == "direct"
-            else Sketch(self._layers, none, total, device, self._projections)
-        )
-        offset = 0
-        for batch in batches:
-            for start in range(0, len(batch), self._args.per_device_train_batch_size):
-                rows = slice(start, min(start + self._args.per_device_train_batch_size, len(batch)))
-                self._pass(engine, batch, rows, offset + start)
-            offset += len(batch)
-        return [engine.vectors(layer) for layer in range(len(self._layers))]
-
-    def _pass(self, engine: Direct | Sketch, batch: PolicyBatch, rows: slice, offset: int) -> None:
-        """Forward and backward of some rows, unwrapped: no counter, metric, gradient or random state moves."""
-        assert self._taps is not None
-        context, inputs = self._context, batch.inputs(rows)
-        index = torch.arange(rows.stop - rows.start, device=context.device).unsqueeze(1).expand_as(inputs["input_ids"])
-        devices = [context.device] if context.device.type != "cpu" else []
-        kind = context.device.type if devices else "cuda"
-        scoring = self._taps.active(ScorePass(engine), Batch(index, len(index), offset, True))
-        with torch.random.fork_rng(devices=devices, device_type=kind), torch.enable_grad(), scoring:
-            output = context.model(**inputs, use_cache=False, fused_lm_head=True)
-            log_probs = output.log_probs[:, -batch.mask.shape[1] :]
-            (-(log_probs * batch.coefficients[rows])).sum().backward()
+    def _note(self, weights: Tensor, step: int) -> None:
+        """Keep the share of completions kept, or say why there is none."""
+        if torch.isfinite(weights).all():
+            self._kept.append((weights != 0).float().mean())
+        else:
+            logger.warning(
+                "rollout-filter: after step %d the scores <g_i, t> are NaN or infinite: the gradient of the target or "
+                "of a completion is not finite, no completion can be chosen, and the advantages are NaN",
+                step,
+            )
 
     @hookimpl
     def metrics(self, mode: str) -> dict[str, float]:
@@ -236,16 +220,3 @@ class RolloutFilter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue there."""
         self._position = state["position"]
-
-
-def _batch(rollouts: Rollouts, coefficients: Tensor) -> PolicyBatch:
-    # What the model sees reaches to the last token of the loss; tool results in between belong to it.
-    seen = (rollouts.mask.flip(1).cumsum(1).flip(1) > 0).long()
-    return PolicyBatch(
-        prompt_ids=rollouts.prompt_ids,
-        prompt_mask=rollouts.prompt_mask,
-        completion_ids=rollouts.completion_ids,
-        mask=rollouts.mask,
-        coefficients=coefficients,
-        completion_mask=seen,
-    )

@@ -1,6 +1,6 @@
 """The diagnostics in the run folder, and what to make of them: a plot by layer, a table of samples.
 
-    python -m trl_ext_data_regularization.report RUN [--rows 10]
+    python -m trl_ext_data_regularization.kept_report RUN [--rows 10]
 
 reads `RUN/data_regularization`, prints the samples most often kept and most often dropped, and writes `kept.png`. The
 plugin writes there with `table=true`, each rank for its own samples: `kept-00000.csv`, a row per optimiser step and a
@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        prog="python -m trl_ext_data_regularization.report",
+        prog="python -m trl_ext_data_regularization.kept_report",
         description=__doc__,
     )
     parser.add_argument("run", type=Path, help="the run's output folder")

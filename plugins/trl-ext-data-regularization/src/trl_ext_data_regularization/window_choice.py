@@ -1,4 +1,4 @@
-"""The choice of one optimiser step: scoring passes, solving, and the weights that follow."""
+"""The choice of one optimiser step: scores by an engine, weights by a solver, and what the taps ask of them."""
 
 from __future__ import annotations
 
@@ -13,23 +13,21 @@ from trl_ext.records import SetupContext, Window
 from trl_ext_data_regularization.diagnostics import gram_terms
 from trl_ext_data_regularization.engines import Engine, Scores, derivative_scores, forget_gathered
 from trl_ext_data_regularization.layers import Batch, Layer
+from trl_ext_data_regularization.plan import Plan
 from trl_ext_data_regularization.ranks import total_over_ranks, world_size
 from trl_ext_data_regularization.selection import Samples, choose_over_window, normalised
-from trl_ext_data_regularization.solvers import Problem, Rule, Solution
+from trl_ext_data_regularization.solvers import Problem, Solution
 from trl_ext_data_regularization.taps import Taps
 from trl_ext_data_regularization.visitors import Choice, OnePass, ScorePass
 
 
 @dataclass
-class Step:
+class WindowChoice:
     """Chooses weights for the n samples of this rank's window in each of L layers, or once for all (L = 1)."""
 
-    rule: Rule
+    plan: Plan
     lr: float
-    layerwise: bool
-    per_micro_batch: bool
-    points: int
-    """Of the derivative engine."""
+    """Learning rate of the step, for rule=second-order."""
     layers: Sequence[Layer]
     samples: Samples
     target: Sequence[Tensor | None]
@@ -48,7 +46,7 @@ class Step:
     """What has been solved over the whole window with Gram matrices, and for which layers."""
 
     def __post_init__(self) -> None:
-        rows, device = len(self.layers) if self.layerwise else 1, self.samples.tokens.device
+        rows, device = len(self.layers) if self.plan.layerwise else 1, self.samples.tokens.device
         self.weights = torch.ones(rows, len(self.samples), device=device)
         self._target_tokens = torch.zeros(rows, dtype=torch.float64, device=device)
 
@@ -65,7 +63,7 @@ class Step:
         norms = dict(zip(present, torch._foreach_norm(list(present.values()), 2, dtype=dtype), strict=True))
         zero = self._target_tokens.new_zeros(())
         square = [norms[i].double() ** 2 if i in norms else zero for i in range(len(self.target))]
-        if not self.layerwise:
+        if not self.plan.layerwise:
             return torch.stack(square).sum().unsqueeze(0)
         return torch.stack([sum((square[i] for i in layer.parameters), zero) for layer in self.layers])
 
@@ -82,24 +80,24 @@ class Step:
             moved = partial(forget_gathered, context.model)
             parameters = context.weights.parameters
             s = derivative_scores(
-                lambda: self._losses(window), parameters, self.target, points=self.points, moved=moved
+                lambda: self._losses(window), parameters, self.target, points=self.plan.points, moved=moved
             )
             return Scores(s.unsqueeze(0), None)
         for i, batch in enumerate(self.samples.batches):
             with taps.active(ScorePass(self.engine), batch):
                 window.per_token_loss(i).sum().backward()
         scores = self.engine.scores(range(len(self.layers)))
-        return scores if self.layerwise else scores.over_layers()
+        return scores if self.plan.layerwise else scores.over_layers()
 
     def choose(self, scores: Scores) -> None:
         """Set the weights of the whole window. Collective on several ranks, unless micro-batches choose."""
         self._agreeing.append((scores.s > 0).float().mean())
-        if self.per_micro_batch:
+        if self.plan.per_micro_batch:
             for batch in self.samples.batches:
                 self._choose_unit(slice(None), batch, scores, self.samples.tokens[batch.window].sum())
             return
         solution, problem, mine = choose_over_window(
-            self.samples, self.engine, scores, lambda p: self._solve(p, slice(None)), not self.layerwise
+            self.samples, self.engine, scores, lambda p: self._solve(p, slice(None)), not self.plan.layerwise
         )
         self.weights = solution.weights[:, mine].float()
         self._target_tokens = solution.target.double() * self.samples.tokens.sum()
@@ -131,19 +129,31 @@ class Step:
                 self._agreeing.append((scores.s[:, batch.window] > 0).float().mean())
                 self._choose_unit(slice(layer, layer + 1), batch, scores, tokens * world / total)
             except Exception as error:
-                # The other ranks wait for this backward pass; the plugin raises after it.
+                # The other ranks wait for this backward pass; `raise_failure` is for after it.
                 self.failure = self.failure or error
             return self.choice(layer, batch)
 
         return OnePass(engine, choose)
 
+    def raise_failure(self) -> None:
+        """Raise what went wrong in the middle of this rank's backward pass, if anything did."""
+        if self.failure is not None:
+            raise self.failure
+
     # -- both --------------------------------------------------------------------------------------------------------
 
     def choice(self, layer: int, batch: Batch) -> Choice:
         """What one layer has chosen of a micro-batch."""
-        alone = self.per_micro_batch or (batch.samples == len(self.samples) and world_size() == 1)
-        kept = self.rule.kept(batch.samples) if alone else None
-        return Choice(self.weights[layer, batch.window], self.rule.equal, kept)
+        alone = self.plan.per_micro_batch or (batch.samples == len(self.samples) and world_size() == 1)
+        kept = self.plan.solver.kept(batch.samples) if alone else None
+        return Choice(self.weights[layer, batch.window], self.plan.solver.equal, kept)
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Names of the layers ("all" in global scope) whose scores were not finite, so that nothing was chosen."""
+        bad = (~torch.isfinite(self.weights).all(1)).tolist()
+        names = [layer.name for layer in self.layers] if self.plan.layerwise else ["all"]
+        return [name for name, is_bad in zip(names, bad, strict=True) if is_bad]
 
     def agreeing(self) -> Tensor:
         """() the share of positive scores."""
@@ -182,5 +192,5 @@ class Step:
             self._solved.append((rows, Problem(part.s, tokens, part.K), solution))
 
     def _solve(self, problem: Problem, rows: slice) -> Solution:
-        norms = self.squared_target_norms[rows] if self.rule.name == "ball" else problem.s.new_zeros(())
-        return self.rule.solve(problem, norms, self.lr)
+        norms = self.squared_target_norms[rows] if self.plan.solver.name == "ball" else problem.s.new_zeros(())
+        return self.plan.solver.solve(problem, norms, self.lr)

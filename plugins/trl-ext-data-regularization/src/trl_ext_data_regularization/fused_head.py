@@ -8,16 +8,15 @@ in tiles: once per step, one matmul more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trl_ext_data_regularization.layers import Batch, Use
-
-if TYPE_CHECKING:
-    from trl_ext_data_regularization.taps import Taps, Visitor
+from trl_ext_data_regularization.layers import ANY_LAYER, Batch, Use
+from trl_ext_data_regularization.visitors import Visitor
 
 _TILE = 512  # tokens
 # Stands for a weight of 0: it must be undone by a division. A power of two, so that undoing it is exact; next to a kept
@@ -29,14 +28,20 @@ class HeadTap:
     """Hooks on the model that let each forward pass of the fused head be scored and weighed.
 
     Args:
-        taps: tells whether a forward is to be tapped, for which batch and visitor.
+        current: gives the visitor and the micro-batch of a forward made now, or None where it is not to be tapped.
         model: the unwrapped model, perhaps under PEFT.
         use: the head.
         temperature: what the fused head divides the logits by.
     """
 
-    def __init__(self, taps: Taps, model: nn.Module, use: Use, temperature: float) -> None:
-        self.taps = taps
+    def __init__(
+        self,
+        current: Callable[[], tuple[Visitor, Batch] | None],
+        model: nn.Module,
+        use: Use,
+        temperature: float,
+    ) -> None:
+        self._current = current
         self.use = use
         self.temperature = temperature
         wrapped: Any = model
@@ -56,14 +61,17 @@ class HeadTap:
             handle.remove()
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not self.taps.listening:
+        current = self._current()
+        if current is None:
             return
-        assert self.taps.visitor is not None
-        assert self.taps.batch is not None
         if not kwargs.get("fused_lm_head"):
-            raise RuntimeError("data-regularization needs TRL's fused LM head; the model was called without it")
-        self._pass = _Pass(self, self.taps.visitor, self.taps.batch, kwargs["labels"][:, 1:])
-        if not self.taps.visitor.weighing:
+            raise RuntimeError(
+                f"the head '{self.use.name}' is scored under TRL's fused log-probabilities alone, and the model was "
+                "called without them; freeze the head"
+            )
+        visitor, batch = current
+        self._pass = _Pass(self, visitor, batch, kwargs["labels"][:, 1:])
+        if not visitor.weighing:
             # The kernel would compute the weight's gradient for nothing, and leave it in `.grad`.
             head = self.use.module
             frozen = SimpleNamespace(
@@ -118,8 +126,8 @@ class _Pass:
         # bf16 logits differ by about 2^-8 of their size between two orders of summation.
         if not torch.allclose(mine, theirs, rtol=0.05, atol=0.05):
             raise RuntimeError(
-                f"the head '{self.tap.use.name}' scales or caps its logits, which layer-wise scores do not follow; "
-                "freeze it, or use scope=global,engine=derivative"
+                f"the head '{self.tap.use.name}' scales or caps its logits, which scores by layer do not follow; "
+                f"{ANY_LAYER}"
             )
         self.tap._checked = True
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from training import GENERAL, TARGET, train
-from trl_ext_data_regularization.surgery import GradientSurgery
+from short_runs import GENERAL, TARGET, train
+from trl_ext_data_regularization.gradient_surgery import GradientSurgery
 from trl_ext_data_regularization.weightings import CLOSED_FORMS, TORCHJD, half_space, weighting
 
 from trl_ext.gradients import pcgrad_weights
+from trl_ext.options import check_options
 from trl_ext.records import StreamGradient
 
 
@@ -137,9 +138,11 @@ def test_preconditioned_surgery_uses_inner_products_of_what_adam_would_make(scop
         torch.testing.assert_close(view.tensors[i], a * t[i] + b * g[i], rtol=1e-5, atol=1e-6)
 
 
-def test_unknown_method_is_refused():
+def test_unknown_methods_are_refused():
     with pytest.raises(ValueError, match="half-space"):
         GradientSurgery(method="nonsense")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="stream_batch_size"):
+        check_options(GradientSurgery(stream_batch_size=0))
 
 
 def test_metrics_say_how_often_the_gradients_conflict():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import trl
 from torch.distributed.tensor import DTensor
-from trl_ext_data_regularization.plugin import DataRegularization  # noqa: F401
+from trl_ext_data_regularization.data_regularization import DataRegularization  # noqa: F401
 
 import trl_ext
 from trl_ext.testing import Addition, tiny_llama, tiny_tokenizer
@@ -50,6 +50,7 @@ def train(
     data: Any = None,
     peft_config: Any = None,
     resume: str | None = None,
+    beside: Any = (),
     **options: Any,
 ):
     """Train and give the trainer; plain TRL without a plugin."""
@@ -64,7 +65,7 @@ def train(
         if streams is None:
             streams = {"target": TARGET} if plugin.general == "train" else {"general": GENERAL}
         args = arguments(trl_ext.SFTConfig, **options)
-        trainer = trl_ext.SFTTrainer(net, args=args, plugins=[plugin], streams=streams, **common)
+        trainer = trl_ext.SFTTrainer(net, args=args, plugins=[plugin, *beside], streams=streams, **common)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
