@@ -128,7 +128,7 @@ def test_every_form_of_a_setting_has_one_canonical_form(written, canonical):
         (3, "plugins: 3 is a int; expected a name such as"),
         (["power", None], "plugins: None is a NoneType"),
         ([{"name": "ema", "dtype": object}], "cannot be saved with the run"),
-        ("ema,ema", "'ema' comes more than once. To use a plugin twice, label each: plugins: [ema:label=first"),
+        ("ema,ema", "'ema' comes more than once. Keep one; or, of a plugin that can run beside another"),
         ("ema,ema:label=slow", "'ema' comes more than once"),
         ("ema:label=slow,ema:label=slow", "'slow' comes more than once"),
         ("power,ema:label=power", "'power' comes more than once"),

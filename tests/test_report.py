@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from helpers import MAKE, Nll, Plugin, additions, make_sft
+from safetensors.torch import load_file
 
 import trl_ext
 from trl_ext import hookimpl
@@ -83,6 +84,20 @@ def test_the_header_is_printed_before_the_first_step(tmp_path, capsys):
     assert "  per_token_loss belongs to power" in lines
     assert "  deployed_weights belongs to ema" in lines
     assert any(line.startswith("  stream general: samples=9, seed=11, batch_size=2") for line in lines)
+
+
+def test_the_end_of_training_and_the_card_say_which_weights_are_where(tmp_path, capsys):
+    trainer = run(tmp_path / "run", save_strategy="steps", save_steps=1)
+    said = "`trainer.save_model()` writes the weights that `ema` deploys and, where training ended with others, those "
+    end = capsys.readouterr().out.rpartition("The model in memory has the weights that training ended with. ")[2]
+    assert end.startswith(said + "into `raw`. `model.save_pretrained()` writes the weights that training ended with.")
+    assert said in (tmp_path / "run/README.md").read_text()
+    # And so it is.
+    trainer.save_model()
+    trainer.model.save_pretrained(tmp_path / "by-hand")
+    final, raw, by_hand = (load_file(tmp_path / f / "model.safetensors") for f in ("run", "run/raw", "by-hand"))
+    assert all(torch.equal(raw[name], by_hand[name]) for name in raw)
+    assert not torch.equal(final["lm_head.weight"], raw["lm_head.weight"])
 
 
 def test_the_model_card_names_plugins_options_and_sources_once(tmp_path):

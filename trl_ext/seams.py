@@ -34,7 +34,7 @@ OVERRIDDEN: dict[str, str] = {
     f"{HF}._get_grad_norm": "called after clipping and right before the optimiser's step, also without clipping",
     f"{HF}.evaluate": "recurses over dict data sets, under one swap of the deployed weights",
     f"{HF}.predict": "forwards without calling `evaluate`",
-    f"{HF}.save_model": "`_internal_call=True` is a checkpoint, False a save that a user asked for",
+    f"{HF}.save_model": "`_internal_call=True` is a checkpoint, False a save; FSDP is saved whole if FULL_STATE_DICT",
     f"{HF}.push_to_hub": "saves again, as an internal call",
     f"{HF}.train": "takes a checkpoint's path, True for the newest, or nothing",
     f"{HF}._save_rng_state": "the last file before trainer_state.json, on every rank",
@@ -65,6 +65,7 @@ READ: dict[str, str] = {
     "trl.scripts.utils:DatasetConfig": "describes a local file for the data mixture of a script",
     "transformers.masking_utils:find_packed_sequence_indices": "blocks of position_ids, without flash attention",
     "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "names of checkpoint folders",
+    "accelerate.accelerator:Accelerator.get_state_dict": "gathers FSDP2's shards, whatever the state dict type is",
     "accelerate.utils:is_peft_model": "whether PEFT wraps the model that carries the fused head",
 }
 

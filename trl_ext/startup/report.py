@@ -13,6 +13,8 @@ from trl_ext.hookspecs import API_VERSION, HOOKS
 from trl_ext.plugins.activation import PluginSet
 
 RUN_FILE = "trl_ext_run.json"
+RAW_FOLDER = "raw"
+"""Folder beside the final model, with the weights that training ended with, where others are deployed."""
 _CARD_START = "<!-- trl_ext -->"
 
 
@@ -91,4 +93,14 @@ def add_to_model_card(path: Path, plugins: PluginSet) -> None:
         cited = f" Source: {p.citation}" if p.citation else ""
         origin = f"{p.distribution} {p.version}" if p.distribution else _class_of(p.instance)
         lines.append(f"- **{p.name}** ({origin}), {options}.{cited}")
+    if (owner := plugins.owner("deployed_weights")) is not None:
+        lines += ["", where_weights_are(owner)]
     path.write_text(text.rstrip() + "\n\n" + "\n".join(lines) + "\n")
+
+
+def where_weights_are(owner: str) -> str:
+    """Say which weights are saved where, in a run in which the plugin `owner` deploys others than are trained."""
+    return (
+        f"`trainer.save_model()` writes the weights that `{owner}` deploys and, where training ended with others, "
+        f"those into `{RAW_FOLDER}`. `model.save_pretrained()` writes the weights that training ended with."
+    )

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from trl_ext.trainers.base import Opened
+from torch.distributed.fsdp import StateDictType
 
-RAW_FOLDER = "raw"
-"""Folder beside the final model, with the weights that training ended with, where others are deployed."""
+from trl_ext.startup.report import RAW_FOLDER, where_weights_are
+from trl_ext.trainers.base import Opened
 
 
 class DeploymentMixin(Opened):
     """Wraps evaluation, prediction, `save_model` and `push_to_hub`; checkpoints keep the raw weights."""
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().train(*args, **kwargs)
+        owner = self.ext_plugins.owner("deployed_weights")
+        if owner is not None and self.is_world_process_zero():
+            print(
+                f"The model in memory has the weights that training ended with. {where_weights_are(owner)}", flush=True
+            )
+        return output
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -40,13 +50,27 @@ class DeploymentMixin(Opened):
             super().save_model(output_dir, _internal_call=True)
             return
         context = self.ext_swaps.to_save()
-        if not isinstance(context, nullcontext):
-            raw = Path(output_dir or self.args.output_dir, RAW_FOLDER)
-            super().save_model(str(raw), _internal_call=True)
-        with self.ext_swaps.enter(context):
-            super().save_model(output_dir, _internal_call=False)
+        with self._ext_gathering():
+            if not isinstance(context, nullcontext):
+                raw = Path(output_dir or self.args.output_dir, RAW_FOLDER)
+                super().save_model(str(raw), _internal_call=True)
+            with self.ext_swaps.enter(context):
+                super().save_model(output_dir, _internal_call=False)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         # It saves once more, as an internal call, over what `save_model` wrote.
-        with self.ext_swaps.enter(self.ext_swaps.to_save()):
+        with self._ext_gathering(), self.ext_swaps.enter(self.ext_swaps.to_save()):
             return super().push_to_hub(*args, **kwargs)
+
+    @contextmanager
+    def _ext_gathering(self) -> Iterator[None]:
+        """Let a save gather the shards of FSDP2: with SHARDED_STATE_DICT, accelerate's default, it writes no model."""
+        fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if fsdp is None or not self.ext_plugins.implements("deployed_weights"):
+            yield
+            return
+        before, fsdp.state_dict_type = fsdp.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            yield
+        finally:
+            fsdp.state_dict_type = before

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from tiny_runs import Recorder, trainer
 from torch.distributed.tensor import DTensor
@@ -34,7 +35,7 @@ def main(sharding: str, root: Path) -> None:
     if rank == 0:
         save_model(tiny_llama(hidden=16), tiny_tokenizer(), root / "start")
     dist.barrier()
-    config = {"distributed_config": DistributedConfig(fsdp_size=2)} if sharding == "fsdp2" else {}
+    config = {"distributed_config": DistributedConfig(fsdp_size=2)} if sharding != "ddp" else {}
     model = AutoModelForCausalLM.from_pretrained(root / "start", **config)
     output, recorder = root / "run", Recorder()
     run = trainer(
@@ -42,9 +43,17 @@ def main(sharding: str, root: Path) -> None:
     )
     run.train()
     run.evaluate()
+    if sharding == "fsdp2-accelerate":
+        # accelerate wraps models on GPUs only. Its way to save is taken here all the same, on shards made otherwise.
+        run.is_fsdp_enabled = True
+        run.accelerator.state.distributed_type = DistributedType.FSDP
+        run.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        assert "SHARDED_STATE_DICT" in str(run.accelerator.state.fsdp_plugin.state_dict_type)
     run.save_model()
+    if sharding == "fsdp2-accelerate":
+        assert "SHARDED_STATE_DICT" in str(run.accelerator.state.fsdp_plugin.state_dict_type)
     raw = gathered(run)
-    assert run.ext_weights.sharded == (sharding == "fsdp2")
+    assert run.ext_weights.sharded == (sharding != "ddp")
     assert {"eval_loss", "eval_raw_loss"} <= run.state.log_history[-1].keys() | run.state.log_history[-2].keys()
 
     # What the shards of this rank went through gives the shards of the average.
@@ -61,9 +70,10 @@ def main(sharding: str, root: Path) -> None:
             average = shard.full_tensor()
         expected[name] = average
     dist.barrier()
-    final = load_file(output / "model.safetensors")
+    final, beside = load_file(output / "model.safetensors"), load_file(output / "raw/model.safetensors")
     for name, average in expected.items():
         torch.testing.assert_close(final[name].double(), average, rtol=1e-5, atol=1e-6)  # fp32 against fp64
+        assert torch.equal(beside[name].double(), raw[name])
         assert not torch.allclose(raw[name], average, atol=1e-4) or "norm" in name
     # Every rank has the same raw weights afterwards.
     for name in raw:

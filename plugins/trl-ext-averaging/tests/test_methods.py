@@ -11,6 +11,7 @@ from trl_ext_averaging import Bema, Ema, Lawa, Swa, WiseFt, shadows
 
 from trl_ext.errors import CheckpointError, ConfigurationError
 from trl_ext.options import check_options
+from trl_ext.plugins.activation import activate
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # fp64, a few dozen operations on numbers of size 10
 METHODS = [
@@ -194,6 +195,20 @@ def test_low_precision_weights_are_averaged_in_fp32(method, options):
     stored = {key: value.dtype for key, value in plugin.state_dict().items() if "/" in key}
     exact = {name for name, kind in plugin.copy_kinds().items() if kind == "exact"}
     assert all((dtype == torch.bfloat16) == (key.split("/")[0] in exact) for key, dtype in stored.items())
+
+
+def test_a_run_has_one_average_and_the_advice_for_more_works():
+    with pytest.raises(
+        ConfigurationError, match=r"Keep one; or, of a plugin that can run beside another .* label each"
+    ):
+        activate("ema,ema", trainer="sft")
+    for both in ("ema:label=first,ema:label=second", "ema,swa"):
+        with pytest.raises(ConfigurationError, match=r"does not run beside .*list the values in one plugin") as caught:
+            activate(both, trainer="sft")
+    advised = re.findall(r"[a-z-]+:[a-z]+=\[[\d.,]+\]", str(caught.value))
+    assert len(advised) == 2
+    assert activate(advised[0], trainer="sft").plugins[0].instance.averages() == ("ema_0.99", "ema_0.999")
+    assert activate(advised[1], trainer="grpo").plugins[0].instance.averages() == ("wise_ft_0.3", "wise_ft_0.6")
 
 
 def test_state_of_other_options_is_refused():

@@ -24,6 +24,6 @@ def test_the_average_of_shards_is_the_shard_of_the_average():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2", "fsdp2-accelerate"])
 def test_a_run_on_two_ranks_saves_the_average_of_its_raw_weights(tmp_path, sharding):
     on_two_ranks("ranks_worker.py", sharding, tmp_path)
