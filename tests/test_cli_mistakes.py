@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import additions, tiny_model, tokenizer
 
-from trl_ext.cli.ending import run_command
+from trl_ext.cli import run
 from trl_ext.testing import save_model
 
 DATA = {"dataset_name": "data.jsonl"}
@@ -223,7 +223,7 @@ def test_a_mistake_ends_with_one_line(process, folder, monkeypatch, capsys, mist
     monkeypatch.chdir(folder)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     arguments, expected = MISTAKES[mistake]
-    code = run_command(arguments)
+    code = run(arguments)
     # What loads a model shows its progress; nothing else may come before the line.
     said = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "Loading weights" not in line]
     assert len(said) == 1, said

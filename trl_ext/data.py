@@ -50,14 +50,14 @@ def parse_streams(value: Any) -> dict[str, dict[str, Any]] | None:
     return {name: _parse_stream(name, spec) for name, spec in mapping.items()} or None
 
 
-def load_dataset_spec(spec: Mapping[str, Any], setting: str = "data set") -> Dataset:
+def load_dataset_spec(spec: Mapping[str, Any], setting: str = "") -> Dataset:
     """Load one data set.
 
     Args:
         spec: `path` (a .json, .jsonl, .csv, .parquet or .txt file, a directory, or a hub id; paths count from the
             current directory), and optionally `name` (the configuration), `split` ("train" by default), `data_files`,
             `data_dir`, and `columns` (a renaming).
-        setting: What holds it, for messages: "streams: general".
+        setting: What holds it, for messages: "streams: general"; the name of the data set alone by default.
 
     Raises:
         ConfigurationError: The file, split or a column does not exist, the file cannot be read, or has no row.
@@ -66,9 +66,9 @@ def load_dataset_spec(spec: Mapping[str, Any], setting: str = "data set") -> Dat
 
     path, split = Path(spec["path"]).expanduser(), spec.get("split") or "train"
     builder = FILE_FORMATS.get(path.suffix.lower())
-    with explain_loading(f"{setting}: {spec['path']!r}"):
+    with explain_loading(f"{setting or 'data set'}: {spec['path']!r}"):
         if builder:
-            refuse_missing_file(path, setting)
+            refuse_missing_file(path, setting or "data set")
             dataset = load_dataset(builder, data_files={"train": str(path)}, split=split)
         elif (path / "dataset_info.json").is_file():
             dataset = load_from_disk(str(path))
@@ -77,7 +77,9 @@ def load_dataset_spec(spec: Mapping[str, Any], setting: str = "data set") -> Dat
         else:
             options = {key: spec.get(key) for key in ("name", "data_files", "data_dir")}
             dataset = load_dataset(str(path) if path.exists() else spec["path"], split=split, **options)
-    return rename_columns(dataset, parse_columns(spec.get("columns"), "columns"), f"{setting}: columns")
+    return rename_columns(
+        dataset, parse_columns(spec.get("columns"), "columns"), f"{setting}: columns" if setting else "columns"
+    )
 
 
 @contextmanager

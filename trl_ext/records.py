@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TrainerKind = Literal["sft", "grpo"]
 """What a run trains with."""
-TRAINERS: tuple[str, ...] = get_args(TrainerKind)
+TRAINERS: tuple[TrainerKind, ...] = get_args(TrainerKind)
 
 
 @dataclass(frozen=True)

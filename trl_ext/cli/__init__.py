@@ -14,6 +14,12 @@ def parse(kind: Literal["sft", "grpo"], arguments: Sequence[str]) -> tuple[Any, 
 
 def main() -> None:
     """Run the command line; what its user can mend ends with one line and exit code 2 instead of a traceback."""
-    from trl_ext.cli.ending import run_command
+    sys.exit(run(sys.argv[1:]))
 
-    sys.exit(run_command(sys.argv[1:]))
+
+def run(arguments: Sequence[str]) -> int:
+    """Run `trl-ext` with these arguments, and give its exit code."""
+    from trl_ext.cli.app import KINDS, app
+    from trl_ext.cli.ending import run_to_the_end
+
+    return run_to_the_end(app, arguments, KINDS)

@@ -9,8 +9,9 @@ import typer
 
 from trl_ext.cli.contributed import LightCommand, LightGroup, contributed_group
 from trl_ext.cli.plugin_commands import plugins_app
+from trl_ext.records import TRAINERS, TrainerKind
 
-KINDS = ("sft", "grpo")
+KINDS: tuple[TrainerKind, ...] = TRAINERS
 """The training commands, each TRL's script of this name."""
 
 app = typer.Typer(
@@ -44,7 +45,7 @@ def _root(
         raise typer.Exit
 
 
-def _add_training_command(kind: str) -> None:
+def _add_training_command(kind: TrainerKind) -> None:
     def command(ctx: typer.Context) -> None:
         from trl_ext.cli.train import train
 

@@ -23,15 +23,18 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """What typer raises for arguments that it cannot read; the class itself has no public name."""
 
 
-def run_command(arguments: Sequence[str]) -> int:
-    """Run `trl-ext` with these arguments.
+def run_to_the_end(app: Any, arguments: Sequence[str], kinds: Sequence[str]) -> int:
+    """Run a command line, and end it as its user can use.
+
+    Args:
+        app: The commands, of typer.
+        arguments: Those of `trl-ext`.
+        kinds: The training commands, which hand most of their arguments to TRL.
 
     Returns:
         The exit code: 2 for what the user can mend. A bug leaves as the exception that it is.
     """
-    from trl_ext.cli.app import KINDS, app
-
-    arguments = _take_debug(arguments, KINDS)
+    arguments = _take_debug(arguments, kinds)
     try:
         result = app(arguments, prog_name="trl-ext", standalone_mode=False)
     except TrlExtError as error:

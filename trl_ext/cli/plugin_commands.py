@@ -133,11 +133,10 @@ def _options(plugin_class: type) -> list[tuple[str, ...]]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    from trl_ext.plugins.coercion import as_written
+    from trl_ext.plugins.coercion import default_of
 
-    if field.default is not dataclasses.MISSING:
-        return repr(as_written(field.default))
-    return "required" if field.default_factory is dataclasses.MISSING else repr(as_written(field.default_factory()))
+    default = default_of(field, missing=...)
+    return "required" if default is ... else repr(default)
 
 
 def _print_table(header: tuple[str, ...], rows: Iterable[Sequence[str]]) -> None:

@@ -19,6 +19,12 @@ USUAL_COLUMNS = {
     "text": ("content", "document"),
 }
 """The columns that TRL reads, and under what names data sets often have them."""
+ACCEPTED = {
+    "sft": (("prompt", "completion"), ("messages",), ("conversations",), ("text",), ("input_ids",)),
+    "grpo": (("prompt",),),
+}
+"""The groups of columns of which TRL's trainer wants one; of other trainers, TRL's own message has to do."""
+WANTED = {"sft": "`prompt` and `completion`, or `messages`, or `text`", "grpo": "`prompt`"}
 
 
 def check_settings(kind: str, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -33,7 +39,7 @@ def check_settings(kind: str, script_args: Any, training_args: Any, model_args: 
     """
     _check_folder(training_args)
     _check_model(model_args, training_args)
-    if kind == "grpo":
+    if hasattr(script_args, "reward_funcs"):
         _check_rewards(script_args)
     splits = _load(script_args, dataset_args)
     used = {"dataset_train_split": script_args.dataset_train_split}
@@ -175,20 +181,16 @@ def _check_columns(kind: str, dataset: Any, split: str, training_args: Any) -> N
     columns = dataset.column_names
     if columns is None:  # streamed, and known only once it is read
         return
-    if kind == "grpo":
-        accepted = [("prompt",)]
-    else:
-        text = training_args.dataset_text_field
-        accepted = [("prompt", "completion"), ("messages",), ("conversations",), (text,), ("input_ids",)]
-    if any(set(wanted) <= set(columns) for wanted in accepted):
+    text = getattr(training_args, "dataset_text_field", "text")
+    known = {"text" if column == text else column for column in columns}
+    if kind not in WANTED or any(set(group) <= known for group in ACCEPTED[kind]):
         return
-    wanted = {"sft": "`prompt` and `completion`, or `messages`, or `text`", "grpo": "`prompt`"}[kind]
     renaming = {old: new for new, usual in USUAL_COLUMNS.items() for old in usual if old in columns}
     renaming = {old: new for old, new in renaming.items() if kind == "sft" or new == "prompt"}
     example = ",".join(f"{old}={new}" for old, new in renaming.items()) or "question=prompt,answer=completion"
     raise ConfigurationError(
         f"dataset_columns: the split {split!r} has the columns {', '.join(columns)}, and {kind.upper()} wants "
-        f"{wanted}. Rename them, for instance dataset_columns: {example}"
+        f"{WANTED[kind]}. Rename them, for instance dataset_columns: {example}"
     )
 
 

@@ -133,15 +133,17 @@ def config_path(arguments: Sequence[str]) -> Path | None:
 
 def _refuse_wrong_types(parser: Any, config: Mapping[str, Any], path: Path) -> None:
     """Refuse values that argparse passes on unseen: it converts text alone, and YAML has given numbers and lists."""
-    types = {field.name: field.type for settings in parser.dataclass_types for field in fields(settings)}
+    every = (field for settings in parser.dataclass_types for field in fields(settings))
+    types: dict[str, Any] = {field.name: field.type for field in every}
+    numbers: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool, int)}
     for name, value in config.items():
-        kind = types.get(name)
-        if kind not in (int, float, bool, bool | None) or value is None or isinstance(value, str):
+        wanted = bool if types.get(name) == bool | None else types.get(name)
+        if not isinstance(wanted, type) or wanted not in numbers or value is None or isinstance(value, str):
             continue
-        fits = {int: int, float: (int, float)}.get(kind, (bool, int))  # type: ignore[call-overload]
-        if not isinstance(value, fits) or (isinstance(value, bool) and kind in (int, float)):
-            wanted = kind.__name__ if isinstance(kind, type) else "bool"
-            raise ConfigurationError(f"{path}: {name}: {value!r} is a {type(value).__name__}; expected {wanted}")
+        if not isinstance(value, numbers[wanted]) or (isinstance(value, bool) and wanted is not bool):
+            raise ConfigurationError(
+                f"{path}: {name}: {value!r} is a {type(value).__name__}; expected {wanted.__name__}"
+            )
 
 
 def refuse_value(

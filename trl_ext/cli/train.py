@@ -17,13 +17,14 @@ import typer
 
 from trl_ext.cli.ending import INTERRUPTED, held_warnings, say
 from trl_ext.errors import ConfigurationError, TrlExtError
+from trl_ext.records import TrainerKind
 from trl_ext.specs import PLUGINS_VARIABLE, parse_specs
 
 Settings = tuple[Any, Any, Any, Any]
 """The script's, the trainer's, the model's and the data's settings, which the `main` of TRL's script takes."""
 
 
-def train(kind: str, arguments: Sequence[str]) -> None:
+def train(kind: TrainerKind, arguments: Sequence[str]) -> None:
     """Run TRL's training script with its own parser.
 
     Args:
@@ -57,20 +58,20 @@ def announce(what: str) -> None:
         print(f"trl-ext {what}: loading torch, transformers and TRL", flush=True)
 
 
-def parse(kind: str, arguments: Sequence[str]) -> Settings:
+def parse(kind: TrainerKind, arguments: Sequence[str]) -> Settings:
     """Read a command line and its YAML as `train` does, with our classes under TRL's names from here on.
 
     Raises:
         ConfigurationError: A setting is unknown or of the wrong type, or the plugins or the data file cannot be used.
     """
-    from trl_ext.plugins.activation import activate
+    from trl_ext.plugins import activate
 
     settings, _, _ = read(kind, arguments)
     activate(settings[1].plugins, trainer=kind)  # as the trainer will, but before the data loads
     return settings
 
 
-def read(kind: str, arguments: Sequence[str]) -> tuple[Settings, list[str], list[str]]:
+def read(kind: TrainerKind, arguments: Sequence[str]) -> tuple[Settings, list[str], list[str]]:
     """Read a command line and its YAML.
 
     Returns:
@@ -90,14 +91,14 @@ def read(kind: str, arguments: Sequence[str]) -> tuple[Settings, list[str], list
         if line.flags_rest and is_launched():
             raise ConfigurationError(f"{line.flags_rest[0]}: a launcher has started this process; tell the launcher")
         launch_args = [] if is_launched() else [*line.config_rest, *line.flags_rest]
-    settings: Settings = line.settings  # type: ignore[assignment]  # as many as the parser has classes
+    settings: Settings = line.settings
     _take_local_file(settings[0], settings[3])
     if settings[2].model_name_or_path:
         settings[2].model_name_or_path = os.path.expanduser(settings[2].model_name_or_path)
     return settings, launch_args, _without(arguments, line.flags_rest)
 
 
-def make_parser(kind: str) -> Any:
+def make_parser(kind: TrainerKind) -> Any:
     """TRL's parser of a training script, with our classes under TRL's names from here on."""
     from trl_ext.cli.patching import patch_trl
 
@@ -105,22 +106,22 @@ def make_parser(kind: str) -> Any:
     return import_module(f"trl.scripts.{kind}").make_parser(prog=f"trl-ext {kind}")
 
 
-def check(kind: str, settings: Settings) -> None:
+def check(kind: TrainerKind, settings: Settings) -> None:
     """Refuse what can be known to fail before the model loads.
 
     Raises:
         ConfigurationError: With the setting to change.
     """
     from trl_ext.cli.preflight import check_settings
-    from trl_ext.plugins.activation import activate
+    from trl_ext.plugins import activate
 
-    activate(settings[1].plugins, trainer=kind)  # type: ignore[arg-type]  # as the trainer will
+    activate(settings[1].plugins, trainer=kind)  # as the trainer will
     check_settings(kind, *settings)
 
 
-def how_to_resume(kind: str, arguments: Sequence[str], training_args: Any) -> str:
+def how_to_resume(kind: TrainerKind, arguments: Sequence[str], training_args: Any) -> str:
     """What to type after an interrupt."""
-    from trl_ext.checkpoints.files import newest_complete
+    from trl_ext.checkpoints import newest_complete
 
     newest, _ = newest_complete(Path(training_args.output_dir), training_args.save_only_model)
     if newest is None:

@@ -10,12 +10,13 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from trl_ext.cli.app import KINDS
 from trl_ext.cli.ending import held_warnings
 from trl_ext.cli.faults import explain_faults
+from trl_ext.cli.patching import PLACES
 from trl_ext.cli.settings import CONFIG, config_path, known_settings, read_yaml
 from trl_ext.cli.train import Settings, announce, check, make_parser, read
 from trl_ext.errors import ConfigurationError
+from trl_ext.records import TRAINERS, TrainerKind
 
 USAGE = """Usage: trl-ext validate [KIND] --config FILE [SETTINGS]...
 
@@ -44,23 +45,24 @@ def validate_command(arguments: Sequence[str]) -> None:
         ConfigurationError: The run would be refused, or would fail for what its user can mend.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
-        print(USAGE.format(kinds=" or ".join(KINDS)))
+        print(USAGE.format(kinds=" or ".join(TRAINERS)))
         return
-    kind, *rest = arguments if arguments[0] in KINDS else (None, *arguments)
+    named = next((kind for kind in TRAINERS if kind == arguments[0]), None)
+    rest = arguments[1:] if named else arguments
     if rest and not rest[0].startswith("-"):
-        raise ConfigurationError(f"validate: {rest[0]!r} is not one of {', '.join(KINDS)}")
+        raise ConfigurationError(f"validate: {rest[0]!r} is not one of {', '.join(TRAINERS)}")
     announce("validate")
-    kind = kind or _kind_of(rest)
+    kind = named or _kind_of(rest)
     with held_warnings():
         settings, _, _ = read(kind, rest)
         check(kind, settings)
     samples = dry_window(kind, settings)
     print(
-        f"valid: {kind} run of {settings[2].model_name_or_path}, one window of {samples} samples ran; nothing written"
+        f"valid: {kind} run of {settings[2].model_name_or_path}, one window of {samples} samples ran; nothing was written"
     )
 
 
-def dry_window(kind: str, settings: Settings) -> int:
+def dry_window(kind: TrainerKind, settings: Settings) -> int:
     """Run TRL's script up to the first optimiser step, in a folder that vanishes.
 
     Args:
@@ -91,27 +93,25 @@ def _stopping(kind: str) -> Iterator[None]:
     """A context in which TRL's script makes trainers that stop before their first step."""
     import trl
 
-    name = f"{kind.upper()}Trainer"
+    name = next(name for name in PLACES if name.lower() == f"{kind}trainer")
     ours = getattr(trl, name)
 
-    class Dry(ours):
-        def train(self, *args: Any, **kwargs: Any) -> Any:
-            self.add_callback(StopBeforeStep())
-            return super().train(*args, **kwargs)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.add_callback(StopBeforeStep())
+        return ours.train(self, *args, **kwargs)
 
-    Dry.__name__ = name
-    setattr(trl, name, Dry)
+    setattr(trl, name, type(name, (ours,), {"train": train}))
     try:
         yield
     finally:
         setattr(trl, name, ours)
 
 
-def _kind_of(arguments: Sequence[str]) -> str:
+def _kind_of(arguments: Sequence[str]) -> TrainerKind:
     """The training command that knows most of the settings of a YAML."""
     path = config_path(arguments)
     if path is None:
-        raise ConfigurationError(f"validate: give {CONFIG} FILE, or a kind ({', '.join(KINDS)}) and flags")
+        raise ConfigurationError(f"validate: give {CONFIG} FILE, or a kind ({', '.join(TRAINERS)}) and flags")
     names = read_yaml(path).keys() - {"env"}
-    unknown = {kind: len(names - known_settings(make_parser(kind))) for kind in KINDS}
-    return min(KINDS, key=lambda kind: unknown[kind])
+    unknown = {kind: len(names - known_settings(make_parser(kind))) for kind in TRAINERS}
+    return min(TRAINERS, key=lambda kind: unknown[kind])
