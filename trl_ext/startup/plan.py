@@ -14,7 +14,8 @@ from trl.trainer.utils import get_callable_name
 from trl_ext.config import upgrade_config
 from trl_ext.data import load_dataset_spec, rename_columns
 from trl_ext.errors import ConfigurationError
-from trl_ext.plugins.activation import PluginSet, activate
+from trl_ext.plugins.activation import activate
+from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription, TrainerKind
 from trl_ext.startup.refusals import refuse_unsupported, sharding_of
 from trl_ext.startup.stream_data import Matched, match_streams
