@@ -31,8 +31,8 @@ from datasets import Dataset, disable_progress_bars
 from measure import hardware, in_own_process, one_thread, peak_memory, ratio, settings, steps_in_turn
 from transformers import PrinterCallback, logging
 from transformers.utils.logging import disable_progress_bar
-from trl_ext_data_regularization.plugin import DataRegularization
-from trl_ext_data_regularization.surgery import GradientSurgery
+from trl_ext_data_regularization.data_regularization import DataRegularization
+from trl_ext_data_regularization.gradient_surgery import GradientSurgery
 
 import trl_ext
 from trl_ext import hookimpl

@@ -28,7 +28,8 @@ from measure import hardware, in_own_process, one_thread, peak_memory, ratio, se
 from peft import LoraConfig
 from transformers import PrinterCallback, logging
 from transformers.utils.logging import disable_progress_bar
-from trl_ext_objectives.cache import sample_key, vocabulary_digest, write_cache
+from trl_ext_objectives.log_prob_cache import write_cache
+from trl_ext_objectives.sample_keys import sample_key, vocabulary_digest
 
 import trl_ext
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
@@ -40,6 +41,8 @@ ARMS: dict[str, str | None] = {
     PLAIN_AGAIN: None,
     **{name: name for name in ("nll", "power", "log1mp", "focal", "huber", "dft", "chord-phi", "eaft", "deft", "idft")},
     **{name: name for name in ("talr", "entropy", "gem", "auto")},
+    "eaft, whole": "eaft:gate=whole",
+    "gem, linear": "gem:h=linear",
     "threshold": "threshold",
     "threshold, kept": "threshold:normalization=kept",
     "mixture": "mixture:first=power:alpha=10,second=nll,weight=linear:0:1",

@@ -156,9 +156,9 @@ def run_seed(seed: int, setup: Setup) -> list[dict[str, Any]]:
 def capability(model: str, demonstrations: Any, scratch: Path) -> float:
     """Mean probability of the demonstrations' response tokens, by the code of `trl-ext probe capability`."""
     from trl_ext_objectives.capability import Tally
-    from trl_ext_objectives.scoring import Scorer, Settings
+    from trl_ext_objectives.scoring import CapabilitySettings, Scorer
 
-    scorer = Scorer(Settings(model, "demonstrations"), demonstrations, 0, scratch)
+    scorer = Scorer(CapabilitySettings(model, "demonstrations"), demonstrations, 0, scratch)
     scores, tally = scorer.score(list(scorer.examples())), Tally()
     tally.add(scores.histogram, scores.tokens, scores.sum_p, scores.sum_nll)
     return tally.summarize({}).mean_p

@@ -32,8 +32,8 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
+from trl_ext_data_regularization.data_regularization import DataRegularization
 from trl_ext_data_regularization.diagnostics import sample_id
-from trl_ext_data_regularization.plugin import DataRegularization
 
 from trl_ext import SFTConfig, SFTTrainer
 from trl_ext.testing import Addition, Copy, tiny_llama, tiny_tokenizer

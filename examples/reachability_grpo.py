@@ -39,27 +39,22 @@ class Setup:
     """Sizes of one experiment."""
 
     letters: int = 16
-    slip: float = 0.6
-    """Share of the letters that are wrong in the base model's training text."""
-    in_reach: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
-    """Letters left to copy in the problems in reach."""
+    slip: float = 0.6  # share of the letters that are wrong in the base model's training text
+    in_reach: tuple[int, ...] = (1, 2, 3, 4, 5, 6)  # letters left to copy in the problems in reach
     hidden: int = 64
     layers: int = 2
     base_rows: int = 8000
     base_steps: int = 250
     base_rate: float = 3e-3
     prompts: int = 256
-    held_out: int = 48
-    """Held-out words, with hints of every length."""
+    held_out: int = 48  # held-out words, with hints of every length
     steps: int = 100
     batch_size: int = 64
     num_generations: int = 8
     learning_rate: float = 1e-3
     evaluate_every: int = 10
-    probed: int = 32
-    """Training prompts that the probe looks at."""
-    most_rollouts: int = 1024
-    """Of each of them."""
+    probed: int = 32  # training prompts that the probe looks at
+    most_rollouts: int = 1024  # of each of them
     use_cpu: bool = True
 
 
@@ -126,7 +121,7 @@ def train_base(setup: Setup, seed: int, folder: Path) -> str:
 
 def likelihoods(model: str, rows: Sequence[Row]) -> np.ndarray:
     """(rows,) probability of the right answer at temperature 1, by teacher forcing."""
-    from trl_ext_reachability.policy import Policy, Sampler
+    from trl_ext_reachability.sampled_policy import Policy, Sampler
 
     policy = Policy(model, Sampler(), "float32")
     found = []
@@ -144,7 +139,7 @@ def train_arm(
     """GRPO from the base model; the share solved of each test set on the way."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl_ext_reachability.rewards import exact
+    from trl_ext_reachability.answer_rewards import exact
 
     from trl_ext import GRPOConfig, GRPOTrainer
     from trl_ext.testing import save_model, tiny_tokenizer
@@ -187,15 +182,16 @@ def train_arm(
 
 def probe(setup: Setup, model: str, rows: Sequence[Row], folder: Path, **settings: Any) -> dict[str, Any]:
     """What `trl-ext probe reachability` finds; the folder keeps it."""
-    from trl_ext_reachability.measuring import Settings, measure
+    from trl_ext_reachability.measurement_settings import MeasurementSettings
+    from trl_ext_reachability.reach_probe import measure
 
     folder.mkdir()
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plan = {"num_generations": setup.num_generations, "batch_size": 512, "max_completion_length": setup.letters + 1}
     plan["epochs"] = setup.steps * setup.batch_size / setup.num_generations / setup.prompts
-    reward = "trl_ext_reachability.rewards:exact"
-    for _ in measure(Settings(model, str(data), reward, dtype="float32", **plan, **settings), folder):
+    reward = "trl_ext_reachability.answer_rewards:exact"
+    for _ in measure(MeasurementSettings(model, str(data), reward, dtype="float32", **plan, **settings), folder):
         pass
     summary = json.loads((folder / "reachability.json").read_text())
     records = map(json.loads, (folder / "prompts.jsonl").read_text().splitlines())

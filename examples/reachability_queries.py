@@ -37,9 +37,9 @@ class Sizes:
 
 def queries(setup: Setup, sizes: Sizes, model: str, rows: Sequence[Row], seed: int) -> list[dict[str, float]]:
     """Probability of the right answer and draws until it comes, of each prompt in reach of `most_draws`."""
-    from trl_ext_reachability.policy import Policy, Sampler
+    from trl_ext_reachability.answer_rewards import exact
     from trl_ext_reachability.queries import draws_until_solved
-    from trl_ext_reachability.rewards import exact
+    from trl_ext_reachability.sampled_policy import Policy, Sampler
 
     alphas = likelihoods(model, rows)
     known = [i for i, alpha in enumerate(alphas) if alpha > 1 / sizes.most_draws]
@@ -113,8 +113,8 @@ def main() -> None:
     setup, sizes = (LARGE, Sizes(8192, 64)) if options.large else (Setup(), Sizes())
     quiet(setup)
     options.output.mkdir(parents=True, exist_ok=True)
-    from trl_ext_reachability.drawing import draw_queries
     from trl_ext_reachability.queries import query_ratios
+    from trl_ext_reachability.reach_plots import draw_queries
 
     results = [run_seed(setup, sizes, seed, options.output) for seed in range(options.seeds)]
     found = [query for result in results for query in result["queries"]]

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from trl_ext.cli.train import run_script, train
+from trl_ext.cli import parse, run
+from trl_ext.cli.train import how_to_resume, run_script, train
 from trl_ext.errors import ConfigurationError
 
 HEADER = "from dataclasses import dataclass\nfrom trl_ext import hookimpl\n"
@@ -200,7 +203,12 @@ def modules_after(*arguments, site=None) -> set[str]:
     return set(done.stdout.rpartition("@")[2].split())
 
 
-HELPS = [["--help"], ["plugins", "--help"], ["probe", "--help"], ["run", "--help"], ["demo", "--help"]]
+HELPS = [
+    ["--help"],
+    ["-h"],
+    *([*command.split(), "--help"] for command in ("plugins", "probe", "run", "demo", "doctor", "validate")),
+]
+COMMANDS = ["probe passk", "probe drift", "probe excursions", "probe reachability", "probe from-scratch"]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +220,13 @@ def test_listings_and_help_import_nothing_heavy_and_no_plugin(site, arguments):
     modules = modules_after(*arguments, site=site)
     assert "typer" in modules
     assert modules & {*HEAVY, "good_pkg", "tool_pkg"} == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_contributed_commands_imports_nothing_heavy(command):
+    modules = modules_after(*command.split(), "--help")
+    assert "typer" in modules
+    assert modules & {*HEAVY, "scipy", "pydantic"} == set()
 
 
 def seconds(*arguments) -> float:
@@ -229,7 +244,7 @@ def seconds(*arguments) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", HELPS, ids=" ".join)
+@pytest.mark.parametrize("arguments", [*HELPS, ["probe", "passk", "--help"]], ids=" ".join)
 def test_help_answers_within_half_a_second(arguments):
     assert seconds(*arguments) < 0.5
 
@@ -285,7 +300,7 @@ def test_a_built_in_command_cannot_be_replaced(site):
 def test_an_unknown_command_is_refused():
     done = trl_ext("trian")
     assert done.returncode == 2
-    assert "No such command 'trian'" in done.stderr
+    assert done.stderr == "trl-ext: there is no command 'trian'. See trl-ext --help\n"
 
 
 # run
@@ -357,7 +372,7 @@ def test_a_script_s_exit_code_is_kept(process, script):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["run", "absent.py"], "trl-ext run: there is no file 'absent.py'"),
+        (["run", "absent.py"], "run: there is no file 'absent.py'"),
         (["run", "--plugins", "alpha=1", __file__], "plugins: 'alpha=1' starts with an option"),
     ],
 )
@@ -401,11 +416,92 @@ def test_a_plugin_that_cannot_run_stops_the_command_before_data_and_model(proces
 
 
 def test_a_missing_data_file_is_named(process):
-    with pytest.raises(ConfigurationError, match=r"--dataset_name: there is no file 'absent\.jsonl'"):
+    with pytest.raises(ConfigurationError, match=r"dataset_name: there is no file 'absent\.jsonl'"):
         train("sft", [*CPU, "--dataset_name", "absent.jsonl"])
 
 
-def test_a_misspelt_key_in_yaml_is_refused(process, tmp_path):
-    (tmp_path / "config.yaml").write_text("plugin: [power]\n")
-    with pytest.raises(ValueError, match=r"Unknown arguments from config file: \['--plugin'"):
-        train("sft", [*CPU, "--config", str(tmp_path / "config.yaml")])
+def test_the_first_line_comes_before_the_heavy_imports():
+    script = (
+        "import builtins, sys\nreal = print\n"
+        "builtins.print = lambda *texts, **options: real(*texts, [m for m in ('torch', 'trl') if m in sys.modules])\n"
+        "sys.argv = ['trl-ext', 'sft']\nsys.modules['trl'] = None  # so that it goes no further\n"
+        "from trl_ext.cli import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[0] == "trl-ext sft: loading torch, transformers and TRL ['trl']"
+
+
+# Errors
+
+
+def test_debug_shows_the_traceback_and_the_error_behind_the_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for arguments in (["--debug", "run", "absent.py"], ["run", "--debug", "absent.py"]):
+        assert run(arguments) == 2
+        shown = capsys.readouterr().err
+        assert "Traceback" in shown
+        assert "in run_script" in shown
+        assert shown.splitlines()[-1] == "trl-ext: run: there is no file 'absent.py'"
+
+
+def test_the_debug_flags_of_trl_and_of_a_script_stay_theirs(process, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    (tmp_path / "show.py").write_text("import sys; print(sys.argv[1:])")
+    assert run(["run", str(tmp_path / "show.py"), "--debug"]) == 0
+    assert "['--debug']" in capsys.readouterr().out
+    parsed = parse("sft", ["--use_cpu", "--bf16", "false", "--report_to", "none", "--debug", "underflow_overflow"])
+    assert [str(option.value) for option in parsed[1].debug] == ["underflow_overflow"]
+
+
+def test_an_error_of_a_user_s_script_keeps_its_traceback(process, tmp_path):
+    (tmp_path / "train.py").write_text("rows = {}\nrows['text']\n")
+    with pytest.raises(KeyError, match="text") as raised:
+        run(["run", str(tmp_path / "train.py")])
+    assert raised.traceback[-1].path == tmp_path / "train.py"
+
+
+def test_what_a_script_is_refused_names_its_line(process, tmp_path, capsys):
+    (tmp_path / "train.py").write_text("import trl\n\ntrl.SFTConfig('out', plugins='alpha=1', use_cpu=True)\n")
+    assert run(["run", str(tmp_path / "train.py")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("trl-ext: plugins: 'alpha=1' starts with an option")
+    assert last.endswith(f"See {tmp_path / 'train.py'}, line 3")
+
+
+def test_a_bug_keeps_its_traceback(site, process):
+    add_plugin(site, "bad", EXPLODES)
+    with pytest.raises(ConfigurationError, match="importing 'bad_pkg:Plugin' raised RuntimeError"):
+        run(["plugins", "info", "bad"])
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path), save_only_model=True, save_steps=500)
+    assert how_to_resume("sft", ["--seed", "1"], args) == (
+        "interrupted before the first checkpoint (save_steps=500): run it again"
+    )
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-7" / "model.safetensors").write_text("")
+    assert how_to_resume("sft", ["--seed", "1"], args) == (
+        f"interrupted; to go on from {tmp_path / 'checkpoint-7'}: trl-ext sft --seed 1 --resume_from_checkpoint true"
+    )
+
+
+# doctor
+
+
+def test_doctor_names_versions_devices_and_problems(site, capsys):
+    add_plugin(site, "bad", EXPLODES)
+    site.add("trl-ext-old", requires=("pluggy>=99",))
+    assert run(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["trl"] == version("trl")
+    assert "cores" in report["devices"]["cpu"]
+    assert report["plugins"]["trl-ext-bad 1.2"] == 1
+    assert any("'bad' (trl-ext-bad 1.2): importing 'bad_pkg' fails" in problem for problem in report["problems"])
+    assert f"trl-ext-old needs pluggy>=99, and {version('pluggy')} is installed" in report["problems"]
+    assert run(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert f"  trl: {version('trl')}" in text.splitlines()
+    assert "trl-ext-old needs pluggy>=99" in text

@@ -12,6 +12,7 @@ import trl
 from helpers import additions, assert_close, assert_equal_bits, tiny_model, tokenizer
 from safetensors.torch import load_file
 
+from trl_ext.cli import run
 from trl_ext.cli.train import run_script, train
 from trl_ext.startup.report import RUN_FILE
 from trl_ext.testing import save_model
@@ -157,3 +158,75 @@ def test_a_launcher_runs_an_unmodified_script_with_plugins(here, launcher, ranks
     assert active("out") == [("power", {"alpha": 1.0})]
     assert f"'epoch': '{3 * 4 * ranks / 32:g}'" in done.stdout  # 3 steps of 4 samples per rank, of 32
     assert (here / "out" / "model.safetensors").is_file()
+
+
+YAML_OF_A_RUN = """
+model_name_or_path: model
+dataset_name: plain
+output_dir: out
+use_cpu: true
+bf16: false
+report_to: none
+dtype: float32
+disable_tqdm: true
+gradient_checkpointing: false
+per_device_train_batch_size: 4
+gradient_accumulation_steps: 2
+max_steps: 3
+save_steps: 1
+plugins: ["ema:decay=0.5"]
+"""
+
+
+def test_validate_runs_one_window_and_leaves_nothing(process, here, capsys):
+    (here / "config.yaml").write_text(YAML_OF_A_RUN)
+    before = sorted(here.rglob("*"))
+    assert run(["validate", "--config", "config.yaml"]) == 0
+    shown = capsys.readouterr().out
+    assert "1. ema (" in shown
+    assert "valid: sft run of model, one window of 8 samples ran; nothing was written" in shown
+    assert "'loss'" not in shown
+    assert sorted(here.rglob("*")) == before
+
+
+def test_validate_finds_the_trainer_and_what_fails_in_the_window(process, here, capsys):
+    lines = YAML_OF_A_RUN.replace("plain", "prompts").replace("gradient_accumulation_steps: 2\n", "")
+    (here / "grpo.yaml").write_text(lines + "num_generations: 2\nmax_completion_length: 5\n")
+    (here / "reward_functions.py").write_text("def digits(completions, **columns):\n    return ['no number']\n")
+    with pytest.raises(ValueError, match="'digits' returned 1 rewards, but 4 were expected"):
+        run(["validate", "--config", "grpo.yaml", "--reward_funcs", "reward_functions.digits"])
+    assert "trl_ext grpo run" in capsys.readouterr().out
+
+
+def test_an_interrupt_ends_training_with_the_way_to_resume(process, here, capsys, monkeypatch):
+    (here / "config.yaml").write_text(YAML_OF_A_RUN)
+
+    def interrupted(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.trainer_callback.DefaultFlowCallback.on_step_begin", interrupted)
+    assert run(["sft", "--config", "config.yaml"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "trl-ext: interrupted; to go on from out/checkpoint-2: "
+        "trl-ext sft --config config.yaml --resume_from_checkpoint true"
+    )
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert run(["sft", "--config", "config.yaml", "--resume_from_checkpoint", "true"]) == 0
+    assert (here / "out" / "checkpoint-3").is_dir()
+
+
+@pytest.mark.slow  # two processes beside this one, each of which loads TRL
+def test_num_processes_trains_on_as_many_ranks_of_a_cpu(here):
+    (here / "config.yaml").write_text(YAML_OF_A_RUN)
+    done = subprocess.run(
+        [sys.executable, "-m", "trl_ext", "sft", "--config", "config.yaml", "--num_processes", "2"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"'epoch': '{3 * 4 * 2 * 2 / 32:g}'" in done.stdout  # 3 steps of 2 times 4 samples per rank, of 32
+    assert active("out")[0][0] == "ema"

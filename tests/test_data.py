@@ -67,7 +67,7 @@ def test_a_folder_saved_by_datasets_is_read(data, tmp_path):
         ({"path": "saved", "split": "validation"}, "validation"),
         (
             {"path": "data.jsonl", "columns": {"quest": "prompt"}},
-            "no column 'quest' in the data set; there are question,",
+            "columns: no column 'quest' in the data set. Did you mean 'question'? It has question,",
         ),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_streamed_data_set_is_renamed_too(data):
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
 def test_an_empty_file_is_refused(tmp_path, suffix):
     (tmp_path / f"data{suffix}").write_text("")
-    with pytest.raises(ConfigurationError, match=rf"data set .*data\{suffix}.* (is empty|cannot be loaded: .+)"):
+    with pytest.raises(ConfigurationError, match=rf"data set: .*data\{suffix}.* (is empty|cannot be loaded: .+)"):
         load_dataset_spec({"path": str(tmp_path / f"data{suffix}")})
 
 

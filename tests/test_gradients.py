@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from trl_ext import hookimpl
-from trl_ext.gradients import GradientView, trainable_parameters
+from trl_ext.gradients import GradientView, conflict_weight, pcgrad_weights, trainable_parameters
 
 SHAPES = [(3, 4), (5,), (), (2, 1, 3)]
 FP32 = {"rtol": 1e-5, "atol": 1e-6}  # sums of about 25 fp32 numbers of size 1
@@ -162,6 +162,51 @@ def test_frozen_and_tied_parameters():
     assert "model.embed_tokens.weight" in names
     model.model.embed_tokens.weight.requires_grad_(False)
     assert "model.embed_tokens.weight" not in trainable_parameters(model)
+
+
+# -- two gradients that conflict -------------------------------------------------------------------------------------
+
+
+def conflicting_pairs() -> Tensor:
+    """(20, 2, 6) double: pairs (a, b) of very different lengths, the first ten of which conflict."""
+    pairs = torch.randn(20, 2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    signs = torch.where((pairs[:, 0] * pairs[:, 1]).sum(-1) > 0, 1.0, -1.0)
+    signs[:10] *= -1
+    pairs[:, 1] *= (signs * torch.logspace(-4, 4, 20, dtype=torch.float64)).unsqueeze(1)
+    return pairs
+
+
+def test_adding_the_conflict_weight_gives_the_nearest_vector_that_does_not_oppose():
+    """By the conditions of a projection onto {u : <u, b> >= 0}: feasible, and moved along b only where it must be."""
+    for i, (a, b) in enumerate(conflicting_pairs()):
+        weight = conflict_weight(a @ b, b @ b)
+        if i < 10:
+            assert weight > 0
+            assert abs((a + weight * b) @ b) <= 1e-12 * a.norm() * b.norm()
+        else:
+            assert weight == 0
+
+
+def test_pcgrad_is_the_sum_of_each_without_what_points_against_the_other():
+    """Algorithm 1 of arXiv:2001.06782, step by step on the vectors themselves."""
+
+    def projected(mine: Tensor, other: Tensor) -> Tensor:
+        return mine - (mine @ other) / (other @ other) * other if mine @ other < 0 else mine
+
+    pairs = conflicting_pairs()
+    weights = pcgrad_weights(pairs @ pairs.mT)  # all at once
+    assert weights.shape == (20, 2)
+    assert torch.equal(weights[10:], torch.ones(10, 2, dtype=torch.float64))
+    for (a, b), (w_a, w_b) in zip(pairs, weights, strict=True):
+        torch.testing.assert_close(w_a * a + w_b * b, projected(a, b) + projected(b, a), rtol=1e-12, atol=1e-12)
+
+
+def test_a_zero_gradient_conflicts_with_nothing_and_nan_stays_nan():
+    zero = torch.zeros(2, 2)
+    zero[0, 0] = 3.0
+    assert pcgrad_weights(zero).tolist() == [1.0, 1.0]
+    assert conflict_weight(torch.tensor(0.0), torch.tensor(0.0)) == 0
+    assert pcgrad_weights(torch.full((2, 2), torch.nan)).isnan().all()
 
 
 # -- in a run --------------------------------------------------------------------------------------------------------

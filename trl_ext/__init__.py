@@ -2,16 +2,17 @@
 
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.hookspecs import API_VERSION, hookimpl
-
 if TYPE_CHECKING:
     from trl_ext.config import GRPOConfig, SFTConfig
+    from trl_ext.hookspecs import API_VERSION, hookimpl
     from trl_ext.trainers import GRPOTrainer, SFTTrainer
 
 __version__ = "0.1.0"
 __all__ = ["API_VERSION", "GRPOConfig", "GRPOTrainer", "SFTConfig", "SFTTrainer", "hookimpl"]
 
 _LAZY = {
+    "API_VERSION": "trl_ext.hookspecs",
+    "hookimpl": "trl_ext.hookspecs",
     "SFTConfig": "trl_ext.config",
     "GRPOConfig": "trl_ext.config",
     "SFTTrainer": "trl_ext.trainers",

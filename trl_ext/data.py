@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
-from collections.abc import Callable, Collection, Mapping
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_ext.errors import ConfigurationError
+from trl_ext.errors import ConfigurationError, did_you_mean
 from trl_ext.specs import split_outside_brackets, unquote
 
 if TYPE_CHECKING:
@@ -46,25 +50,25 @@ def parse_streams(value: Any) -> dict[str, dict[str, Any]] | None:
     return {name: _parse_stream(name, spec) for name, spec in mapping.items()} or None
 
 
-def load_dataset_spec(spec: Mapping[str, Any]) -> Dataset:
+def load_dataset_spec(spec: Mapping[str, Any], setting: str = "") -> Dataset:
     """Load one data set.
 
     Args:
-        spec: `path` (a .json, .jsonl, .csv, .parquet or .txt file, a directory, or a hub id), and optionally `name`
-            (the configuration), `split` ("train" by default), `data_files`, `data_dir`, and `columns` (a renaming).
+        spec: `path` (a .json, .jsonl, .csv, .parquet or .txt file, a directory, or a hub id; paths count from the
+            current directory), and optionally `name` (the configuration), `split` ("train" by default), `data_files`,
+            `data_dir`, and `columns` (a renaming).
+        setting: What holds it, for messages: "streams: general"; the name of the data set alone by default.
 
     Raises:
         ConfigurationError: The file, split or a column does not exist, the file cannot be read, or has no row.
     """
     from datasets import load_dataset, load_from_disk
-    from datasets.exceptions import DatasetGenerationError
 
     path, split = Path(spec["path"]).expanduser(), spec.get("split") or "train"
     builder = FILE_FORMATS.get(path.suffix.lower())
-    try:
+    with explain_loading(f"{setting or 'data set'}: {spec['path']!r}"):
         if builder:
-            if not path.is_file():
-                raise FileNotFoundError(f"there is no file {str(path)!r}")
+            refuse_missing_file(path, setting or "data set")
             dataset = load_dataset(builder, data_files={"train": str(path)}, split=split)
         elif (path / "dataset_info.json").is_file():
             dataset = load_from_disk(str(path))
@@ -73,18 +77,80 @@ def load_dataset_spec(spec: Mapping[str, Any]) -> Dataset:
         else:
             options = {key: spec.get(key) for key in ("name", "data_files", "data_dir")}
             dataset = load_dataset(str(path) if path.exists() else spec["path"], split=split, **options)
+    return rename_columns(
+        dataset, parse_columns(spec.get("columns"), "columns"), f"{setting}: columns" if setting else "columns"
+    )
+
+
+@contextmanager
+def explain_loading(what: str) -> Iterator[None]:
+    """A context in which a data set is loaded: what `datasets` raises for a bad name or file becomes one line.
+
+    Args:
+        what: The setting and its value, which the message starts with.
+
+    Raises:
+        ConfigurationError: The data set cannot be loaded.
+    """
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        with _quiet_errors():
+            yield
+    except ConfigurationError:
+        raise
     # Without a cause: the message has what it says, and the command line then ends with the message alone.
     except (OSError, KeyError, ValueError) as error:
-        raise ConfigurationError(f"data set {dict(spec)!r} cannot be loaded: {error}") from None
+        if empty := re.search(r'Instruction "(\w+)" corresponds to no data', str(error)):
+            raise ConfigurationError(f"{what}: its split {empty[1]!r} is empty") from None
+        raise ConfigurationError(f"{what} cannot be loaded: {error}") from None
     except DatasetGenerationError as error:  # what is wrong with the file is in its cause
-        raise ConfigurationError(f"data set {dict(spec)!r} cannot be loaded: {error.__cause__ or error}") from None
+        raise ConfigurationError(f"{what} cannot be loaded: {error.__cause__ or error}") from None
     except StopIteration:  # what `datasets` makes of a file without a row
-        raise ConfigurationError(f"data set {dict(spec)!r} is empty") from None
-    return rename_columns(dataset, parse_columns(spec.get("columns"), "columns"))
+        raise ConfigurationError(f"{what} is empty") from None
 
 
-def rename_columns(dataset: Any, mapping: Mapping[str, str] | None) -> Any:
+@contextmanager
+def _quiet_errors() -> Iterator[None]:
+    """A context in which `datasets` does not log errors: it raises them too."""
+    handlers = logging.getLogger("datasets").handlers
+    quiet = lambda record: record.levelno < logging.ERROR  # noqa: E731
+    for handler in handlers:
+        handler.addFilter(quiet)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(quiet)
+
+
+def refuse_missing_file(path: Path, setting: str) -> None:
+    """Refuse a file that is not there, with the nearest one that is.
+
+    Raises:
+        ConfigurationError: There is no such file.
+    """
+    if not path.is_file():
+        hint = nearest_path(path) or f"Paths count from the current directory, {str(Path.cwd())!r}"
+        raise ConfigurationError(f"{setting}: there is no file {str(path)!r}. {hint}")
+
+
+def nearest_path(path: Path) -> str:
+    """The question whether a file or folder beside one that does not exist was meant; "" where none is near."""
+    if not path.parent.is_dir():
+        return ""
+    names = {other.name: str(path.parent / other.name) for other in path.parent.iterdir()}
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"Did you mean {names[near[0]]!r}?" if near else ""
+
+
+def rename_columns(dataset: Any, mapping: Mapping[str, str] | None, setting: str = "dataset_columns") -> Any:
     """Rename columns of a data set (or of each in a `DatasetDict`), old name to new.
+
+    Args:
+        dataset: of `datasets`.
+        mapping: old names to new ones.
+        setting: What holds the mapping, for messages.
 
     Raises:
         ConfigurationError: A column does not exist, or the new name is taken by another one.
@@ -92,18 +158,17 @@ def rename_columns(dataset: Any, mapping: Mapping[str, str] | None) -> Any:
     if not mapping:
         return dataset
     if isinstance(dataset, dict):  # a DatasetDict
-        return type(dataset)({split: rename_columns(part, mapping) for split, part in dataset.items()})
+        return type(dataset)({split: rename_columns(part, mapping, setting) for split, part in dataset.items()})
     columns = dataset.column_names
     if columns is None:  # an iterable data set whose columns are known only once it is read
         return dataset.rename_columns(dict(mapping))
     if missing := [column for column in mapping if column not in columns]:
+        near = did_you_mean(missing[0], columns)
         raise ConfigurationError(
-            f"dataset_columns: no column {missing[0]!r} in the data set; there are {', '.join(columns)}"
+            f"{setting}: no column {missing[0]!r} in the data set. {near}It has {', '.join(columns)}"
         )
     if taken := [new for new in mapping.values() if new in columns and new not in mapping]:
-        raise ConfigurationError(
-            f"dataset_columns: the data set already has a column {taken[0]!r}; rename that one too"
-        )
+        raise ConfigurationError(f"{setting}: the data set already has a column {taken[0]!r}; rename that one too")
     return dataset.rename_columns(dict(mapping))
 
 
@@ -187,8 +252,9 @@ def _parse_stream(name: str, spec: Any) -> dict[str, Any]:
             "to the trainer: SFTTrainer(..., streams={...})"
         )
     if unknown := [key for key in spec if key not in SPEC_KEYS]:
+        near = did_you_mean(unknown[0], SPEC_KEYS)
         raise ConfigurationError(
-            f"streams: {name!r} has an unknown key {unknown[0]!r}; known are {', '.join(SPEC_KEYS)}"
+            f"streams: {name!r} has an unknown key {unknown[0]!r}. {near}Known are {', '.join(SPEC_KEYS)}"
         )
     columns = parse_columns(spec.get("columns"), f"streams: columns of {name!r}")
     return {**spec, **({"columns": columns} if columns else {})}

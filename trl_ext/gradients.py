@@ -178,6 +178,43 @@ class GradientView:
         )
 
 
+# -- two gradients that conflict -------------------------------------------------------------------------------------
+
+
+def conflict_weight(dot: Tensor, squared_norm: Tensor) -> Tensor:
+    """The weight c = -min(0, <a, b> / |b|^2): a + c b is the vector nearest to a that does not oppose b.
+
+    Adding c b takes away the component of a that points against b (A-GEM, arXiv:1812.00420, equation 11). Where the two
+    do not conflict, or b is zero, c is 0. NaN stays NaN.
+
+    Args:
+        dot: (...) float, <a, b>.
+        squared_norm: (...) float, |b|^2.
+
+    Returns:
+        (...) float, at least 0.
+    """
+    return -(dot / squared_norm.clamp(min=torch.finfo(squared_norm.dtype).tiny)).clamp(max=0)
+
+
+def pcgrad_weights(gram: Tensor) -> Tensor:
+    """Weights w for which w_0 a + w_1 b is the sum of both gradients, each without what points against the other.
+
+    The sum is (a - min(0, <a, b> / |b|^2) b) + (b - min(0, <a, b> / |a|^2) a) (PCGrad, arXiv:2001.06782, algorithm 1,
+    for two tasks), so that w_0 = 1 - min(0, <a, b> / |a|^2), and w_1 with |b|^2.
+
+    Args:
+        gram: (..., 2, 2) float, the inner products of a and b.
+
+    Returns:
+        (..., 2) float, at least 1.
+    """
+    return 1 + conflict_weight(gram[..., 0, 1].unsqueeze(-1), gram.diagonal(dim1=-2, dim2=-1))
+
+
+# -- arithmetic ------------------------------------------------------------------------------------------------------
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """() inner product; low-precision inputs are upcast, since their own dot product rounds its result."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)

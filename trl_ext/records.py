@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 TrainerKind = Literal["sft", "grpo"]
 """What a run trains with."""
-TRAINERS: tuple[str, ...] = get_args(TrainerKind)
+TRAINERS: tuple[TrainerKind, ...] = get_args(TrainerKind)
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,18 @@ class TokenRecord:
     an objective asks a reference of its own where this is None."""
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     """The micro-batch as the model received it."""
+
+    @cached_property
+    def probs(self) -> Tensor:
+        """(B, T) float in [0, 1], differentiable: probability p of each label; 1 where `mask` is False."""
+        return self.log_probs.exp()
+
+    @cached_property
+    def one_minus_probs(self) -> Tensor:
+        """(B, T) float in [0, 1], differentiable: 1 - p, exact where p is close to 1; 0 where `mask` is False."""
+        from trl_ext.numerics import one_minus_exp
+
+        return one_minus_exp(self.log_probs)
 
     @cached_property
     def sample_index(self) -> Tensor:

@@ -6,22 +6,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from trl_ext.cli.contributed import contributed_group
+from trl_ext.cli.contributed import LightCommand, LightGroup, contributed_group
 from trl_ext.cli.plugin_commands import plugins_app
+from trl_ext.records import TRAINERS, TrainerKind
+
+KINDS: tuple[TrainerKind, ...] = TRAINERS
+"""The training commands, each TRL's script of this name."""
 
 app = typer.Typer(
     cls=contributed_group("trl_ext.commands"),
     help="A plugin layer for Hugging Face TRL.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes half of the time of a help
 )
-app.add_typer(plugins_app, name="plugins")
+app.add_typer(plugins_app, name="plugins", cls=LightGroup)
 
 
-class _Verbatim(TyperCommand):
+class _Verbatim(LightCommand):
     """Hands all arguments on as they are, `--help` included, to a parser of its own."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -30,7 +34,10 @@ class _Verbatim(TyperCommand):
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Show the versions and exit.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the versions and exit.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; works anywhere.")] = False,
+) -> None:
     if version:
         from importlib.metadata import version as installed
 
@@ -38,23 +45,37 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Show the vers
         raise typer.Exit
 
 
+def _add_training_command(kind: TrainerKind) -> None:
+    def command(ctx: typer.Context) -> None:
+        from trl_ext.cli.train import train
+
+        train(kind, ctx.args)
+
+    about = f"Train with {kind.upper()}: TRL's flags and YAML, --plugins, --streams, --num_processes."
+    app.command(kind, cls=_Verbatim, help=about)(command)
+
+
+for _kind in KINDS:
+    _add_training_command(_kind)
+
+
 @app.command(cls=_Verbatim)
-def sft(ctx: typer.Context) -> None:
-    """Train with SFT: TRL's flags and YAML, plus --plugins, --streams, --dataset_columns."""
-    from trl_ext.cli.train import train
+def validate(ctx: typer.Context) -> None:
+    """Check a training configuration and run one window of it, without a step and without writing a file."""
+    from trl_ext.cli.validate import validate_command
 
-    train("sft", ctx.args)
-
-
-@app.command(cls=_Verbatim)
-def grpo(ctx: typer.Context) -> None:
-    """Train with GRPO: TRL's flags and YAML, plus --plugins, --streams, --dataset_columns."""
-    from trl_ext.cli.train import train
-
-    train("grpo", ctx.args)
+    validate_command(ctx.args)
 
 
-@app.command(context_settings={"allow_interspersed_args": False})
+@app.command(cls=LightCommand)
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Show versions, devices, plugins with problems and what is supported here, for a bug report."""
+    from trl_ext.cli.doctor import doctor_command
+
+    doctor_command(as_json)
+
+
+@app.command(cls=LightCommand, context_settings={"allow_interspersed_args": False})
 def run(
     script: Annotated[Path, typer.Argument(help="A Python script that uses TRL's SFTTrainer or GRPOTrainer.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="Its arguments.", metavar="[ARGS]...")] = None,
@@ -69,7 +90,7 @@ def run(
     run_script(script, arguments or [], plugins)
 
 
-@app.command()
+@app.command(cls=LightCommand)
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Folder for the table, the plot and the runs.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Few steps and one seed, to see that it works.")] = False,
@@ -84,6 +105,7 @@ probe_app = typer.Typer(
     cls=contributed_group("trl_ext.probes"),
     help="Measure a model before training, with probes that plugin distributions bring.",
     no_args_is_help=True,
+    rich_markup_mode=None,
 )
 app.add_typer(probe_app, name="probe")
 

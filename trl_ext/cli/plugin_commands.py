@@ -45,8 +45,9 @@ def info(
 ) -> None:
     """Show a plugin's options, hooks, trainers and citation; imports it."""
     from trl_ext.errors import ConfigurationError
-    from trl_ext.plugins.activation import from_spec, parse_specs
+    from trl_ext.plugins.activation import from_spec
     from trl_ext.plugins.discovery import load_plugin
+    from trl_ext.specs import parse_specs
 
     specs = parse_specs(plugin)
     if len(specs) != 1:
@@ -133,11 +134,10 @@ def _options(plugin_class: type) -> list[tuple[str, ...]]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    from trl_ext.plugins.coercion import as_written
+    from trl_ext.plugins.coercion import default_of
 
-    if field.default is not dataclasses.MISSING:
-        return repr(as_written(field.default))
-    return "required" if field.default_factory is dataclasses.MISSING else repr(as_written(field.default_factory()))
+    default = default_of(field, missing=...)
+    return "required" if default is ... else repr(default)
 
 
 def _print_table(header: tuple[str, ...], rows: Iterable[Sequence[str]]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trl_ext.engine.guard import Guard
 from trl_ext.engine.tally import LossTally
-from trl_ext.plugins.activation import PluginSet
+from trl_ext.plugins.plugin_set import PluginSet
 
 
 @dataclass(frozen=True)

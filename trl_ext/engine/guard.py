@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trl_ext.errors import NonFiniteError, OnAllRanksError, PluginError
 from trl_ext.hookspecs import HOOKS
-from trl_ext.plugins.activation import PluginSet
+from trl_ext.plugins.plugin_set import PluginSet
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

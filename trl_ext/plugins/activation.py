@@ -2,123 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import pluggy
-
 from trl_ext.errors import ConfigurationError
-from trl_ext.hookspecs import HOOKS, PROJECT, HookSpecs
+from trl_ext.hookspecs import HOOKS
 from trl_ext.options import check_options
 from trl_ext.plugins.coercion import build_options, check_option_types, resolved_options
-from trl_ext.plugins.declarations import Declarations, read_declarations
+from trl_ext.plugins.declarations import read_declarations
 from trl_ext.plugins.discovery import find_distribution, load_plugin, range_error
-from trl_ext.plugins.implementations import implementations, marked_hooks
+from trl_ext.plugins.implementations import marked_hooks
+from trl_ext.plugins.plugin_set import ActivePlugin, PluginSet, class_of
 from trl_ext.plugins.relations import refuse_relations
 from trl_ext.records import TrainerKind
 from trl_ext.specs import config_line, parse_specs, registered_name
-
-__all__ = ["ActivePlugin", "PluginSet", "activate", "check_plugin", "from_spec", "parse_specs"]
-
-HookCall = tuple[str, Callable[..., Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class ActivePlugin:
-    """One plugin of a run."""
-
-    name: str
-    """The label, or else the plugin's name; prefixes its metrics and names its state."""
-    instance: Any
-    distribution: str | None
-    """None for an instance of a class that no distribution provides."""
-    version: str | None
-    options: dict[str, Any]
-    """All options with their values, as JSON."""
-    citation: str
-    declared: Declarations
-    line: str
-    """The config line that activates it, for messages."""
-
-    def __str__(self) -> str:
-        if self.distribution is None:
-            return f"{self.name!r} ({_class_of(self.instance)})"
-        return f"{self.name!r} ({self.distribution} {self.version})"
-
-
-class _Registration:
-    """What pluggy sees of a plugin: its hooks, with an identity of their own. Equal plugins do not collide then."""
-
-    def __init__(self, hooks: dict[str, Callable[..., Any]]) -> None:
-        vars(self).update(hooks)
-
-
-class PluginSet:
-    """The active plugins of one trainer, in the order of the config.
-
-    Raises:
-        ConfigurationError: A hook is misspelt, ill-formed, or claimed twice though exclusive; or what the plugins
-            declare of each other keeps them apart.
-    """
-
-    def __init__(self, plugins: Sequence[ActivePlugin] = ()) -> None:
-        self.plugins: tuple[ActivePlugin, ...] = tuple(plugins)
-        self.manager = pluggy.PluginManager(PROJECT)
-        self.manager.add_hookspecs(HookSpecs)
-        for plugin in reversed(self.plugins):  # pluggy calls the last one registered first
-            registration = _Registration(implementations(plugin.instance, str(plugin), plugin.line))
-            self.manager.register(registration, plugin.name)
-        # The training loop asks for these at every micro-step, so they are looked up once.
-        self._calls: dict[str, list[HookCall]] = {hook: self._bind(hook) for hook in HOOKS}
-        refuse_relations(self.plugins)  # first: a plugin that declares a conflict says what to do instead
-        for hook, facts in HOOKS.items():
-            if facts.kind == "exclusive":
-                self._refuse_two_owners(hook)
-
-    def __bool__(self) -> bool:
-        return bool(self.plugins)
-
-    def __len__(self) -> int:
-        return len(self.plugins)
-
-    def __iter__(self) -> Iterator[ActivePlugin]:
-        return iter(self.plugins)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the plugins, in order."""
-        return tuple(plugin.name for plugin in self.plugins)
-
-    def implements(self, hook: str) -> bool:
-        """Whether any plugin implements the hook."""
-        return bool(self._calls[hook])
-
-    def owner(self, hook: str) -> str | None:
-        """Name of the plugin that owns an exclusive hook."""
-        if HOOKS[hook].kind != "exclusive":
-            raise KeyError(f"{hook!r} is not an exclusive hook")
-        return next((name for name, _ in self._calls[hook]), None)
-
-    def calls(self, hook: str) -> list[HookCall]:
-        """Name and function of each implementation, in the order of the config.
-
-        The function takes all arguments of the hook by keyword and passes on those that the implementation declares.
-        """
-        return self._calls[hook]
-
-    def _bind(self, hook: str) -> list[HookCall]:
-        found = getattr(self.manager.hook, hook).get_hookimpls()[::-1]  # pluggy keeps them as registered
-        return [(implementation.plugin_name, _by_keyword(implementation)) for implementation in found]
-
-    def _refuse_two_owners(self, hook: str) -> None:
-        names = [name for name, _ in self._calls[hook]]
-        if len(names) > 1:
-            owners = [plugin for plugin in self.plugins if plugin.name in names]
-            raise ConfigurationError(
-                f"hook {hook!r} can have one owner, and {' and '.join(map(str, owners))} claim it. "
-                f"Keep one of {' or '.join(plugin.line for plugin in owners)}"
-            )
 
 
 def activate(specs: Any, instances: Sequence[Any] = (), *, trainer: TrainerKind) -> PluginSet:
@@ -138,6 +35,7 @@ def activate(specs: Any, instances: Sequence[Any] = (), *, trainer: TrainerKind)
         plugins.append(_from_instance(instance, plugins))
     for plugin in plugins:
         _refuse_other_trainer(plugin, trainer)
+    refuse_relations(plugins)  # before two owners of a hook are refused, since a declared conflict gives advice
     return PluginSet(plugins)
 
 
@@ -206,11 +104,11 @@ def _from_instance(instance: Any, before: Sequence[ActivePlugin]) -> ActivePlugi
     if any(plugin.instance is instance for plugin in before):
         raise ConfigurationError(f"{line}: the same instance {instance!r} is given twice; make one for each place")
     if misfit := range_error(getattr(instance, "requires_api", None), getattr(instance, "requires_trl", None)):
-        raise ConfigurationError(f"{line}: {_class_of(instance)} {misfit}")
+        raise ConfigurationError(f"{line}: {class_of(instance)} {misfit}")
     try:
         check_options(instance)
     except ValueError as error:
-        raise ConfigurationError(f"{line}: {_class_of(instance)} refuses its options: {error}") from error
+        raise ConfigurationError(f"{line}: {class_of(instance)} refuses its options: {error}") from error
     info = find_distribution(type(instance))
     own_name = info.name if info else type(instance).__name__
     name = getattr(instance, "label", None) or own_name
@@ -225,19 +123,6 @@ def _from_instance(instance: Any, before: Sequence[ActivePlugin]) -> ActivePlugi
         version=info.version if info else None,
         options=resolved_options(instance),
         citation=getattr(instance, "citation", ""),
-        declared=read_declarations(instance, own_name, str(info or f"{name!r} ({_class_of(instance)})"), line),
+        declared=read_declarations(instance, own_name, str(info or f"{name!r} ({class_of(instance)})"), line),
         line=line,
     )
-
-
-def _class_of(instance: Any) -> str:
-    return f"class {type(instance).__qualname__} of {type(instance).__module__}"
-
-
-def _by_keyword(implementation: pluggy.HookImpl) -> Callable[..., Any]:
-    function, names = implementation.function, implementation.argnames
-
-    def call(**arguments: Any) -> Any:
-        return function(*[arguments[name] for name in names])
-
-    return call

@@ -159,6 +159,13 @@ def as_written(value: Any) -> Any:
     return written(value) if isinstance(value, enum.Enum) else json.loads(json.dumps(value, default=written))
 
 
+def default_of(field: dataclasses.Field[Any], missing: Any) -> Any:
+    """The default of an option as a config holds it; `missing` where there is none."""
+    if field.default is not dataclasses.MISSING:
+        return as_written(field.default)
+    return missing if field.default_factory is dataclasses.MISSING else as_written(field.default_factory())
+
+
 def _to_bool(value: Any) -> bool:
     return value if isinstance(value, bool) else _TRUTH[_to_str(value).strip().lower()]
 

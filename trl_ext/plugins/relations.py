@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from trl_ext.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from trl_ext.plugins.activation import ActivePlugin
+    from trl_ext.plugins.plugin_set import ActivePlugin
 
 
 def refuse_relations(plugins: Sequence[ActivePlugin]) -> None:

@@ -39,10 +39,13 @@ class SourceInspector:
         self._bindings: dict[str, dict[str, ast.stmt]] = {}
         self._importable: set[str] = set()
 
-    def inspect(self, module: str, attribute: str) -> Facts:
+    def inspect(self, module: str, attribute: str, through: bool = True) -> Facts:
         """Check that `from module import attribute` can work, and read the literals of what it gives.
 
-        A source that is nested too deeply to be followed is taken to be importable.
+        Args:
+            module, attribute: what an entry point names.
+            through: whether to follow the imports within the module's package; a listing of commands need not. A
+                source that is nested too deeply to be followed is taken to be importable.
 
         Raises:
             StaticError: A module is missing or has a syntax error, a top-level import or `raise` would fail, or the
@@ -50,8 +53,9 @@ class SourceInspector:
         """
         seen: set[str] = set()
         try:
-            self._check_imports(module, seen)
-            self._importable |= seen  # only now: nothing of it failed
+            self._check_imports(module, seen, through)
+            if through:
+                self._importable |= seen  # only now: nothing of it failed
             return self._find_definition(module, attribute, set())
         except (RecursionError, MemoryError):  # the parser runs out of its own stack with a MemoryError
             return Facts()
@@ -89,7 +93,7 @@ class SourceInspector:
                 raise StaticError(f"{spec.origin} is no Python source: {error}") from error
         return self._trees[name]
 
-    def _check_imports(self, module: str, seen: set[str]) -> None:
+    def _check_imports(self, module: str, seen: set[str], through: bool = True) -> None:
         """Walk what importing `module` runs: its parents, itself, and its top-level imports within its package."""
         parts = module.split(".")
         for name in (".".join(parts[: end + 1]) for end in range(len(parts))):
@@ -105,6 +109,8 @@ class SourceInspector:
                     if wanted.split(".")[0] != parts[0]:
                         if self._find_module(wanted.split(".")[0]) is None:
                             raise StaticError(f"{name!r} imports {wanted!r}, which is not installed")
+                        continue
+                    if not through:
                         continue
                     self._check_imports(wanted, seen)
                     if attribute and self._find_module(f"{wanted}.{attribute}"):

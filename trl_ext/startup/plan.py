@@ -14,7 +14,8 @@ from trl.trainer.utils import get_callable_name
 from trl_ext.config import upgrade_config
 from trl_ext.data import load_dataset_spec, rename_columns
 from trl_ext.errors import ConfigurationError
-from trl_ext.plugins.activation import PluginSet, activate
+from trl_ext.plugins.activation import activate
+from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription, TrainerKind
 from trl_ext.startup.refusals import refuse_unsupported, sharding_of
 from trl_ext.startup.stream_data import Matched, match_streams
@@ -52,7 +53,8 @@ def plan_run(
     """
     config = _config(kind, config_class, given)
     plugins = activate(config.plugins, instances, trainer=kind)
-    datasets = {role: load_dataset_spec(spec) for role, spec in (config.streams or {}).items()} | dict(streams)
+    described = config.streams or {}
+    datasets = {role: load_dataset_spec(spec, f"streams: {role}") for role, spec in described.items()} | dict(streams)
     arguments = {**given, "args": config}
     if config.dataset_columns:
         for name in ("train_dataset", "eval_dataset"):

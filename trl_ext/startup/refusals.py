@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from trl_ext.errors import ConfigurationError
-from trl_ext.plugins.activation import PluginSet
+from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription
 
 Sharding = Literal["none", "ddp", "fsdp1", "fsdp2", "deepspeed"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 
 from trl_ext.engine.streams import Stream
 from trl_ext.hookspecs import API_VERSION, HOOKS
-from trl_ext.plugins.activation import PluginSet
+from trl_ext.options import option_fields
+from trl_ext.plugins.coercion import default_of
+from trl_ext.plugins.plugin_set import PluginSet
 
 RUN_FILE = "trl_ext_run.json"
 RAW_FOLDER = "raw"
 """Folder beside the final model, with the weights that training ended with, where others are deployed."""
+WIDTH = 80
+"""Columns of the header."""
 _CARD_START = "<!-- trl_ext -->"
 
 
@@ -30,6 +35,8 @@ def run_facts(kind: str, plugins: PluginSet, streams: Mapping[str, Stream]) -> d
                 "name": p.name,
                 "origin": f"{p.distribution} {p.version}" if p.distribution else _class_of(p.instance),
                 "options": p.options,
+                "changed": _changed_options(p.instance, p.options),
+                "cost": getattr(p.instance, "cost", ""),
                 "hooks": [h for h in called if any(owner == p.name for owner, _ in plugins.calls(h))],
                 "citation": p.citation,
             }
@@ -45,6 +52,12 @@ def run_facts(kind: str, plugins: PluginSet, streams: Mapping[str, Stream]) -> d
     }
 
 
+def _changed_options(instance: Any, options: Mapping[str, Any]) -> list[str]:
+    """The options that a run has chosen otherwise than the plugin's author."""
+    fields = option_fields(type(instance)) if options else {}
+    return [name for name, value in options.items() if default_of(fields[name], missing=object()) != value]
+
+
 def _class_of(instance: Any) -> str:
     return f"class {type(instance).__qualname__} of {type(instance).__module__}"
 
@@ -54,18 +67,24 @@ def _request(request: Any) -> dict[str, Any]:
 
 
 def header(facts: dict[str, Any]) -> str:
-    """The run's facts as text."""
+    """The run's facts as text: what differs from the defaults, in lines that a terminal holds."""
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    lines = [f"trl_ext {facts['trainer']} run ({versions})"]
+    lines = [*_wrapped(f"trl_ext {facts['trainer']} run ({versions})", "  ")]
     for i, plugin in enumerate(facts["plugins"], 1):
-        options = ", ".join(f"{k}={v}" for k, v in plugin["options"].items()) or "no options"
-        lines.append(f"  {i}. {plugin['name']} ({plugin['origin']}): {options}")
-        lines.append(f"     hooks: {', '.join(plugin['hooks'])}")
+        options = ", ".join(f"{name}={plugin['options'][name]}" for name in plugin["changed"]) or "default options"
+        lines += _wrapped(f"  {i}. {plugin['name']} ({plugin['origin']}): {options}", "     ")
+        lines += _wrapped(f"     hooks: {', '.join(plugin['hooks'])}", "       ")
+        if plugin["cost"]:
+            lines += _wrapped(f"     cost: {plugin['cost']}", "       ")
     for hook, owner in facts["exclusive"].items():
-        lines.append(f"  {hook} belongs to {owner}")
+        lines += _wrapped(f"  {hook} belongs to {owner}", "    ")
     for role, stream in facts["streams"].items():
-        lines.append(f"  stream {role}: " + ", ".join(f"{k}={v}" for k, v in stream.items()))
+        lines += _wrapped(f"  stream {role}: " + ", ".join(f"{k}={v}" for k, v in stream.items()), "    ")
     return "\n".join(lines)
+
+
+def _wrapped(line: str, indent: str) -> list[str]:
+    return textwrap.wrap(line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def report_run(kind: str, plugins: PluginSet, streams: Mapping[str, Stream], folder: Path) -> None:

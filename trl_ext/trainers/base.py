@@ -10,7 +10,7 @@ from trl_ext.engine.passes import ExtraPasses
 from trl_ext.engine.step import OptimizerStep
 from trl_ext.engine.streams import Stream
 from trl_ext.engine.weight_swaps import WeightSwaps
-from trl_ext.plugins.activation import PluginSet
+from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import TrainerKind, WeightsView
 
 if TYPE_CHECKING:

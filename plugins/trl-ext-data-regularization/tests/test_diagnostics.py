@@ -4,9 +4,9 @@ import csv
 
 import pytest
 import torch
+from short_runs import GENERAL, TARGET, TOKENIZER, DataRegularization, model, parameters, train
 from test_sft import SGD, Reference, layers_of, sharpened
-from training import GENERAL, TARGET, TOKENIZER, DataRegularization, model, parameters, train
-from trl_ext_data_regularization import report
+from trl_ext_data_regularization import kept_report
 from trl_ext_data_regularization.diagnostics import sample_id
 from trl_ext_data_regularization.layers import find_layers
 
@@ -137,7 +137,7 @@ def test_table_and_plot_from_the_run_folder(tmp_path, capsys):
 
     plugin = Spy(frac=0.5, table=True)
     trainer = train(plugin, data=GENERAL.select(range(8)), max_steps=4, num_train_epochs=2, output_dir=str(tmp_path))
-    kept, samples = report.read(tmp_path)
+    kept, samples = kept_report.read(tmp_path)
     names = [name for name, _ in trainer.model.named_parameters()]
     assert kept.layers == tuple(layer.name for layer in find_layers(trainer.model, names)[0])
     assert kept.steps == (1, 2, 3, 4)
@@ -151,7 +151,7 @@ def test_table_and_plot_from_the_run_folder(tmp_path, capsys):
     texts = {sample_id(row["input_ids"]): TOKENIZER.decode(row["input_ids"]) for row in trainer.train_dataset}
     assert all(one.text == texts[one.id] for one in samples)
 
-    report.main([str(tmp_path), "--rows", "1"])
+    kept_report.main([str(tmp_path), "--rows", "1"])
     out = capsys.readouterr().out
     assert samples[0].id in out
     assert samples[-1].id in out
@@ -167,7 +167,7 @@ def test_the_rows_of_a_sample_count_its_layers(reference, tmp_path):
     kept = [sorted(range(8), key=lambda i, s=s: -s[i])[:4] for s in scores]
     plugin = DataRegularization(frac=0.5, table=True)
     trainer = train(plugin, net, **FEW, **SGD, per_device_train_batch_size=8, output_dir=str(tmp_path))
-    by_id = {one.id: one for one in report.read(tmp_path)[1]}
+    by_id = {one.id: one for one in kept_report.read(tmp_path)[1]}
     for i, row in enumerate(trainer.train_dataset):
         one = by_id[sample_id(row["input_ids"])]
         assert one.kept == pytest.approx(sum(i in rows for rows in kept) / len(groups), abs=1e-5)
@@ -175,25 +175,28 @@ def test_the_rows_of_a_sample_count_its_layers(reference, tmp_path):
 
 def test_files_of_several_ranks_are_read_as_one(tmp_path):
     layers, steps = ("a", "b"), (1, 2)
-    kept = [report.Kept(layers, steps, ((0.0, 1.0), (0.5, 0.5))), report.Kept(layers, steps, ((1.0, 1.0), (1.0, 1.0)))]
+    kept = [
+        kept_report.Kept(layers, steps, ((0.0, 1.0), (0.5, 0.5))),
+        kept_report.Kept(layers, steps, ((1.0, 1.0), (1.0, 1.0))),
+    ]
     for rank in range(2):
-        shared = report.Sample("x", 1 + 2 * rank, float(rank), 2.0 * rank, "both, ranks")
-        report.write(tmp_path, rank, kept[rank], [shared, report.Sample(f"{rank}", 1, 0.5, 1.0, "")])
-    both, samples = report.read(tmp_path)
+        shared = kept_report.Sample("x", 1 + 2 * rank, float(rank), 2.0 * rank, "both, ranks")
+        kept_report.write(tmp_path, rank, kept[rank], [shared, kept_report.Sample(f"{rank}", 1, 0.5, 1.0, "")])
+    both, samples = kept_report.read(tmp_path)
     assert both.shares == ((0.5, 1.0), (0.75, 0.75))
     assert {one.id: (one.seen, one.kept, one.weight) for one in samples} == {
         "x": (4, 0.75, 1.5),
         "0": (1, 0.5, 1.0),
         "1": (1, 0.5, 1.0),
     }
-    assert [one.id for one in report.extremes(samples, 1)] == ["x", "1"]
+    assert [one.id for one in kept_report.extremes(samples, 1)] == ["x", "1"]
 
 
 def test_a_run_without_diagnostics_names_the_option(tmp_path):
     with pytest.raises(SystemExit):
-        report.main([str(tmp_path)])
+        kept_report.main([str(tmp_path)])
     with pytest.raises(FileNotFoundError, match="table=true"):
-        report.read(tmp_path)
+        kept_report.read(tmp_path)
 
 
 # -- resume ----------------------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import CASES, EXACT, FAULTS, SHARDED, TARGET_LOSSES, run
-from test_rollouts import gradients_of, only_norms
+from rank_worker import CASES, EXACT, FAULTS, SHARDED, TARGET_LOSSES, run
+from short_runs import model, parameters
+from test_rollout_filter import gradients_of, only_norms
 from test_sft import Reference, layers_of, sharpened
-from training import model, parameters
 
 pytestmark = pytest.mark.slow  # some 50 trainings
 LIMIT = 400  # seconds; a hang ends in gloo's own timeout of 60 s long before
@@ -20,7 +20,7 @@ LIMIT = 400  # seconds; a hang ends in gloo's own timeout of 60 s long before
 def on_two_ranks(tmp_path_factory):
     """What each rank saved."""
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).parent / "ranks.py"
+    script = Path(__file__).parent / "rank_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=LIMIT)

@@ -1,13 +1,18 @@
 """What cannot work is refused before training, with the option to change; faults have a defined outcome."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from short_runs import GENERAL, TARGET, DataRegularization, model, train
 from torch import nn
-from training import GENERAL, TARGET, DataRegularization, model, train
 from transformers import AutoModelForCausalLM, Gemma2Config, OPTConfig
+from trl_ext_data_regularization import solvers
 from trl_ext_data_regularization.layers import find_layers
+from trl_ext_data_regularization.solvers.filter import filter_negative
 
 from trl_ext.errors import ConfigurationError, PluginError
+from trl_ext.options import check_options
 from trl_ext.records import RunDescription
 
 
@@ -38,7 +43,7 @@ from trl_ext.records import RunDescription
 )
 def test_options_that_contradict_one_another(options, reason):
     with pytest.raises(ValueError, match=reason):
-        DataRegularization(**options)
+        check_options(DataRegularization(**options))
 
 
 def description(sharding="none", world=1, streams=("target",), **args):
@@ -111,19 +116,13 @@ def test_a_missing_target_names_the_line_to_add():
 # -- faults ----------------------------------------------------------------------------------------------------------
 
 
-def test_when_every_weight_is_zero_the_update_is_zero():
+def test_when_every_weight_is_zero_the_update_is_zero(monkeypatch):
     """`filter` may drop all; then SGD stays where it is."""
+    opposed = lambda problem, frac: filter_negative(replace(problem, s=-torch.ones_like(problem.s)), frac)  # noqa: E731
+    monkeypatch.setattr(solvers, "filter_negative", opposed)
     net = model(layers=1)
-    plugin = DataRegularization(rule="filter", scope="global")
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
-
-    def drop_all(problem, norms, lr):
-        from trl_ext_data_regularization.solvers import Problem, Rule
-
-        return Rule("filter", 1.0).solve(Problem(-torch.ones_like(problem.s), problem.tokens), norms, lr)
-
-    plugin._rule = type("Opposed", (), {"solve": staticmethod(drop_all), "name": "filter", "needs_gram": False})()
-    trainer = train(plugin, net, optim="sgd", max_steps=2)
+    trainer = train(DataRegularization(rule="filter", scope="global"), net, optim="sgd", max_steps=2)
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, start[name]), name
     assert all(log["loss"] == 0.0 for log in trainer.state.log_history if "loss" in log)

@@ -6,10 +6,10 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig
-from training import GENERAL, TARGET, DataRegularization, differences, model, parameters, train
+from short_runs import GENERAL, TARGET, DataRegularization, differences, model, parameters, train
 from trl.trainer.utils import add_fused_lm_head
+from trl_ext_data_regularization.gradient_surgery import GradientSurgery
 from trl_ext_data_regularization.layers import find_layers
-from trl_ext_data_regularization.surgery import GradientSurgery
 
 from trl_ext.testing import tiny_qwen2
 
@@ -256,7 +256,7 @@ def test_a_second_training_taps_once():
     trainer = train(plugin, max_steps=2)
     tapped = {name: m.forward for name, m in trainer.model.named_modules() if "forward" in vars(m)}
     trainer.train()
-    plugin._remove()
+    plugin._model.remove()
     left = {name for name, m in trainer.model.named_modules() if "forward" in vars(m)}
     assert left == {""}, "only TRL's fused head replaces a forward of its own"
     assert len(tapped) > 10
@@ -328,12 +328,12 @@ def test_preconditioned_choice_is_that_of_the_definition():
     """In the second step of Adam: the best by <g_i, t / (sqrt(v) + eps)>, with weights and moments as they were."""
 
     class Spy(DataRegularization):
-        def _weigh(self, window):
+        def _weigh(self, window, tapped):
             named = dict(self._context.model.named_parameters())
             self.before = {name: p.detach().clone() for name, p in named.items()}
             self.moments = {name: copy.deepcopy(self._optimizer.state.get(p)) for name, p in named.items()}
-            out = super()._weigh(window)
-            rows, kept = window.micro_batches[0]["input_ids"].tolist(), self._step.weights[0].tolist()
+            out = super()._weigh(window, tapped)
+            rows, kept = window.micro_batches[0]["input_ids"].tolist(), self._choice.weights[0].tolist()
             self.kept = {tuple(row) for row, weight in zip(rows, kept, strict=True) if weight > 0}
             return out
 

@@ -5,7 +5,8 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
-from gradients import FAMILIES, Case, case
+from gradient_families import FAMILIES, Case, case
+from scipy.optimize import nnls
 from trl_ext_data_regularization.solvers import RULES, Problem, Rule, Solution, count, squared_distance, subset
 
 LR = 0.3
@@ -229,10 +230,21 @@ def test_duplicated_samples_share_their_weight():
         torch.testing.assert_close(double.update(solve(double, name)), c.update(solve(c, name)), rtol=1e-6, atol=1e-7)
 
 
-def test_scores_that_are_not_finite_are_refused():
-    problem = Problem(torch.tensor([1.0, float("nan")]), torch.ones(2), torch.eye(2))
-    with pytest.raises(ArithmeticError, match="not finite"):
-        Rule("cone", 1.0).solve(problem, torch.tensor(1.0), LR)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@rules
+def test_a_layer_whose_scores_are_not_finite_gets_weights_of_nan(name, bad):
+    """NaN has no place in an order, so nothing may be kept by one; the other layer chooses as if it were alone."""
+    c = case(7, 6, 12, unequal=True)
+    s, K = c.problem.s.repeat(2, 1), c.problem.K.repeat(2, 1, 1)
+    s[0, 3] = bad
+    norms = torch.stack([torch.tensor(bad).double(), c.norm])
+    found = Rule(name, 0.5, 0.7).solve(Problem(s, c.tokens, K), norms, LR)
+    if name in ("full", "target"):  # the scores have no say
+        assert torch.isfinite(found.weights).all()
+    else:
+        assert found.weights[0].isnan().all()
+        assert found.target[0].isnan()
+    torch.testing.assert_close(found.weights[1], solve(c, name).weights)
 
 
 @pytest.mark.parametrize("name", ["cone", "hull", "capped"])
@@ -247,6 +259,109 @@ def test_samples_that_are_not_used_weigh_nothing_at_all(name):
     assert (opposed.problem.s < 0).all()
     if name == "cone":
         assert torch.equal(solve(opposed, name).weights, torch.zeros(8, dtype=torch.float64))
+
+
+# -- gradients of very different lengths, as training leaves them ----------------------------------------------------
+
+RATIOS = [1.0, 1e-2, 1e-4, 1e-6, 1e-8, 1e-10, 1e-12]
+SIZES = [(1, 3), (2, 2), (8, 3), (8, 16), (33, 11), (64, 128)]
+"""Samples and dimensions; with fewer dimensions than samples, Gram matrices are singular."""
+
+
+def uneven_cases(ratio: float, n: int, dimensions: int, equal: bool = False):
+    """Token means of lengths between 1 and `ratio`, and targets as long as the shortest, as the longest and between."""
+    generator = torch.Generator().manual_seed(n + dimensions)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    lengths = ratio ** torch.rand(n, generator=generator, dtype=torch.float64)
+    lengths[0], lengths[-1] = 1.0, ratio
+    tokens = torch.full((n,), 7) if equal else torch.randint(1, 30, (n,), generator=generator)
+    common = draw(dimensions)
+    means = (draw(n, dimensions) + common) * lengths.unsqueeze(1)
+    for length in (ratio, ratio**0.5, 1.0):
+        t = (draw(dimensions) + common) * length
+        yield Case(means * (tokens / tokens.sum()).unsqueeze(1), t, tokens)
+
+
+def closest_in_cone(rays, t):
+    """Distance of t (P,) to the cone of the rows of `rays` (m, P): Lawson and Hanson, without a Gram matrix."""
+    lengths = rays.norm(dim=1, keepdim=True)
+    return nnls((rays / lengths).T.numpy(), t.numpy(), maxiter=100 * len(rays))[1]
+
+
+def closest_in_hull(points, t):
+    """Distance of t (P,) to the hull of the rows of `points` (m, P), as that of (0, 1) to the cone over points - t."""
+    unit = float(t.norm())
+    rays = torch.cat([(points - t) / unit, torch.ones(len(points), 1, dtype=torch.float64)], 1)
+    lengths = rays.norm(dim=1)
+    apex = torch.zeros(rays.shape[1], dtype=torch.float64)
+    apex[-1] = 1.0
+    x = (
+        torch.from_numpy(nnls((rays / lengths.unsqueeze(1)).T.numpy(), apex.numpy(), maxiter=100 * len(rays))[0])
+        / lengths
+    )
+    return float((x / x.sum() @ points - t).norm())
+
+
+def closest_in_span(rays, t):
+    """Distance of t (P,) to the span of the rows of `rays` (m, P), by a singular value decomposition of the rows."""
+    _, values, right = torch.linalg.svd(rays / rays.norm(dim=1, keepdim=True), full_matrices=False)
+    basis = right[values > 1e-11 * values[0]]
+    return float((t - basis.T @ (basis @ t)).norm())
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("name", ["span", "cone", "hull"])
+def test_projections_reach_the_closest_point_whatever_the_lengths(name, ratio):
+    for n, dimensions in SIZES:
+        for c in uneven_cases(ratio, n, dimensions):
+            means = c.G * (c.tokens.sum() / c.tokens).unsqueeze(1)
+            closest = {"span": closest_in_span, "cone": closest_in_cone, "hull": closest_in_hull}[name](means, c.t)
+            excess = c.distance(solve(c, name)) - closest
+            # The root of rounding in a Gram matrix: 1e-8 of |t| or of the distance.
+            assert float(excess) / max(closest, float(c.t.norm())) <= 2e-6, (n, dimensions)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_the_capped_simplex_is_reached_whatever_the_lengths(ratio):
+    """With equal lengths in tokens it is the hull of the means of all k-subsets."""
+    for n, dimensions, k in ((2, 2, 1), (8, 3, 4), (8, 16, 3), (33, 11, 2)):
+        for c in uneven_cases(ratio, n, dimensions, equal=True):
+            solution = solve(c, "capped", k / n + 1e-9)
+            vertices = torch.stack([mean for _, mean in subset_means(c, k)])
+            closest = closest_in_hull(vertices, c.t)
+            excess = c.distance(solution) - closest
+            assert float(excess) / max(closest, float(c.t.norm())) <= 2e-6, (n, dimensions, k)
+            share = solution.weights / n
+            assert float(share.sum()) == pytest.approx(1)
+            assert float(share.max() * k) <= 1 + max(1e-6, 1e-13 / ratio)  # tolerances are relative to the longest
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_distances_are_ordered_whatever_the_lengths(ratio):
+    for n, dimensions in SIZES:
+        for c in uneven_cases(ratio, n, dimensions):
+            distances = [c.distance(solve(c, name)) for name in ("span", "cone", "hull", "capped", "topk")]
+            assert all(a <= b + 2e-6 * max(b, float(c.t.norm())) for a, b in pairwise(distances)), (n, distances)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_subsets_and_the_ball_follow_their_definitions_whatever_the_lengths(ratio):
+    for n, dimensions in SIZES:
+        for c in uneven_cases(ratio, n, dimensions):
+            k, scores = count(n, 0.5), c.G @ c.t
+            assert set(solve(c, "topk").weights.nonzero().flatten().tolist()) == set(scores.topk(k).indices.tolist())
+            assert torch.equal(solve(c, "filter", 1.0).weights != 0, scores >= 0)
+            chosen: list[int] = []
+            for _ in range(k):
+                gain = c.G @ (c.t - LR * c.G[chosen].sum(0))
+                gain[chosen] = -torch.inf
+                chosen.append(int(gain.argmax()))
+            assert set(solve(c, "second-order").weights.nonzero().flatten().tolist()) == set(chosen)
+            mean, away = c.G.sum(0), c.t - c.G.sum(0)
+            rho = 0.7 * mean.norm()
+            expected = c.t if away.norm() <= rho else mean + rho * away / away.norm()
+            error = (c.update(solve(c, "ball")) - expected).norm()
+            assert float(error / max(c.t.norm(), mean.norm())) <= 1e-7
 
 
 def test_a_cone_of_rays_of_very_different_lengths_is_solved():

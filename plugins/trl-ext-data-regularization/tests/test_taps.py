@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from passes import batch_of, losses_of, model_of, sample_gradients, tapped, trainable, whole
+from tapped_passes import batch_of, losses_of, model_of, sample_gradients, tapped, trainable, whole
 from trl_ext_data_regularization.layers import Batch
 from trl_ext_data_regularization.solvers import RULES, Problem, Rule
 from trl_ext_data_regularization.visitors import Choice, WeightedPass

@@ -18,6 +18,8 @@ from trl_ext.testing import Addition, tiny_llama, tiny_tokenizer
 
 TASK = Addition(digits=2)
 Vector = list[Tensor]
+EXACT = 1e-10
+"""Gradients of two ways to write one loss in fp64, through a head that TRL evaluates in tiles."""
 
 
 def checksum_reward(completions: Sequence[str], **columns: Any) -> list[float]:
@@ -56,6 +58,11 @@ class Recorder:
 
 
 @dataclass(eq=False)
+class Late(Recorder):
+    """A recorder for the last place."""
+
+
+@dataclass(eq=False)
 class Rolled:
     """Keeps the generation batches; before a method it sees TRL's advantages, after it the method's."""
 
@@ -76,6 +83,11 @@ def mixed_reward(prompts: Sequence[str], completions: Sequence[str], **columns: 
         float(ord(c[0]) % 2) if c and len(p) and hash_of(p) % 2 == 0 else 0.0
         for p, c in zip(prompts, completions, strict=True)
     ]
+
+
+def never(completions: Sequence[str], **columns: Any) -> list[float]:
+    """Differs within groups, and never reaches 1."""
+    return [0.9 * r for r in checksum_reward(completions)]
 
 
 def hash_of(prompt: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from trl_ext_mixing import composite
+from trl_ext_mixing import chunks
 from trl_ext_mixing.composite import BranchAverage
 
 from trl_ext.testing import tiny_llama
@@ -53,7 +53,7 @@ def step(model: nn.Module, optimizer: BranchAverage, seed: int) -> None:
 
 def uneven() -> None:
     """Shards of other sizes on both ranks, cut into other numbers of chunks: the comparisons are those unsharded."""
-    composite.CHUNK["cpu"] = 10
+    chunks.CHUNK["cpu"] = 10
     generator = torch.Generator().manual_seed(0)
     shapes = [(5, 2), (5, 2), (3, 2), (1, 3)]
     values, rl, sft = ([torch.randn(s, generator=generator) for s in shapes] for _ in range(3))

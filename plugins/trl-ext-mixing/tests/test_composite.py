@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from trl_ext_mixing import composite
+from trl_ext_mixing import chunks
 from trl_ext_mixing.composite import BranchAverage
 
 from trl_ext.errors import ConfigurationError
@@ -43,7 +43,7 @@ def equal(a: list[Any], b: list[Any]) -> bool:
 def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for chunk in (1 << 25, 9, 1):
-        monkeypatch.setattr(composite, "CHUNK", {"cpu": chunk})
+        monkeypatch.setattr(chunks, "CHUNK", {"cpu": chunk})
         params = parameters()
         optimizer = BranchAverage(torch.optim.AdamW(params, 0.1))
         for seed in range(5):
@@ -142,8 +142,10 @@ def test_a_plain_state_becomes_the_rl_half() -> None:
     plain.step()
     optimizer = BranchAverage(torch.optim.AdamW(params, 0.1))
     optimizer.load_state_dict(plain.state_dict())
-    assert torch.equal(optimizer.branches["rl"].state[params[0]]["exp_avg"], plain.state[params[0]]["exp_avg"])
-    assert not optimizer.branches["sft"].state
+    assert torch.equal(
+        optimizer.branches["rl"].optimizer.state[params[0]]["exp_avg"], plain.state[params[0]]["exp_avg"]
+    )
+    assert not optimizer.branches["sft"].optimizer.state
 
 
 def test_skipped_steps_leave_weights_and_both_states_alone() -> None:
@@ -199,7 +201,7 @@ class SetsItsRate(torch.optim.SGD):
 def test_optimizers_that_cannot_be_stepped_in_parts_are_refused(
     kind: Any, entry: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(composite, "CHUNK", {"cpu": 8})
+    monkeypatch.setattr(chunks, "CHUNK", {"cpu": 8})
     params = parameters()
     with pytest.raises(
         ConfigurationError, match=rf"{kind.__name__} keeps {entry} per parameter group.*mode='gradients'"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mixing_runs import Recorder, Rolled, Vector, constant_reward, demonstrations, grpo
 from trl_ext_mixing import ParallelAveraging
-from trl_ext_mixing.rewards import all_groups_equal
+from trl_ext_mixing.pass_rates import all_groups_equal
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, NonFiniteError
@@ -168,26 +168,6 @@ NAN = float("nan")
 def test_groups_without_a_signal(values: list[list[float]], summed: bool, equal: bool) -> None:
     rewards = Rewards(torch.tensor(values), ("a", "b")[: len(values[0])], torch.ones(len(values[0])), slice(0, 4))
     assert all_groups_equal(rewards, 2, summed) == equal
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"coefficient": 1.5}, "coefficient=1.5"),
-        ({"coefficient_end": -0.1}, "coefficient_end=-0.1"),
-        ({"lr_ratio": 0.0}, "lr_ratio=0.0"),
-        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0"),
-        ({"schedule": "step"}, "schedule='step'"),
-        ({"mode": "weights"}, "mode='weights'"),
-        ({"mode": "gradients", "lr_ratio": 0.5}, "lr_ratio=0.5 needs two optimiser states"),
-        ({"mode": "gradients", "skip_equal_rewards": True}, "skip_equal_rewards=True needs two"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"max_length": 1}, "max_length=1"),
-    ],
-)
-def test_values_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ParallelAveraging(**options)
 
 
 def test_messages_and_text_serve_as_demonstrations(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from trl_ext_mixing.estimators import pass_at_k
 from trl_ext_mixing.passk import Settings, header, load_rows, output_files, read_ks, sample
 from trl_ext_mixing.passk_results import Result, print_results, write_results
 from trl_ext_mixing.progress import Report
-from trl_ext_mixing.samples import SampleFile
+from trl_ext_mixing.sample_file import SampleFile
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer

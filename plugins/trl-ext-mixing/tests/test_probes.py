@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from trl_ext_mixing.passk import Settings, header, load_rows, passk
-from trl_ext_mixing.samples import SampleFile
+from trl_ext_mixing.sample_file import SampleFile
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 from mixing_runs import checksum_reward, constant_reward, demonstrations, grpo
-from trl_ext_mixing import HPT, Chord, ReLIFT
+from torch import Tensor
+from trl_ext_mixing import HPT, Chord, ParallelAveraging, ReLIFT
 
+from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
+from trl_ext.options import check_options
+from trl_ext.plugins import activate
 
 PLAIN: dict[str, Any] = {"stream": False, "data": demonstrations()}
 
@@ -20,23 +25,31 @@ PLAIN: dict[str, Any] = {"stream": False, "data": demonstrations()}
 @pytest.mark.parametrize(
     ("plugin", "options", "message"),
     [
-        (Chord, {"mu": 1.2}, "mu=1.2"),
-        (Chord, {"stream_row": "i", "demonstrations": "completion"}, "exclude each other"),
-        (Chord, {"stream_row": "i", "max_length": 9}, "max_length=9 may drop rows"),
-        (Chord, {"stream_row": "i", "batch_size": 4}, "batch_size=4 would do nothing"),
-        (Chord, {"stream_row": "i", "on_exhausted": "stop"}, "on_exhausted='stop' does nothing"),
-        (Chord, {"demonstrations": "c", "on_exhausted": "error"}, "on_exhausted='error' does nothing"),
-        (Chord, {"demonstrations": "c", "phi": True}, "phi weighs the tokens of a stream"),
-        (Chord, {"decay": 0.0}, "decay=0.0"),
-        (HPT, {"gamma": 1.0}, "gamma=1.0"),
-        (HPT, {"sft_coefficient": 0.0}, "sft_coefficient=0.0"),
-        (ReLIFT, {"buffer_size": 0}, "buffer_size=0"),
-        (ReLIFT, {"lr_ratio": -1.0}, "lr_ratio=-1.0"),
+        (Chord, {"mu": 1.2}, r"mu=1.2 is not in \[0, 1\]"),
+        (Chord, {"mu_end": -0.1}, r"mu_end=-0.1 is not in \[0, 1\]"),
+        (Chord, {"decay": 0.0}, "decay=0.0 is not > 0"),
+        (Chord, {"warmup": -1.0}, "warmup=-1.0 is not >= 0"),
+        (Chord, {"schedule": "step"}, "schedule='step' is not one of linear, cosine"),
+        (Chord, {"batch_size": 0}, "batch_size=0 is not >= 1"),
+        (Chord, {"max_length": 1}, "max_length=1 is not >= 2"),
+        (HPT, {"gamma": 1.0}, r"gamma=1.0 is not in \[0, 1\)"),
+        (HPT, {"sft_coefficient": 0.0}, "sft_coefficient=0.0 is not > 0"),
+        (HPT, {"max_length": 1}, "max_length=1 is not >= 2"),
+        (ReLIFT, {"buffer_size": 0}, "buffer_size=0 is not >= 1"),
+        (ReLIFT, {"batch_size": 0}, "batch_size=0 is not >= 1"),
+        (ReLIFT, {"lr_ratio": -1.0}, "lr_ratio=-1.0 is not > 0"),
+        (ReLIFT, {"max_grad_norm": -1.0}, "max_grad_norm=-1.0 is not >= 0"),
+        (ParallelAveraging, {"coefficient": 1.5}, r"coefficient=1.5 is not in \[0, 1\]"),
+        (ParallelAveraging, {"coefficient_end": -0.1}, r"coefficient_end=-0.1 is not in \[0, 1\]"),
+        (ParallelAveraging, {"lr_ratio": 0.0}, "lr_ratio=0.0 is not > 0"),
+        (ParallelAveraging, {"max_grad_norm": -1.0}, "max_grad_norm=-1.0 is not >= 0"),
+        (ParallelAveraging, {"schedule": "step"}, "schedule='step' is not one of linear, cosine"),
+        (ParallelAveraging, {"mode": "weights"}, "mode='weights' is not one of updates, gradients"),
     ],
 )
 def test_values_out_of_range_are_named(plugin: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plugin(**options)
+        check_options(plugin(**options))
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
@@ -59,10 +72,24 @@ def test_what_cannot_work_is_refused_before_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "pair", list(itertools.combinations(["chord", "hpt", "parallel-averaging", "relift", "surgery"], 2))
 )
-def test_two_methods_at_once_are_refused(tmp_path: Path, pair: tuple[str, str]) -> None:
-    given = {**PLAIN, "stream": None} if {"chord", "parallel-averaging", "surgery"} & set(pair) else PLAIN
-    with pytest.raises(ConfigurationError, match=r"(\S+) and (?!\1)\S+ would each bring SFT into the step"):
-        grpo(tmp_path, list(pair), **given)
+def test_two_methods_at_once_are_refused(pair: tuple[str, str]) -> None:
+    for names in (pair, pair[::-1]):
+        with pytest.raises(ConfigurationError, match="Both bring SFT into the step") as error:
+            activate(list(names), trainer="grpo")
+        assert all(repr(name) in str(error.value) for name in pair)
+
+
+def test_advantages_that_hpt_has_set_to_zero_are_not_set_anew() -> None:
+    class SetsAnew:
+        requires_api, citation, provides = "1", "test", ("new-advantages",)
+
+        @hookimpl
+        def advantages(self, advantages: Tensor) -> Tensor:
+            return torch.ones_like(advantages)
+
+    with pytest.raises(ConfigurationError, match=r"has to be named after.*also those of the prompts that go to SFT"):
+        activate([], [HPT(), SetsAnew()], trainer="grpo")
+    assert len(activate([], [SetsAnew(), HPT()], trainer="grpo")) == 2
 
 
 @pytest.mark.parametrize("plugin", ["hpt", "relift", "chord:demonstrations=completion"])

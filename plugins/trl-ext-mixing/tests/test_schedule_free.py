@@ -12,7 +12,8 @@ import torch
 from mixing_runs import Recorder, grpo, prompts
 from test_composite import equal, gradients, parameters, step, values
 from torch import Tensor, nn
-from trl_ext_mixing import composite
+from transformers import AutoModelForCausalLM
+from trl_ext_mixing import chunks
 from trl_ext_mixing.composite import BranchAverage
 
 from trl_ext.errors import ConfigurationError
@@ -81,7 +82,7 @@ def close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 def test_steps_and_evaluation_weights_are_the_mean_of_two_run_apart(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(composite, "CHUNK", {"cpu": chunk})
+    monkeypatch.setattr(chunks, "CHUNK", {"cpu": chunk})
     params, apart = parameters(), Apart()
     optimizer = branches(params)
     for seed in range(8):
@@ -148,3 +149,16 @@ def test_a_run_with_evaluations_resumes_to_the_last_bit(tmp_path: Path) -> None:
     grpo(tmp_path, line, recorder=rest, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert equal(whole.weights[-1], rest.weights[-1])
     assert not equal(whole.weights[-2], whole.weights[-1])
+
+
+def test_from_a_plain_checkpoint_a_run_starts_anew_as_the_refusal_advises(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"optim": "schedule_free_adamw", "save_strategy": "steps", "save_steps": 1}
+    grpo(tmp_path, [], stream=False, max_steps=1, **settings).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    mixed = grpo(tmp_path, ["parallel-averaging"], max_steps=2, reset_plugin_state=True, **settings)
+    with pytest.raises(ConfigurationError, match="give the checkpoint as the model, and start a new run from it"):
+        mixed.train(resume_from_checkpoint=checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    anew = grpo(tmp_path / "anew", ["parallel-averaging"], model=model, max_steps=1, **settings)
+    anew.train()
+    assert anew.state.global_step == 1

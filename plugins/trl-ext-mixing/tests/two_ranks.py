@@ -71,7 +71,7 @@ def resume(folder: Path) -> None:
 
 
 def main(folder: Path, kind: str) -> None:
-    """`kind`: ddp or fsdp2 (parallel averaging), hpt, relift, failures, or resume."""
+    """`kind`: ddp, fsdp2 or rows (parallel averaging), hpt, relift, failures, or resume."""
     path = str(folder / "model")
     dist.init_process_group("gloo")
     if kind in ("failures", "resume"):
@@ -80,7 +80,7 @@ def main(folder: Path, kind: str) -> None:
         save_model(tiny_llama(hidden=16), tiny_tokenizer(), path)
     dist.barrier()
     options: dict[str, Any] = {}
-    if kind == "fsdp2":
+    if kind in ("fsdp2", "rows"):
         from transformers.distributed import DistributedConfig
 
         options["distributed_config"] = DistributedConfig(fsdp_size=2)
@@ -89,6 +89,10 @@ def main(folder: Path, kind: str) -> None:
     if kind in ("ddp", "fsdp2"):
         plugins: list[Any] = [seen, ParallelAveraging(batch_size=3)]
         settings: dict[str, Any] = {"max_grad_norm": 0.2, "optim": "adamw_torch", **SCHEDULE}
+    elif kind == "rows":
+        plugins = [seen, ParallelAveraging(stream_row="row")]
+        rows = demonstrations(12).remove_columns("completion").add_column("row", list(range(12)))
+        settings = {"stream": demonstrations(12), "data": rows, "max_steps": 1}
     else:
         # Twelve completions in groups of four over two ranks: the second group is on both.
         plugins = [rolled, HPT() if kind == "hpt" else ReLIFT(buffer_size=2, batch_size=1), seen]

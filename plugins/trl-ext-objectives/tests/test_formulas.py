@@ -58,6 +58,11 @@ class Batch:
     def entropy(self) -> Tensor:
         return -(self.probs * self.probs.log()).sum(-1)
 
+    def top_entropy(self, count: int) -> Tensor:
+        top = self.probs.sort(-1, descending=True).values[..., :count]
+        top = top / top.sum(-1, keepdim=True)
+        return -(top * top.log()).sum(-1)
+
     def median_nll(self) -> Tensor:
         ordered = sorted((-self.p.detach().log())[self.mask].tolist())
         return torch.tensor(ordered[(len(ordered) - 1) // 2], dtype=torch.float64)
@@ -90,9 +95,17 @@ ORACLES: dict[str, tuple[Objective, Callable[[Batch], Tensor]]] = {
     "threshold-above": (Threshold(0.02), lambda b: -b.p.log() * (b.p >= 0.02)),
     "threshold-below-1-p": (Threshold(0.02, side="below", loss="1-p"), lambda b: (1 - b.p) * (b.p <= 0.02)),
     "dft": (DFT(), lambda b: -b.p.detach() * b.p.log()),
-    "eaft": (EAFT(), lambda b: -(b.entropy.detach() / math.log(20)).clamp(max=1) * b.p.log()),
-    "eaft-open": (EAFT(6), lambda b: -(b.entropy.detach() / math.log(6)).clamp(max=1) * b.p.log()),
-    "eaft-2": (EAFT(40, 2), lambda b: -((b.entropy.detach() / math.log(40)).clamp(max=1) ** 2) * b.p.log()),
+    "eaft": (EAFT(), lambda b: -(b.top_entropy(20).detach() / math.log(20)) * b.p.log()),
+    "eaft-5-2": (EAFT(5, 2), lambda b: -((b.top_entropy(5).detach() / math.log(5)) ** 2) * b.p.log()),
+    "eaft-whole": (EAFT(gate="whole"), lambda b: -(b.entropy.detach() / math.log(20)).clamp(max=1) * b.p.log()),
+    "eaft-whole-open": (
+        EAFT(6, gate="whole"),
+        lambda b: -(b.entropy.detach() / math.log(6)).clamp(max=1) * b.p.log(),
+    ),
+    "eaft-whole-2": (
+        EAFT(40, 2, "whole"),
+        lambda b: -((b.entropy.detach() / math.log(40)).clamp(max=1) ** 2) * b.p.log(),
+    ),
     "deft": (DEFT(), lambda b: (1 - b.p ** (a := (b.probs**2).sum(-1).detach())) / a),
     "talr": (TALR(), lambda b: -(b.p.detach() ** (1 / b.median_nll())) * b.p.log()),
     "entropy": (Entropy(0.3), lambda b: -b.p.log() - 0.3 * b.entropy),
@@ -247,7 +260,7 @@ def test_extreme_probabilities_and_masked_positions_stay_finite(
         denominator=torch.tensor(22.0),
         accumulation_steps=1,
         progress=0.0,
-        extras={"log_sum_sq_probs": torch.zeros_like(log_probs)},
+        extras={"log_sum_sq_probs": torch.zeros_like(log_probs), "log_softmax": torch.zeros(2, 12, 20)},
         reference_log_probs=torch.full_like(log_probs, -0.7).masked_fill(~mask, 0),
     )
     loss = ORACLES[name][0].per_token_loss(tokens)
@@ -291,10 +304,43 @@ def test_gem_is_beta_times_nll_at_temperature_beta(record: MakeRecord) -> None:
     batch = draw_batch(seed=5)
     logits = batch.logits.clone().requires_grad_()
     tokens = record(logits / 0.7, batch.labels, batch.mask)  # what the tempered head gives
-    (gradient,) = torch.autograd.grad(torch.where(batch.mask, GEM(0.7).per_token_loss(tokens), 0).sum(), logits)
+    gem = GEM(0.7, h="linear")
+    (gradient,) = torch.autograd.grad(torch.where(batch.mask, gem.per_token_loss(tokens), 0).sum(), logits)
     onehot = torch.nn.functional.one_hot(batch.labels, batch.logits.shape[-1])
     expected = ((batch.logits / 0.7).softmax(-1) - onehot) * batch.mask[..., None]
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_gem_by_default_is_that_of_the_authors_scripts(scale: float, record: MakeRecord) -> None:
+    """Against their loss, written out: -sum_v q_v w_v (log p_label - log p_v), w = sigmoid(0.01 (z_v - z_label))."""
+    batch = draw_batch(seed=5)
+    logits = (scale * batch.logits).requires_grad_()
+    tokens = record(logits / 0.7, batch.labels, batch.mask)
+    (gradient,) = torch.autograd.grad(torch.where(batch.mask, GEM().per_token_loss(tokens), 0).sum(), logits)
+
+    log_p, label = logits.log_softmax(-1), batch.labels[..., None]
+    q = (logits / 0.7).softmax(-1).detach()
+    difference = (logits - logits.gather(-1, label)).detach()
+    theirs = -(q * (0.01 * difference).sigmoid() * (log_p.gather(-1, label) - log_p)).sum(-1)
+    (expected,) = torch.autograd.grad(torch.where(batch.mask, theirs, 0).sum(), logits)
+    # |sigmoid(x) - 1/2 - x/4| <= |x|^3 / 48, for the weight of each v under q, and for their mean at the label.
+    onehot = torch.nn.functional.one_hot(batch.labels, batch.logits.shape[-1])
+    bound = (0.01 * difference.abs().amax(-1, keepdim=True)) ** 3 / 48 * (q + onehot)
+    assert ((gradient - expected).abs() <= batch.mask[..., None] * (bound + 1e-15)).all()
+    # A twentieth of what the weights add to half of the linear form, so that a missing term would show.
+    linear = (q - onehot) * batch.mask[..., None]
+    assert (gradient - expected).norm() < 0.05 * (linear / 2 - expected).norm()
+
+
+def test_eaft_gate_is_the_papers_on_a_flat_tail(record: MakeRecord) -> None:
+    """p = 0.9 and 2,000 equal others: the likeliest 20 tokens leave the gate closed, the whole vocabulary does not."""
+    p = torch.tensor([0.9, *[0.1 / 2000] * 2000], dtype=torch.float64)
+    tokens = record(p.log()[None, None], torch.ones(1, 1, dtype=torch.long))
+    gates = {gate: EAFT(gate=gate).per_token_loss(tokens) / -tokens.log_probs for gate in ("top", "whole")}
+    assert EAFT().gate == "top"
+    assert gates["top"].item() == pytest.approx(0.004, abs=5e-4)
+    assert gates["whole"].item() == pytest.approx(0.362, abs=5e-4)
 
 
 def _options() -> list[Any]:
@@ -302,7 +348,7 @@ def _options() -> list[Any]:
         st.builds(Power, st.floats(1e-3, 30)),
         st.builds(Focal, st.floats(0, 6)),
         st.builds(Huber, st.floats(0.01, 1)),
-        st.builds(EAFT, st.floats(2, 1000), st.floats(0.1, 4)),
+        st.builds(EAFT, st.integers(2, 1000), st.floats(0.1, 4), st.sampled_from(["top", "whole"])),
         st.builds(Entropy, st.floats(0, 1)),
         st.builds(IDFT, st.floats(0.01, 1), st.floats(1, 4)),
         st.builds(Threshold, st.floats(0, 1), st.sampled_from(["above", "below"]), st.sampled_from(["nll", "1-p"])),

@@ -79,7 +79,7 @@ def test_gated_nll_has_the_gradient_of_the_gates_integral(
         (Threshold(0.0), NLL()),
         (Threshold(1.0, side="below"), NLL()),
         (Threshold(0.0, loss="1-p"), Power(1.0)),
-        (GEM(1.0), NLL()),
+        (GEM(1.0, "linear"), NLL()),
         (Mixture("dft", "nll", 1.0), DFT()),
         (Mixture("dft", "nll", 0.0), NLL()),
     ],

@@ -17,10 +17,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_ext_objectives.auto import Auto
-from trl_ext_objectives.cache import LogProbCache, sample_key
 from trl_ext_objectives.capability import BINS, OBSERVED, Capability, Tally, histogram, recommend
-from trl_ext_objectives.probe import measure
-from trl_ext_objectives.scoring import Settings
+from trl_ext_objectives.capability_probe import measure
+from trl_ext_objectives.log_prob_cache import LogProbCache
+from trl_ext_objectives.sample_keys import sample_key
+from trl_ext_objectives.scoring import CapabilitySettings
 from trl_ext_objectives.threshold import Threshold
 
 from trl_ext.records import TokenRecord
@@ -30,7 +31,7 @@ FILES = ("capability.json", "capability.md", "examples.csv", "capability.png")
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> CapabilitySettings:
     """A model with opinions (its weights are enlarged) and 50 examples of 20 to 23 tokens."""
     folder = tmp_path_factory.mktemp("probe")
     model = tiny_llama(layers=1)
@@ -40,7 +41,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     with data.open("w") as file:
         for row in Addition(digits=3).dataset(50):
             file.write(json.dumps({"question": row["prompt"], "answer": row["completion"]}) + "\n")
-    return Settings(
+    return CapabilitySettings(
         model=save_model(model, tiny_tokenizer(), folder / "model"),
         dataset=str(data),
         columns="question=prompt,answer=completion",
@@ -51,13 +52,13 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def measured(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def measured(settings: CapabilitySettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("measured")
     list(measure(settings, folder, folder / "log_probs.safetensors"))
     return folder
 
 
-def response_log_probs(settings: Settings) -> list[torch.Tensor]:
+def response_log_probs(settings: CapabilitySettings) -> list[torch.Tensor]:
     """Log-probabilities of each example's response and EOS, from full logits, one example at a time."""
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(settings.model),
@@ -74,7 +75,7 @@ def response_log_probs(settings: Settings) -> list[torch.Tensor]:
     return found
 
 
-def test_numbers_equal_those_of_full_logits(settings: Settings, measured: Path) -> None:
+def test_numbers_equal_those_of_full_logits(settings: CapabilitySettings, measured: Path) -> None:
     expected = response_log_probs(settings)
     p = torch.cat(expected).exp()
     result = Capability.load(measured / "capability.json")
@@ -119,7 +120,7 @@ def test_standard_error_has_examples_as_units() -> None:
 
 @pytest.mark.parametrize("chunks", [0, 1, 6, 7])
 def test_interrupted_measurement_resumes_to_the_same_bytes(
-    settings: Settings, measured: Path, tmp_path: Path, chunks: int
+    settings: CapabilitySettings, measured: Path, tmp_path: Path, chunks: int
 ) -> None:
     interrupted = measure(settings, tmp_path, tmp_path / "log_probs.safetensors")
     for _ in range(1 + chunks):
@@ -134,7 +135,7 @@ def test_interrupted_measurement_resumes_to_the_same_bytes(
         assert (tmp_path / name).read_bytes() == (measured / name).read_bytes(), name
 
 
-def test_other_settings_do_not_mix_with_finished_parts(settings: Settings, tmp_path: Path) -> None:
+def test_other_settings_do_not_mix_with_finished_parts(settings: CapabilitySettings, tmp_path: Path) -> None:
     interrupted = measure(settings, tmp_path)
     next(interrupted)
     next(interrupted)
@@ -144,7 +145,7 @@ def test_other_settings_do_not_mix_with_finished_parts(settings: Settings, tmp_p
 
 
 @pytest.mark.slow
-def test_killed_command_resumes_to_the_same_bytes(settings: Settings, measured: Path, tmp_path: Path) -> None:
+def test_killed_command_resumes_to_the_same_bytes(settings: CapabilitySettings, measured: Path, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-c", "from trl_ext.cli import main; main()", "probe", "capability"),
         *("--model", settings.model, "--dataset", settings.dataset, "--columns", str(settings.columns)),
@@ -162,7 +163,7 @@ def test_killed_command_resumes_to_the_same_bytes(settings: Settings, measured: 
         assert (tmp_path / name).read_bytes() == (measured / name).read_bytes(), name
 
 
-def test_cache_gives_the_same_log_probs_padded_and_packed(settings: Settings, measured: Path) -> None:
+def test_cache_gives_the_same_log_probs_padded_and_packed(settings: CapabilitySettings, measured: Path) -> None:
     expected = response_log_probs(settings)[:3]
     tokenizer = AutoTokenizer.from_pretrained(settings.model)
     ids, labels = [], []

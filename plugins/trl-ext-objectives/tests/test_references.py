@@ -11,11 +11,11 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from trl_ext_objectives.capability_probe import measure
 from trl_ext_objectives.iw_sft import IwSFT
-from trl_ext_objectives.probe import measure
+from trl_ext_objectives.live_reference import StartModel
 from trl_ext_objectives.psft import PSFT
-from trl_ext_objectives.reference import StartModel
-from trl_ext_objectives.scoring import Settings
+from trl_ext_objectives.scoring import CapabilitySettings
 
 from trl_ext import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
@@ -88,7 +88,7 @@ def test_reference_is_the_start_model_throughout(reference: str, lora: bool, tmp
         with (tmp_path / "data.jsonl").open("w") as file:
             for row in Addition(digits=2).dataset(32):
                 file.write(json.dumps({"prompt": row["prompt"], "completion": row["completion"]}) + "\n")
-        settings = Settings(path, str(tmp_path / "data.jsonl"), log_probs=True)
+        settings = CapabilitySettings(path, str(tmp_path / "data.jsonl"), log_probs=True)
         list(measure(settings, tmp_path / "probe", tmp_path / "cache"))
     noting = Noting(spec)
     train(tmp_path / "run", [noting], lora=lora)
@@ -267,20 +267,27 @@ def grpo(folder: Path, plugin: str, **options: Any) -> Demonstrations:
     return demonstrations
 
 
-@pytest.mark.parametrize("plugin", ["power:alpha=1", "deft", "talr", "psft", "iw-sft:temperature=0.1"])
+@pytest.mark.parametrize("plugin", ["power:alpha=1", "deft", "talr", "psft", "iw-sft:temperature=0.1", "chord-phi"])
 def test_objective_shapes_the_sft_stream_of_grpo(plugin: str, tmp_path: Path) -> None:
     found = grpo(tmp_path, plugin)
     assert len(found.losses) == 2
     # At the first step the untrained model gives every token about 1/259, psft's ratio and iw-sft's weight are 1.
     first, nll = found.losses[0], found.nlls[0]
     p = 1 / 259
-    expected = {"power": 1 - p, "deft": nll, "talr": nll / 2.718, "psft": -1.0, "iw-sft": nll}[plugin.split(":")[0]]
+    expected = {
+        "power": 1 - p,
+        "deft": nll,
+        "talr": nll / 2.718,
+        "psft": -1.0,
+        "iw-sft": nll,
+        "chord-phi": p * (1 - p) * nll,
+    }[plugin.split(":")[0]]
     assert first == pytest.approx(expected, rel=0.05)
     if plugin == "iw-sft:temperature=0.1":
         assert found.losses[1] != pytest.approx(found.nlls[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("plugin", ["gem", "auto", "asft"])
+@pytest.mark.parametrize("plugin", ["gem", "auto", "asft", "eaft"])
 def test_objectives_that_cannot_work_in_grpo_are_refused(plugin: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"grpo|GRPO"):
         grpo(tmp_path, plugin)

@@ -7,9 +7,10 @@ objective a record made from them (its formula has its own tests), and divide as
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from trl_ext_objectives.asft import ASFT
+from trl_ext_objectives.eaft import EAFT
 from trl_ext_objectives.mixture import build_objective
 
 from trl_ext import SFTConfig, SFTTrainer, hookimpl
@@ -38,13 +40,15 @@ OBJECTIVES = {
     "focal": "focal",
     "huber": "huber:delta=0.997",
     "dft": "dft",
-    "eaft": "eaft:support=300",
+    "eaft": "eaft:exponent=2",
+    "eaft-whole": "eaft:support=300,gate=whole",
     "deft": "deft",
     "talr": "talr",
     "entropy": "entropy:beta=0.3",
     "idft": "idft",
     "chord-phi": "chord-phi",
     "gem": "gem",
+    "gem-linear": "gem:h=linear",
     "psft": "psft",
     "iw-sft": "iw-sft:temperature=20",
     "rho1": "rho1:reference=model:{other}",
@@ -54,8 +58,8 @@ OBJECTIVES = {
     "auto": "auto",
 }
 # Of each kind of need one: nothing, another fused output, a differentiable entropy, a sample's extent, a denominator,
-# hidden states and a reference, a change of the model's forward.
-KINDS = ("power", "deft", "entropy", "iw-sft", "threshold-kept", "asft-start", "gem")
+# hidden states and a reference, hidden states alone, a change of the model's forward.
+KINDS = ("power", "deft", "entropy", "iw-sft", "threshold-kept", "asft-start", "eaft", "gem")
 
 
 @dataclass
@@ -231,3 +235,44 @@ def test_two_steps_equal_those_by_hand(name: str, case: str, tmp_path: Path, oth
     assert moved.norm() > 1e-6
     # fp32: sums over tokens in another order, then a second step from slightly different parameters.
     assert wrong.norm() / moved.norm() < (5e-2 if bf16 else 1e-4)
+
+
+@dataclass(eq=False)
+class NotingEAFT(EAFT):
+    """Keeps the loss and the record of each batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.seen: list[tuple[Tensor, TokenRecord]] = []
+
+    @hookimpl
+    def per_token_loss(self, tokens: TokenRecord) -> Tensor:
+        self.seen.append((super().per_token_loss(tokens), tokens))
+        return self.seen[-1][0]
+
+
+@pytest.mark.parametrize("case", ["lora", "padding-free"])
+def test_paper_gate_is_that_of_the_models_whole_logits(case: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """On a model with opinions, where the gate of 20 tokens is far from 1 and from that of the whole vocabulary."""
+    monkeypatch.setattr("trl_ext_objectives.top_entropy.POSITIONS_AT_ONCE", 5)
+
+    def model() -> nn.Module:
+        opinionated = tiny_llama(hidden=16, layers=1, seed=5)
+        opinionated.lm_head.weight.data.mul_(30)
+        return opinionated
+
+    objective = NotingEAFT()
+    trainer = make_trainer(tmp_path, replace(CASES[case], model=model), [objective], learning_rate=0.0)
+    trainer.train()
+    assert len(objective.seen) == 2
+    for loss, tokens in objective.seen:
+        with torch.no_grad():
+            log_softmax = full_logits(trainer.model, dict(tokens.inputs), CASES[case])[0].double().log_softmax(-1)
+        top = log_softmax.exp().topk(20).values
+        top = top / top.sum(-1, keepdim=True)
+        gate = -(top * top.log()).sum(-1) / math.log(20)
+        whole = -(log_softmax.exp() * log_softmax).sum(-1) / math.log(20)
+        assert ((gate - whole.clamp(max=1))[tokens.mask].abs() > 0.05).float().mean() > 0.3
+        expected = torch.where(tokens.mask, -gate * tokens.log_probs.double(), 0.0)
+        # fp32 logits of up to 10 are known to some 1e-6, and the entropy to as much; the loss is a gate times up to 20.
+        torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=2e-5)

@@ -14,7 +14,7 @@ from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
 
 WORKER = Path(__file__).with_name("two_ranks.py")
 OBJECTIVES = (
-    *("nll", "power:alpha=linear:0.5:2", "log1mp", "focal", "huber:delta=0.997", "dft", "eaft:support=300", "deft"),
+    *("nll", "power:alpha=linear:0.5:2", "log1mp", "focal", "huber:delta=0.997", "dft", "eaft:exponent=2", "deft"),
     *("talr", "entropy:beta=0.3", "idft", "chord-phi", "gem", "psft:refresh_every=2", "iw-sft:temperature=20"),
     *("rho1:reference=model:{other}", "asft:beta=0.5", "mixture:first=deft,second=iw-sft", "auto"),
     *("threshold:q=0.004,normalization=valid", "threshold:q=0.004,normalization=kept"),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from trl_ext_reachability.from_scratch.arms import Base
-from trl_ext_reachability.from_scratch.settings import Settings
+from trl_ext_reachability.from_scratch.control_settings import ControlSettings
 
 from trl_ext.cli.patching import PLACES
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
@@ -44,14 +44,14 @@ def write(path: Path, rows: Any) -> str:
     return str(path)
 
 
-def prepare(folder: Path) -> Settings:
+def prepare(folder: Path) -> ControlSettings:
     """A base model that is the random initialisation of the first seed, data and YAML, and settings for them."""
     shape = save_model(tiny_llama(hidden=16, layers=1), tiny_tokenizer(), folder / "shape")
     model = type("ModelConfig", (), {"model_name_or_path": shape, "model_revision": "main"})
     Base(model).start("scratch", SEED, folder / "base")
     (folder / "sft.yaml").write_text(YAML.format(folder=folder))
     write(folder / "train.jsonl", Addition(digits=2).dataset(80))
-    return Settings(
+    return ControlSettings(
         config=str(folder / "sft.yaml"),
         eval_in=write(folder / "in.jsonl", Addition(digits=2).dataset(12, split="held_out")),
         eval_out=write(folder / "out.jsonl", Addition(digits=4).dataset(12, split="held_out")),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ def stop_at_the_first(correct: list[bool]) -> tuple[int | None, int]:
 
 def test_first_correct_draw_is_where_a_sampler_stops() -> None:
     correct = torch.tensor([[bool(n >> i & 1) for i in range(4)] for n in range(16)])
-    first, queries = first_correct(correct)
+    first, queries = first_correct(correct, torch.ones_like(correct))
     for row, mark, asked in zip(correct.tolist(), first.tolist(), queries.tolist(), strict=True):
         place, draws = stop_at_the_first(row)
         assert (mark.index(True) if any(mark) else None, asked) == (place, draws)
@@ -36,7 +38,7 @@ def test_first_correct_draw_is_where_a_sampler_stops() -> None:
 def test_queries_have_the_mean_of_their_closed_form(p: float) -> None:
     """(1 - (1-p)^m) / p draws: 20000 contexts, four standard errors."""
     draws = torch.from_numpy(np.random.default_rng(0).random((20_000, 16)) < p)
-    _, queries = first_correct(draws)
+    _, queries = first_correct(draws, torch.ones_like(draws))
     error = 4 * float(queries.float().std()) / 20_000**0.5
     assert float(queries.float().mean()) == pytest.approx(float(expected_queries(p, 16)), abs=error)
 
@@ -86,19 +88,38 @@ def test_queries_of_the_run_are_counted_on(tmp_path: Path) -> None:
     assert other.state_dict()["total"] == totals[-1]
 
 
+def test_draws_without_a_verdict_ask_nothing() -> None:
+    """All 81 groups of four draws that are right, wrong or not judged: as if the last kind had not been drawn."""
+    for verdicts in itertools.product((True, False, None), repeat=4):
+        correct = torch.tensor([[verdict is not False for verdict in verdicts]])
+        first, queries = first_correct(correct, torch.tensor([[verdict is not None for verdict in verdicts]]))
+        place, asked = stop_at_the_first([verdict for verdict in verdicts if verdict is not None])
+        drawn = [i for i, verdict in enumerate(verdicts) if verdict is not None]
+        assert first[0].nonzero().flatten().tolist() == ([] if place is None else [drawn[place]])
+        assert queries.tolist() == [asked]
+
+
 def test_what_no_function_judged_is_not_correct(tmp_path: Path) -> None:
+    """A context without any verdict is neither solved nor unsolved."""
+
     def silent(completions: list[str], **columns: object) -> list[float | None]:
-        return [None if i % 4 == 0 else 0.0 for i in range(len(completions))]
+        return [None, 0.0, 0.0, 0.0, *[None] * 4]
 
     record = Record()
-    grpo(tmp_path, ["best-of-m:success=0"], instances=[record], reward=silent, max_steps=1).train()
-    assert record.advantages_seen[0].tolist() == [0, 4, 0, 0]
+    settings: dict[str, Any] = {"per_device_train_batch_size": 8, "max_steps": 1}
+    trainer = grpo(tmp_path, ["best-of-m:success=0"], instances=[record], reward=silent, **settings)
+    trainer.train()
+    assert record.advantages_seen[0].tolist() == [0, 4, 0, 0, 0, 0, 0, 0]
+    logs = trainer.state.log_history[0]
+    assert [logs[f"best-of-m/{name}"] for name in ("queries", "solved", "queries_total")] == [1, 1, 1]
 
 
 def test_other_advantages_are_not_thrown_away(tmp_path: Path) -> None:
     process = {"name": "process-reward", "verifier": "runs:constant_verifier"}
-    with pytest.raises(ConfigurationError, match=r"those of process-reward, .*keep one of the two"):
-        grpo(tmp_path, [process, "best-of-m"])
-    with pytest.raises(ConfigurationError, match=r"those of best-of-m, .* or add to them by outcome=1"):
-        grpo(tmp_path, ["best-of-m", process])
-    grpo(tmp_path, ["best-of-m", {**process, "outcome": 1.0}])
+    for plugins in ([process, "best-of-m"], ["best-of-m", process]):
+        with pytest.raises(ConfigurationError, match=r"Both set advantages anew, .* Keep one of "):
+            grpo(tmp_path, plugins)
+    added = {**process, "outcome": 1.0}
+    with pytest.raises(ConfigurationError, match=r"set anew after it; .* Put .* before "):
+        grpo(tmp_path, [added, "best-of-m"])
+    grpo(tmp_path, ["best-of-m", added])

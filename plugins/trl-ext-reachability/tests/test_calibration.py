@@ -17,7 +17,7 @@ from trl_ext_reachability.calibration import (
     score_calibration,
 )
 from trl_ext_reachability.checking import ALIKE, check_against
-from trl_ext_reachability.probe import reachability
+from trl_ext_reachability.reach_command import reachability
 
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
 

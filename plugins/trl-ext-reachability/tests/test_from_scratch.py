@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 from scratch_runs import SEED, own_process, prepare, write
 from transformers import AutoModelForCausalLM
 from trl_ext_reachability.from_scratch.arms import Base
+from trl_ext_reachability.from_scratch.control import measure
+from trl_ext_reachability.from_scratch.control_settings import ControlSettings
 from trl_ext_reachability.from_scratch.evaluating import Evaluator, load_set
-from trl_ext_reachability.from_scratch.procedure import Procedure, measure
-from trl_ext_reachability.from_scratch.settings import Settings
-from trl_ext_reachability.from_scratch.training import WatchedTrainer, points_of, train
+from trl_ext_reachability.from_scratch.procedure import Procedure
+from trl_ext_reachability.from_scratch.watched_training import WatchedTrainer, points_of, train
 from trl_ext_reachability.journal import Journal
 
 from trl_ext import SFTTrainer
@@ -41,7 +42,7 @@ def process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> ControlSettings:
     return prepare(tmp_path_factory.mktemp("data"))
 
 
@@ -53,7 +54,7 @@ def batches() -> dict[str, list[Any]]:
 
 @pytest.fixture(scope="module")
 def measured(
-    settings: Settings, batches: dict[str, list[Any]], tmp_path_factory: pytest.TempPathFactory
+    settings: ControlSettings, batches: dict[str, list[Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Path]:
     def recording(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
         batches[Path(self.args.output_dir).name].append(inputs["input_ids"].tolist())
@@ -116,7 +117,7 @@ def test_the_search_is_reused_and_its_best_is_taken(measured: Path, batches: dic
     assert not (measured / "runs").exists()
 
 
-def test_different_batches_are_not_compared(measured: Path, settings: Settings, tmp_path: Path) -> None:
+def test_different_batches_are_not_compared(measured: Path, settings: ControlSettings, tmp_path: Path) -> None:
     done = [json.loads(line) for line in (measured / "journal.jsonl").read_text().splitlines()]
     first = next(line for line in done if line.get("part") == "point")
     first["batches"] = "0" * 64
@@ -127,7 +128,7 @@ def test_different_batches_are_not_compared(measured: Path, settings: Settings, 
 
 
 @pytest.mark.parametrize("plugin", ["", "ema:decay=0.5"])
-def test_the_run_is_the_one_of_the_sft_command(settings: Settings, tmp_path: Path, plugin: str) -> None:
+def test_the_run_is_the_one_of_the_sft_command(settings: ControlSettings, tmp_path: Path, plugin: str) -> None:
     """Bit for bit, with the weights that a plugin deploys."""
     from trl_ext.cli.train import train as sft
 
@@ -147,7 +148,9 @@ def test_the_run_is_the_one_of_the_sft_command(settings: Settings, tmp_path: Pat
     assert (points[-1].folder / "raw").is_dir() == bool(plugin)
 
 
-def test_scores_are_those_of_greedy_decoding_and_nll_that_of_the_model(settings: Settings, tmp_path: Path) -> None:
+def test_scores_are_those_of_greedy_decoding_and_nll_that_of_the_model(
+    settings: ControlSettings, tmp_path: Path
+) -> None:
     """On a model that has learned something, against the testing kit's generation and a plain forward pass."""
     torch.manual_seed(0)
     model, tokenizer = tiny_llama(hidden=16), tiny_tokenizer()
@@ -160,7 +163,7 @@ def test_scores_are_those_of_greedy_decoding_and_nll_that_of_the_model(settings:
         loss.backward()
         optimizer.step()
     path = save_model(model.eval(), tokenizer, tmp_path / "model")
-    plain = replace(settings, reward="trl_ext_reachability.rewards:exact", eval_batch_size=4, samples=0)
+    plain = replace(settings, reward="trl_ext_reachability.answer_rewards:exact", eval_batch_size=4, samples=0)
     evaluator = Evaluator(plain, {"in": rows, "out": [{"prompt": "1:", "answer": "1"}]}, rows)
     found = evaluator.evaluate(Path(path))
     greedy = [exact_match(model, tokenizer, [row]) for row in rows]
@@ -183,8 +186,10 @@ def test_scores_are_those_of_greedy_decoding_and_nll_that_of_the_model(settings:
     assert share != found["in"]["scores"][0]
 
 
-def test_conversations_are_evaluated_as_the_chat_template_renders_them(settings: Settings, tmp_path: Path) -> None:
-    plain = replace(settings, reward="trl_ext_reachability.rewards:exact", samples=0)
+def test_conversations_are_evaluated_as_the_chat_template_renders_them(
+    settings: ControlSettings, tmp_path: Path
+) -> None:
+    plain = replace(settings, reward="trl_ext_reachability.answer_rewards:exact", samples=0)
     path = save_model(tiny_llama(hidden=16), tiny_tokenizer(), tmp_path / "model")
     pairs = Addition(digits=1).dataset(3, conversational=True).to_list()
     forms = {
@@ -201,7 +206,7 @@ def test_conversations_are_evaluated_as_the_chat_template_renders_them(settings:
     assert found["pairs"]["in"]["nll"] == pytest.approx(5.55, abs=0.2)  # log 259, untrained
 
 
-def test_embeddings_are_the_pretrained_ones_and_nothing_else_is(settings: Settings, tmp_path: Path) -> None:
+def test_embeddings_are_the_pretrained_ones_and_nothing_else_is(settings: ControlSettings, tmp_path: Path) -> None:
     torch.manual_seed(0)
     known = save_model(tiny_llama(hidden=16, layers=1, seed=3), tiny_tokenizer(), tmp_path / "known")
     base = Base(type("ModelConfig", (), {"model_name_or_path": known, "model_revision": "main"}))
@@ -217,7 +222,7 @@ def test_embeddings_are_the_pretrained_ones_and_nothing_else_is(settings: Settin
     assert not torch.equal(other["lm_head.weight"], weights["scratch"]["lm_head.weight"])
 
 
-def test_third_arm_short_search_and_contamination_reach_the_files(settings: Settings, tmp_path: Path) -> None:
+def test_third_arm_short_search_and_contamination_reach_the_files(settings: ControlSettings, tmp_path: Path) -> None:
     training = Addition(digits=2).dataset(80)
     clean = Addition(digits=2).dataset(6, split="held_out")
     mixed = write(tmp_path / "mixed.jsonl", [clean[0], training[7], clean[1], clean[2], training[3]])
@@ -252,7 +257,9 @@ def same_files(folder: Path, measured: Path) -> None:
 
 
 @pytest.mark.parametrize("finished", [3, SLOW(7)])
-def test_interrupted_between_trainings(settings: Settings, measured: Path, tmp_path: Path, finished: int) -> None:
+def test_interrupted_between_trainings(
+    settings: ControlSettings, measured: Path, tmp_path: Path, finished: int
+) -> None:
     interrupted = measure(settings, tmp_path)
     for _ in range(finished):
         next(interrupted)
@@ -270,7 +277,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("where", ["training_step", SLOW("save_model"), SLOW("_save_checkpoint"), "evaluate"])
 def test_interrupted_within_a_training(
-    settings: Settings, measured: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+    settings: ControlSettings, measured: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the fourth run, whose rate is chosen: past its checkpoint, at the next point, before it; or evaluating."""
     owner: Any = Evaluator if where == "evaluate" else WatchedTrainer
@@ -295,7 +302,7 @@ def test_interrupted_within_a_training(
     assert len(steps) == 64 - {"training_step": 28, "save_model": 28, "_save_checkpoint": 24, "evaluate": 40}[where]
 
 
-def test_changed_settings_are_refused_by_name(settings: Settings, tmp_path: Path) -> None:
+def test_changed_settings_are_refused_by_name(settings: ControlSettings, tmp_path: Path) -> None:
     next(started := measure(settings, tmp_path))
     started.close()
     with pytest.raises(ValueError, match=r"with other settings \(points, ngram\); choose another --output"):
@@ -310,7 +317,7 @@ def test_changed_settings_are_refused_by_name(settings: Settings, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_killed_command_resumes_to_the_same_files(settings: Settings, measured: Path, tmp_path: Path) -> None:
+def test_killed_command_resumes_to_the_same_files(settings: ControlSettings, measured: Path, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-c", "from trl_ext.cli import main; main()", "probe", "from-scratch"),
         *("--config", settings.config, "--eval-in", str(settings.eval_in), "--eval-out", str(settings.eval_out)),
@@ -331,7 +338,9 @@ def test_killed_command_resumes_to_the_same_files(settings: Settings, measured: 
     same_files(tmp_path, measured)
 
 
-def test_rates_that_diverge_are_not_chosen(settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_that_diverge_are_not_chosen(
+    settings: ControlSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     procedure = Procedure(replace(settings, learning_rates="0.01,1e30"), tmp_path)
     with Journal(tmp_path / "journal.jsonl", procedure.about()) as journal:
         steps = procedure.steps(journal)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from scratch_runs import own_process, prepare
 from transformers import PreTrainedModel
+from trl_ext_reachability.answer_rewards import exact
+from trl_ext_reachability.from_scratch.control import measure
+from trl_ext_reachability.from_scratch.control_settings import ControlSettings
 from trl_ext_reachability.from_scratch.evaluating import load_set
-from trl_ext_reachability.from_scratch.procedure import Procedure, measure
-from trl_ext_reachability.from_scratch.settings import Settings
-from trl_ext_reachability.rewards import exact
+from trl_ext_reachability.from_scratch.procedure import Procedure
 
 from trl_ext.cli import main
 from trl_ext.errors import ConfigurationError
@@ -27,7 +28,7 @@ def process() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def settings(tmp_path_factory: pytest.TempPathFactory) -> ControlSettings:
     return prepare(tmp_path_factory.mktemp("data"))
 
 
@@ -42,7 +43,7 @@ NO_ANSWER = '{"prompt": "1+1="}\n'
         ({"seeds": 2}, "", "--seeds 2: a spread needs 3 seeds or more"),
         ({"reward": "scratch_runs:nothing"}, "", "--reward: .* has no function 'nothing'"),
         (
-            {"reward": "trl_ext_reachability.rewards:final_number", "columns": "answer=solution"},
+            {"reward": "trl_ext_reachability.answer_rewards:final_number", "columns": "answer=solution"},
             "",
             "--eval-in: .* answer,",
         ),
@@ -70,7 +71,12 @@ NO_ANSWER = '{"prompt": "1+1="}\n'
     ],
 )
 def test_refused_before_a_model_loads(
-    settings: Settings, tmp_path: Path, change: dict[str, Any], yaml: str, message: str, monkeypatch: pytest.MonkeyPatch
+    settings: ControlSettings,
+    tmp_path: Path,
+    change: dict[str, Any],
+    yaml: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def loads(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("a model loads")
@@ -95,7 +101,7 @@ def test_refused_before_a_model_loads(
 
 
 def test_the_command_ends_with_the_message(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    settings: ControlSettings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     command = ["trl-ext", "probe", "from-scratch", "--config", settings.config, "--output", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [*command, "--eval-in", "none.jsonl"])
@@ -106,14 +112,16 @@ def test_the_command_ends_with_the_message(
     assert not (tmp_path / "out").exists()
 
 
-def test_several_processes_are_refused(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_several_processes_are_refused(
+    settings: ControlSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigurationError, match="runs in one process"):
         Procedure(settings, tmp_path)
 
 
-def test_built_in_reward_compares_with_the_answer_or_the_completion(settings: Settings, tmp_path: Path) -> None:
-    plain = replace(settings, reward="trl_ext_reachability.rewards:exact")
+def test_built_in_reward_compares_with_the_answer_or_the_completion(settings: ControlSettings, tmp_path: Path) -> None:
+    plain = replace(settings, reward="trl_ext_reachability.answer_rewards:exact")
     (tmp_path / "set.jsonl").write_text('{"prompt": "1+1=", "completion": " 2"}\n')
     rows = load_set(plain, "--eval-in", str(tmp_path / "set.jsonl"))
     assert exact(["2"], [row["answer"] for row in rows]) == [1]

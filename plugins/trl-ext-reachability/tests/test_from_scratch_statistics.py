@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_1samp
+from trl_ext_reachability.answer_rewards import exact
 from trl_ext_reachability.from_scratch.conclusions import conclude
 from trl_ext_reachability.from_scratch.contamination import contaminated, words
 from trl_ext_reachability.from_scratch.floors import DRAWS, floor_of, read_floor
-from trl_ext_reachability.from_scratch.samples import completion_text, evaluation_row, prompt_text, whole_text
+from trl_ext_reachability.from_scratch.row_texts import completion_text, evaluation_row, prompt_text, whole_text
 from trl_ext_reachability.from_scratch.shares import Interval, difference, share
-from trl_ext_reachability.rewards import exact
+from trl_ext_reachability.reward_calls import mean_of_judged
 
 # -- S ---------------------------------------------------------------------------------------------------------------
 
@@ -182,3 +183,17 @@ def test_floors_of_majority_format_and_number() -> None:
     assert floor_of(read_floor("0.25"), ROWS, [], exact, "exact").scores == [0.25] * 3
     with pytest.raises(ValueError, match="no completions apart from their prompts; give the floor as a number"):
         floor_of("majority", ROWS, [{"text": "x"}], exact, "exact")
+
+
+def test_completions_without_a_verdict_are_left_out_of_scores() -> None:
+    """The function is silent about "8": the floor is the share of "7" among the other training answers, 2 in 3."""
+
+    def silent(completions: list[str], answer: list[str], **columns: Any) -> list[float | None]:
+        return [None if c == "8" else float(c == a) for c, a in zip(completions, answer, strict=True)]
+
+    rows = [{"prompt": "a", "answer": "7"}] * 200
+    scores = floor_of("format", rows, TRAINING, silent, "silent").scores
+    assert np.mean(scores) == pytest.approx(2 / 3, abs=0.04)  # 4 standard errors of 200 * 12 draws
+    with pytest.raises(ValueError, match=r"silent gave None for every completion of 200 prompts .*rows 0, 1, 2, 3, 4,"):
+        floor_of("majority", rows, TRAINING[3:], silent, "silent")
+    assert mean_of_judged([[1.0, None], [0.0, 1.0]], "r", "a set") == [1.0, 0.5]

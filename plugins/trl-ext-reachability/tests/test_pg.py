@@ -17,6 +17,7 @@ from trl_ext_reachability.pg import PG, sequence_squared_norms
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
 from trl_ext.gradients import GradientView
+from trl_ext.options import check_options
 from trl_ext.records import Rewards, Rollouts, StreamGradient
 from trl_ext.testing import tiny_llama
 
@@ -129,13 +130,13 @@ def test_adaptive_lr_scales_the_step(tmp_path: Path) -> None:
         (lambda: PG(baseline="mean"), "baseline='mean' is not one of none, group"),  # type: ignore[arg-type]
         (lambda: PG(rewards="given", baseline="group"), "no rewards to work on"),
         (lambda: PG(rewards="raw", threshold=0.4), r"threshold=0\.4: rewards='raw' has none"),
-        (lambda: AdaptiveLr(constant=0.0), r"constant=0\.0: above 0"),
-        (lambda: AdaptiveLr(slope=-1.0), r"slope=-1\.0: at least 0"),
+        (lambda: AdaptiveLr(constant=0.0), r"constant=0\.0 is not > 0"),
+        (lambda: AdaptiveLr(slope=-1.0), r"slope=-1\.0 is not >= 0"),
     ],
 )
 def test_options_out_of_range_are_refused(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make()
+        check_options(make())
 
 
 def test_stale_rollouts_are_refused(tmp_path: Path) -> None:
@@ -174,7 +175,8 @@ def test_what_no_function_judged_has_no_advantage(tmp_path: Path, options: str, 
 
 def test_process_rewards_are_not_thrown_away(tmp_path: Path) -> None:
     process = {"name": "process-reward", "verifier": "runs:constant_verifier"}
-    with pytest.raises(ConfigurationError, match=r"those of process-reward, .* set pg:rewards=given to train on them"):
-        grpo(tmp_path, [process, "pg"])
-    with pytest.raises(ConfigurationError, match=r"those of best-of-m, .* set pg:rewards=given to train on them"):
-        grpo(tmp_path, ["best-of-m", "pg"])
+    for before in (process, "best-of-m"):
+        for plugins in ([before, "pg"], ["pg", before]):
+            with pytest.raises(ConfigurationError, match=r"Both set advantages anew, .* set pg:rewards=given"):
+                grpo(tmp_path, plugins)
+        grpo(tmp_path, [before, "pg:rewards=given"])

@@ -18,10 +18,11 @@ import torch
 import trl
 from runs import SETTINGS, TASK, checksum_reward, prompts
 from trl_ext_reachability.keys import prompt_key
-from trl_ext_reachability.measuring import Measurement, Settings, load_rows, measure
-from trl_ext_reachability.policy import Policy, Sampler
-from trl_ext_reachability.results import summarize
-from trl_ext_reachability.rewards import exact, final_number
+from trl_ext_reachability.measurement import Measurement, load_rows
+from trl_ext_reachability.measurement_settings import MeasurementSettings
+from trl_ext_reachability.reach_probe import measure
+from trl_ext_reachability.reach_summary import summarize
+from trl_ext_reachability.sampled_policy import Policy, Sampler
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
@@ -44,13 +45,13 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 @pytest.fixture(scope="module")
-def uniform(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+def uniform(tmp_path_factory: pytest.TempPathFactory) -> MeasurementSettings:
     """A model that finds every token equally likely, and 12 prompts with a two-byte demonstration and EOS."""
     folder = tmp_path_factory.mktemp("uniform")
     model = tiny_llama(hidden=16, layers=1)
     torch.nn.init.zeros_(model.lm_head.weight)
     rows = [{"question": f"{i:02d}", "solution": "!!", "answer": str(SUCCESSES[i % 3])} for i in range(12)]
-    return Settings(
+    return MeasurementSettings(
         model=save_model(model, tiny_tokenizer(), folder / "model"),
         dataset=write_rows(folder / "data.jsonl", rows),
         reward="test_probe:first_token_reward",
@@ -66,7 +67,7 @@ def uniform(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def measured(uniform: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def measured(uniform: MeasurementSettings, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("measured")
     list(measure(uniform, folder))
     return folder
@@ -89,7 +90,7 @@ def test_likelihoods_of_a_uniform_policy(measured: Path) -> None:
     assert curves["demonstrations"][-1] == 0  # all prompts may be below
 
 
-def test_rollouts_go_where_the_route_is_open(uniform: Settings, measured: Path) -> None:
+def test_rollouts_go_where_the_route_is_open(uniform: MeasurementSettings, measured: Path) -> None:
     found = records(measured)
     for record in found:
         p = SUCCESSES[record["row"] % 3] / VOCABULARY
@@ -106,7 +107,7 @@ def test_rollouts_go_where_the_route_is_open(uniform: Settings, measured: Path) 
         assert all(size == uniform.batch_size for size in sizes[:-1])
 
 
-def test_decided_prompts_get_no_more_rollouts(uniform: Settings) -> None:
+def test_decided_prompts_get_no_more_rollouts(uniform: MeasurementSettings) -> None:
     """A rate of a half is in reach whatever it is exactly; 1 of 32 may be one in ten, or one in a thousand."""
     measurement = Measurement(uniform, load_rows(uniform))
     measurement.trials[:] = 32
@@ -114,7 +115,7 @@ def test_decided_prompts_get_no_more_rollouts(uniform: Settings) -> None:
     assert measurement.open.tolist()[:2] == [False, True]
 
 
-def test_likely_demonstrations_bound_the_rate_if_they_are_correct(uniform: Settings) -> None:
+def test_likely_demonstrations_bound_the_rate_if_they_are_correct(uniform: MeasurementSettings) -> None:
     measurement = Measurement(uniform, load_rows(uniform))
     measurement.trials[:] = 8
     measurement.log_likelihoods[:2] = np.log(0.3)
@@ -128,7 +129,7 @@ def test_likely_demonstrations_bound_the_rate_if_they_are_correct(uniform: Setti
     assert nucleus.bounds()[0][0] == 0.0  # cut-off sampling may never draw it
 
 
-def test_summary_counts_what_the_prompts_say(uniform: Settings, measured: Path) -> None:
+def test_summary_counts_what_the_prompts_say(uniform: MeasurementSettings, measured: Path) -> None:
     summary = json.loads((measured / "reachability.json").read_text())
     found = records(measured)
     assert summary["rollouts"] == sum(record["rollouts"] for record in found)
@@ -150,7 +151,7 @@ def test_summary_counts_what_the_prompts_say(uniform: Settings, measured: Path) 
 
 @pytest.mark.parametrize("batches", [0, 1, 3, 8])
 def test_interrupted_measurement_resumes_to_the_same_bytes(
-    uniform: Settings, measured: Path, tmp_path: Path, batches: int
+    uniform: MeasurementSettings, measured: Path, tmp_path: Path, batches: int
 ) -> None:
     interrupted = measure(uniform, tmp_path)
     for _ in range(batches):
@@ -165,7 +166,7 @@ def test_interrupted_measurement_resumes_to_the_same_bytes(
         assert (tmp_path / name).read_bytes() == (measured / name).read_bytes(), name
 
 
-def test_journal_of_another_measurement_is_refused(uniform: Settings, tmp_path: Path) -> None:
+def test_journal_of_another_measurement_is_refused(uniform: MeasurementSettings, tmp_path: Path) -> None:
     interrupted = measure(uniform, tmp_path)
     next(interrupted)
     interrupted.close()
@@ -230,7 +231,7 @@ def test_messages_are_rendered_as_grpo_does(tmp_path: Path) -> None:
     assert decode(answer) == row["completion"][0]["content"] + "<|im_end|>"  # without the template's line end
 
 
-def test_demonstrations_may_be_wrong_missing_or_certain(uniform: Settings, tmp_path: Path) -> None:
+def test_demonstrations_may_be_wrong_missing_or_certain(uniform: MeasurementSettings, tmp_path: Path) -> None:
     """Wrong ones are counted, missing ones left out, and likely ones do not spare the first round."""
     rows = load_rows(uniform)
     rows[0]["completion"] = "AA"  # its answer takes only the first token
@@ -260,14 +261,14 @@ def test_demonstrations_may_be_wrong_missing_or_certain(uniform: Settings, tmp_p
         ({"num_generations": 1}, "num_generations=1"),
     ],
 )
-def test_settings_out_of_range_are_refused(uniform: Settings, change: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_refused(uniform: MeasurementSettings, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(uniform, **change)
 
 
 @pytest.mark.parametrize("limit", [None, 64])
 def test_failures_alone_close_a_route_unless_the_limit_forbids_it(
-    uniform: Settings, tmp_path: Path, limit: int | None
+    uniform: MeasurementSettings, tmp_path: Path, limit: int | None
 ) -> None:
     """8 generations and 3 epochs take 125 failures; no token at all succeeds here."""
     data = write_rows(tmp_path / "data.jsonl", [{"prompt": "a", "answer": "0"}, {"prompt": "b", "answer": "0"}])
@@ -289,7 +290,7 @@ def test_failures_alone_close_a_route_unless_the_limit_forbids_it(
     assert ("set --max-rollouts 125, or leave it out" in text) == (limit is not None)
 
 
-def test_demonstration_that_cannot_be_drawn_is_not_used(uniform: Settings, tmp_path: Path) -> None:
+def test_demonstration_that_cannot_be_drawn_is_not_used(uniform: MeasurementSettings, tmp_path: Path) -> None:
     """Two bytes and EOS are three tokens; a completion of two has no bound from them and takes no step of them."""
     list(measure(replace(uniform, max_completion_length=2), tmp_path))
     summary = json.loads((tmp_path / "reachability.json").read_text())
@@ -323,7 +324,7 @@ def test_ends_of_a_completion_are_those_of_plain_trl(tmp_path: Path) -> None:
         assert policy.demonstration_ids("x", "ab")[-1] == tokenizer.eos_token_id
 
 
-def test_another_model_under_the_same_name_is_refused(uniform: Settings, tmp_path: Path) -> None:
+def test_another_model_under_the_same_name_is_refused(uniform: MeasurementSettings, tmp_path: Path) -> None:
     model = tiny_llama(hidden=16, layers=1)
     settings = replace(uniform, model=save_model(model, tiny_tokenizer(), tmp_path / "model"))
     interrupted = measure(settings, tmp_path / "out")
@@ -335,33 +336,72 @@ def test_another_model_under_the_same_name_is_refused(uniform: Settings, tmp_pat
         next(measure(settings, tmp_path / "out"))
 
 
-def test_several_processes_are_refused(uniform: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_several_processes_are_refused(
+    uniform: MeasurementSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigurationError, match="probe reachability runs in one process; start it without a launch"):
         next(measure(uniform, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_data_without_prompts_is_refused(uniform: Settings, tmp_path: Path) -> None:
+def test_data_without_prompts_is_refused(uniform: MeasurementSettings, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no column 'prompt' but question, solution, answer; name it by --columns"):
         next(measure(replace(uniform, columns=None), tmp_path))
 
 
-def test_reward_that_lacks_a_column_is_refused_before_the_model_loads(uniform: Settings, tmp_path: Path) -> None:
-    settings = replace(uniform, model="none", reward="trl_ext_reachability.rewards:final_number")
+def test_reward_that_lacks_a_column_is_refused_before_the_model_loads(
+    uniform: MeasurementSettings, tmp_path: Path
+) -> None:
+    settings = replace(uniform, model="none", reward="trl_ext_reachability.answer_rewards:final_number")
     settings = replace(settings, columns=f"{settings.columns},answer=result")
     with pytest.raises(ConfigurationError, match=r"final_number wants the column\(s\) answer, .* it has prompt, "):
         next(measure(settings, tmp_path))
 
 
-def test_final_number_reads_gsm8k_answers() -> None:
-    answers = ["<<2+3=5>>so 5.\n#### 1,018", "#### 7", "#### 7"]
-    assert final_number(["it is 1018", "8, no: 7.0", "none"], answers) == [1, 1, 0]
-    assert exact([" 7 ", [{"role": "assistant", "content": "8"}]], ["7", "7"]) == [1, 0]
+def unjudging_reward(completion_ids: list[list[int]], answer: list[str], **columns: Any) -> list[float | None]:
+    """As `first_token_reward`, without a verdict on completions whose first token is odd."""
+    rewards = first_token_reward(completion_ids, answer)
+    return [None if ids[0] % 2 else value for ids, value in zip(completion_ids, rewards, strict=True)]
+
+
+def test_rollouts_without_a_verdict_are_neither_success_nor_failure(
+    uniform: MeasurementSettings, tmp_path: Path
+) -> None:
+    settings = replace(uniform, reward="test_probe:unjudging_reward", columns="question=prompt", max_rollouts=32)
+    list(measure(settings, tmp_path))
+    verdicts: list[list[Any]] = [[] for _ in range(12)]
+    for line in map(json.loads, (tmp_path / "journal.jsonl").read_text().splitlines()[1:]):
+        for row, correct in zip(line["rows"], line["correct"], strict=True):
+            verdicts[row].append(correct)
+    assert any(None in row for row in verdicts)
+    for record, row in zip(records(tmp_path), verdicts, strict=True):
+        assert len(row) <= 32  # rounds count what is drawn
+        assert (record["rollouts"], record["successes"]) == (len(row) - row.count(None), row.count(True))
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda **columns: None, "gave None for every completion of 12 prompts of .* leave these rows out"),
+        (lambda **columns: float("nan"), "gave the reward nan; a reward is a finite number, or None"),
+    ],
+    ids=["None", "NaN"],
+)
+def test_prompts_without_a_score_are_no_failures(
+    uniform: MeasurementSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: Any, message: str
+) -> None:
+    def constant(completions: list[str], **columns: Any) -> list[Any]:
+        return [reward()] * len(completions)
+
+    monkeypatch.setattr(sys.modules[__name__], "first_token_reward", constant)
+    monkeypatch.setitem(sys.modules, "test_probe", sys.modules[__name__])
+    with pytest.raises(ValueError, match=message):
+        list(measure(replace(uniform, columns="question=prompt"), tmp_path))
 
 
 @pytest.mark.slow
-def test_killed_command_resumes_to_the_same_bytes(uniform: Settings, measured: Path, tmp_path: Path) -> None:
+def test_killed_command_resumes_to_the_same_bytes(uniform: MeasurementSettings, measured: Path, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-c", "from trl_ext.cli import main; main()", "probe", "reachability"),
         *("--model", uniform.model, "--dataset", uniform.dataset, "--reward", uniform.reward),

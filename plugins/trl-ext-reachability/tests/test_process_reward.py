@@ -16,6 +16,7 @@ from trl_ext_reachability.process_reward import ProcessReward, normalized, retur
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
+from trl_ext.options import check_options
 from trl_ext.records import Rewards, Rollouts
 from trl_ext.testing import tiny_tokenizer
 
@@ -148,7 +149,7 @@ def test_groups_are_normalised_with_equal_weight_for_each_completion(how: Any) -
     for i, row in enumerate(groups[0] + groups[1]):
         rewards[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = True
-    got = normalized(rewards, mask, 2, how)
+    got = normalized(rewards, mask, 2, slice(0, 4), how)
     expected = [row for group in groups for row in by_hand(group, how == "group")]
     for i, row in enumerate(expected):
         assert got[i, : len(row)].tolist() == pytest.approx(row, rel=1e-5)  # fp32 against fp64
@@ -222,13 +223,22 @@ def test_verifier_that_fails_stops_the_run(tmp_path: Path, normalize: str) -> No
         (lambda steps, **c: [[float("nan")] for _ in steps], "not finite, for completion 0"),
     ],
 )
-def test_wrong_verdicts_are_named(verdict: Callable[..., Any], message: str) -> None:
-    plugin = ProcessReward(verifier="runs:constant_verifier")
-    plugin.setup(CONTEXT)
-    plugin._function = verdict
-    rewards = Rewards(torch.zeros(2, 1), ("r",), torch.ones(1), slice(0, 2))
+def test_wrong_verdicts_are_named(verdict: Callable[..., Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runs.constant_verifier", verdict)
     with pytest.raises(ValueError, match=message):
-        plugin.advantages(fake(["a", "b"]), rewards, torch.zeros(2))
+        advantages_of(fake(["a", "b"]), verifier="runs:constant_verifier")
+
+
+@pytest.mark.parametrize("how", ["none", "center", "group"])
+def test_what_the_verifier_did_not_judge_counts_nowhere(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None for a completion or a step: advantage 0, and the group's mean and spread are those of the others."""
+    verdicts = [[1.0, None], None, [0.0, 0.5]]
+    monkeypatch.setattr("runs.constant_verifier", lambda **columns: verdicts)
+    got = advantages_of(fake(["1,2"] * 3), verifier="runs:constant_verifier", delimiter=",", normalize=how)
+    judged = [[1.0], [0.0, 0.5]]
+    (first,), (second, third) = judged if how == "none" else by_hand(judged, how == "group")
+    expected = torch.tensor([[first, first, 0, 0], [0.0] * 4, [second, second, third, third]])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)  # fp32 against fp64
 
 
 @pytest.mark.parametrize(
@@ -237,7 +247,7 @@ def test_wrong_verdicts_are_named(verdict: Callable[..., Any], message: str) -> 
         ({"split": "word"}, "split='word' is not one of delimiter, turn, token"),
         ({"normalize": "batch"}, "normalize='batch' is not one of"),
         ({"delimiter": ""}, "delimiter=''"),
-        ({"wrong": 1.0}, r"wrong=1\.0: below 1"),
+        ({"wrong": 1.0}, r"wrong=1\.0 is not < 1"),
         ({"outcome": float("inf")}, "outcome=inf"),
         ({"pattern": "("}, "pattern='\\(' is no regular expression"),
         ({"verifier": "model"}, "verifier='model', model=''"),
@@ -256,7 +266,7 @@ def test_wrong_verdicts_are_named(verdict: Callable[..., Any], message: str) -> 
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ProcessReward(**options)
+        check_options(ProcessReward(**options))
 
 
 def test_missing_or_clashing_column_is_refused_before_training(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch.distributed as dist
 from runs import distance, grpo, weights
-from test_training import PROMPTS, Record, write_probe
-from trl_ext_reachability.training import Reachability
+from test_reachability import PROMPTS, Record, write_probe
+from trl_ext_reachability.reachability import Reachability
 
 from trl_ext.errors import PluginError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,9 +52,9 @@ class Recorder:
     _sums: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
 
     def record(self, step: int, weights: Tensor) -> None:
-        """Note a step's weights (L, n)."""
+        """Note a step's weights (L, n). The share of a layer that could not choose (NaN weights) is NaN."""
         if weights.numel():
-            share = (weights != 0).float().mean(1)
+            share = torch.where(torch.isfinite(weights).all(1), (weights != 0).float().mean(1), torch.nan)
             if not self.keep:
                 self._new.clear()
             self._new.append((step, share))
@@ -67,7 +68,7 @@ class Recorder:
         self.history.extend(new)
 
     def add(self, name: str, value: Tensor) -> None:
-        """Note a number to be averaged until the next log."""
+        """Note a number to be averaged until the next log, unless it is NaN or infinite by then."""
         self._sums[name].append(value.detach().float().mean())
 
     def geometry(self, types: Sequence[str], terms: Tensor) -> None:
@@ -85,7 +86,8 @@ class Recorder:
         by_type = terms.new_zeros(len(groups), 5).index_add_(0, index, terms)
         gg, tg, tt, to_mean, to_target = torch.cat([terms.sum(0, keepdim=True), by_type]).unbind(1)
         tiny = torch.finfo(torch.float32).tiny
-        cosine = tg / (gg.clamp(min=0) * tt).sqrt().clamp(min=tiny)
+        # Of the roots: the product of small squares would be 0 in fp32.
+        cosine = tg / (gg.clamp(min=0).sqrt() * tt.sqrt()).clamp(min=tiny)
         near, far = to_mean.clamp(min=0).sqrt(), to_target.clamp(min=0).sqrt()
         position = near / (near + far).clamp(min=tiny)
         shown = ["", *(f"/{kind}" for kind in groups)] if len(groups) > 1 else [""]
@@ -95,23 +97,27 @@ class Recorder:
 
     def metrics(self) -> dict[str, float]:
         """Means since the last call, and the shares kept by type of layer at the last step."""
-        out = {name: float(torch.stack(values).mean()) for name, values in self._sums.items()}
+        out = {name: _mean_of_finite(torch.stack(values)) for name, values in self._sums.items()}
+        out = {name: value for name, value in out.items() if math.isfinite(value)}
         self._sums.clear()
         self.settle()
         if self.history and len(self.types) > 1:
             by_type = defaultdict(list)
             for kind, share in zip(self.types, self.history[-1][1].tolist(), strict=True):
-                by_type[kind].append(share)
+                if math.isfinite(share):
+                    by_type[kind].append(share)
             out.update({f"kept/{kind}": sum(shares) / len(shares) for kind, shares in by_type.items()})
         return out
 
     def note_samples(self, ids: Sequence[list[int]], weights: Tensor) -> None:
-        """Count samples, told apart by their tokens.
+        """Count samples, told apart by their tokens. A step without a choice (NaN weights) does not count.
 
         Args:
             ids: n lists of token ids.
             weights: (L, n).
         """
+        if not torch.isfinite(weights).all():
+            return
         kept, mean = (weights != 0).float().mean(0).tolist(), weights.mean(0).tolist()
         for tokens, share, weight in zip(ids, kept, mean, strict=True):
             name = sample_id(tokens)
@@ -159,6 +165,11 @@ class Recorder:
                 state["samples"], state["tokens"].tolist(), state["counts"].tolist(), strict=True
             )
         }
+
+
+def _mean_of_finite(values: Tensor) -> float:
+    """The mean of those of (N,) values that are finite; NaN where none is."""
+    return float(values[torch.isfinite(values)].mean())
 
 
 def gram_terms(problem: Problem, solution: Solution, squared_target_norm: Tensor) -> Tensor:

@@ -30,11 +30,26 @@ def load_function(path: str) -> RewardFunction:
     return found
 
 
-def load_prompts(path: str) -> Dataset:
-    """A .json or .jsonl file, or the split "train" of what `datasets.load_dataset` takes."""
-    if path.endswith((".json", ".jsonl")):
-        return load_dataset("json", data_files=path, split="train")
-    return load_dataset(path, split="train")
+def load_prompts(path: str, per_step: int, world_size: int) -> Dataset:
+    """A .json or .jsonl file, or the split "train" of what `datasets.load_dataset` takes.
+
+    Args:
+        path: file, folder or hub id.
+        per_step: prompts that each of `world_size` ranks takes in one go.
+
+    Raises:
+        ValueError: there is no column `prompt`, or there are too few rows.
+    """
+    file = path.endswith((".json", ".jsonl"))
+    found = load_dataset("json", data_files=path, split="train") if file else load_dataset(path, split="train")
+    if "prompt" not in found.column_names:
+        raise ValueError(f"prompts={path} has no column 'prompt' ({', '.join(found.column_names)}); rename one to it")
+    if len(found) < per_step * world_size:
+        raise ValueError(
+            f"prompts={path} has {len(found)} rows, fewer than prompts_per_step={per_step} on {world_size} rank(s); "
+            "lower prompts_per_step"
+        )
+    return found
 
 
 @contextmanager

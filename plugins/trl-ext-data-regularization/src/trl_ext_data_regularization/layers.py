@@ -12,6 +12,12 @@ from trl_ext.errors import ConfigurationError
 
 Kind = Literal["linear", "embedding", "scale", "head"]
 
+ANY_LAYER = (
+    "freeze it, or train an adapter; data-regularization can also choose for all layers at once, whatever they are: "
+    "general=train,scope=global,engine=derivative with rule=topk or rule=filter"
+)
+"""What to do about a layer that cannot be tapped."""
+
 
 @dataclass(frozen=True, eq=False)
 class Use:
@@ -114,9 +120,8 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[list[Layer], li
     if missing := [name for i, name in enumerate(names) if i not in covered]:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise ConfigurationError(
-            f"data-regularization: {len(missing)} trainable parameter(s) belong to no Linear, Embedding or norm of "
-            f"torch's own kind and would keep the full batch's gradient: {shown}. Freeze them, or choose for all "
-            "layers at once with scope=global,engine=derivative, which works with any layer"
+            f"{len(missing)} trainable parameter(s) belong to no Linear, Embedding or norm of torch's own kind and "
+            f"would keep the full batch's gradient: {shown}. For each of them: {ANY_LAYER}"
         )
     return layers, uses
 

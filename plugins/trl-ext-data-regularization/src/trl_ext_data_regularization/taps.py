@@ -10,33 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trl_ext_data_regularization.head import HeadTap
-from trl_ext_data_regularization.layers import Batch, Use
-from trl_ext_data_regularization.visitors import Choice
-
-
-class Visitor(Protocol):
-    """What the backward pass asks."""
-
-    @property
-    def scoring(self) -> bool:
-        """Whether `score` wants to be called."""
-
-    @property
-    def weighing(self) -> bool:
-        """Whether `choice` gives any, so that the parameters get a gradient."""
-
-    def score(self, use: Use, x: Tensor | None, go: Tensor, index: Tensor, batch: Batch) -> None:
-        """Take note of a module's tokens: input x (N, I) or ids (N,), gradient of the output go (N, O), sample (N,)."""
-
-    def choice(self, use: Use, batch: Batch) -> Choice | None:
-        """Weights of the batch's samples in this layer, or None for no parameter gradient at all."""
+from trl_ext_data_regularization.fused_head import HeadTap
+from trl_ext_data_regularization.layers import ANY_LAYER, Batch, Use
+from trl_ext_data_regularization.visitors import Choice, Visitor
 
 
 class Taps:
@@ -55,7 +37,7 @@ class Taps:
         self._undo: list[Callable[[], None]] = []
         for use in uses:
             if use.kind == "head":
-                head = HeadTap(self, model, use, temperature)
+                head = HeadTap(self.current, model, use, temperature)
                 self._undo.append(head.remove)
             else:
                 self._replace(use)
@@ -80,10 +62,11 @@ class Taps:
         """Whether a block of `active` is open."""
         return self._active
 
-    @property
-    def listening(self) -> bool:
-        """Whether a forward pass made now is to be tapped."""
-        return self.visitor is not None and self.batch is not None and torch.is_grad_enabled()
+    def current(self) -> tuple[Visitor, Batch] | None:
+        """What the backward pass of a forward made now asks, and its micro-batch; None where it is not to be tapped."""
+        if self.visitor is None or self.batch is None or not torch.is_grad_enabled():
+            return None
+        return self.visitor, self.batch
 
     def _replace(self, use: Use) -> None:
         module, original = use.module, use.module.forward
@@ -91,11 +74,8 @@ class Taps:
         tapped = {"linear": _linear, "embedding": _embedding, "scale": _scale}[use.kind]
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if not self.listening:
-                return original(x, *args, **kwargs)
-            assert self.visitor is not None
-            assert self.batch is not None
-            return tapped(_Visit(use, self.visitor, self.batch), original, x)
+            current = self.current()
+            return original(x, *args, **kwargs) if current is None else tapped(_Visit(use, *current), original, x)
 
         def undo() -> None:
             if had_own:
@@ -183,7 +163,7 @@ class _Visit:
             return index.reshape(*index.shape, *[1] * (len(shape) - index.dim())).expand(shape).reshape(-1)
         raise RuntimeError(
             f"layer {self.use.name} sees tokens of shape {tuple(shape)} where the batch has {tuple(index.shape)}, so "
-            "its samples cannot be told apart; use scope=global,engine=derivative"
+            f"its samples cannot be told apart; {ANY_LAYER}"
         )
 
 

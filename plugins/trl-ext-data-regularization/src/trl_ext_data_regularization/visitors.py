@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -21,6 +22,24 @@ class Choice:
     """Whether all that are not zero are the same."""
     count: int | None = None
     """How many are not zero, where that is known without waiting for the device."""
+
+
+class Visitor(Protocol):
+    """What the backward pass asks."""
+
+    @property
+    def scoring(self) -> bool:
+        """Whether `score` wants to be called."""
+
+    @property
+    def weighing(self) -> bool:
+        """Whether `choice` gives any, so that the parameters get a gradient."""
+
+    def score(self, use: Use, x: Tensor | None, go: Tensor, index: Tensor, batch: Batch) -> None:
+        """Take note of a module's tokens: input x (N, I) or ids (N,), gradient of the output go (N, O), sample (N,)."""
+
+    def choice(self, use: Use, batch: Batch) -> Choice | None:
+        """Weights of the batch's samples in this layer, or None for no parameter gradient at all."""
 
 
 class ScorePass:

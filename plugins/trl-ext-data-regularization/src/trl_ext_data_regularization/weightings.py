@@ -1,4 +1,4 @@
-"""Combinations u = a t + b g of the target's gradient t and the mean general gradient g, from their Gram matrix."""
+"""Weights (a, b) of u = a t + b g from the Gram matrix of the target's gradient t and the mean general gradient g."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trl_ext.gradients import conflict_weight, pcgrad_weights
+
 Weighting = Callable[[Tensor], Tensor]
 """(..., 2, 2) Gram matrix of (t, g) to (..., 2) weights (a, b)."""
 
-CLOSED_FORMS = ("half-space", "pcgrad")
 # The weightings of torchjd that are functions of the Gram matrix, need no labels, and keep no state between steps.
 TORCHJD = {
     "upgrad": "UPGradWeighting",
@@ -24,25 +25,32 @@ TORCHJD = {
 
 
 def half_space(gram: Tensor) -> Tensor:
-    """The projection of t onto {u : <u, g> >= 0}: u = t - min(0, <t, g> / |g|^2) g (arXiv:1812.00420, eq. 11)."""
-    b = -(gram[..., 0, 1] / _positive(gram[..., 1, 1])).clamp(max=0)
+    """The projection of t onto {u : <u, g> >= 0}: u = t - min(0, <t, g> / |g|^2) g (arXiv:1812.00420, equation 11).
+
+    Args:
+        gram: (..., 2, 2) float.
+
+    Returns:
+        (..., 2) float: 1, and a number of at least 0.
+    """
+    b = conflict_weight(gram[..., 0, 1], gram[..., 1, 1])
     return torch.stack([torch.ones_like(b), b], -1)
 
 
-def pcgrad(gram: Tensor) -> Tensor:
-    """The sum of t and g, each projected onto the other's half-space (arXiv:2001.06782, Algorithm 1, two tasks)."""
-    conflict = gram[..., 0, 1].clamp(max=0)
-    return 1 - torch.stack([conflict / _positive(gram[..., 0, 0]), conflict / _positive(gram[..., 1, 1])], -1)
+CLOSED_FORMS: dict[str, Weighting] = {"half-space": half_space, "pcgrad": pcgrad_weights}
 
 
 def weighting(name: str) -> Weighting:
-    """A weighting by name.
+    """A weighting by name. Where a Gram matrix is NaN or infinite, so are the weights, and `nonfinite` decides.
 
     Raises:
         ImportError: it comes from torchjd, and torchjd or what it needs is not installed.
+        ValueError: there is no such weighting.
     """
     if name in CLOSED_FORMS:
-        return {"half-space": half_space, "pcgrad": pcgrad}[name]
+        return CLOSED_FORMS[name]
+    if name not in TORCHJD:
+        raise ValueError(f"{name!r} is not one of {', '.join((*CLOSED_FORMS, *TORCHJD))}")
     hint = 'pip install "trl-ext-data-regularization[torchjd]"'
     try:
         from torchjd import aggregation
@@ -52,11 +60,8 @@ def weighting(name: str) -> Weighting:
 
     def each(gram: Tensor) -> Tensor:
         flat = gram.reshape(-1, 2, 2)
-        return torch.stack([function(one) for one in flat]).view(gram.shape[:-1])
+        finite = torch.isfinite(flat).all((-1, -2)).unsqueeze(-1)
+        weights = torch.stack([function(one) for one in torch.where(finite.unsqueeze(-1), flat, 0.0)])
+        return torch.where(finite, weights, torch.nan).view(gram.shape[:-1])
 
     return each
-
-
-def _positive(square: Tensor) -> Tensor:
-    """A zero gradient conflicts with nothing: its inner products are zero too."""
-    return square.clamp(min=torch.finfo(square.dtype).tiny)

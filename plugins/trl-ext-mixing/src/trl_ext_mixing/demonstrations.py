@@ -17,15 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from trl_ext.errors import ConfigurationError, OnAllRanksError
+from trl_ext.errors import OnAllRanksError
 from trl_ext.gradients import GradientView
-from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, StreamGradient
+from trl_ext.records import Rewards, Rollouts, SetupContext, StreamGradient
 from trl_ext_mixing.tokens import prompt_and_completion_ids
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-METHODS = frozenset({"chord", "hpt", "parallel-averaging", "relift", "surgery"})
 
 
 @dataclass(frozen=True)
@@ -41,73 +39,10 @@ class Demonstration:
         return len(self.ids) - self.start
 
 
-def refuse_company(run: RunDescription, method: str) -> None:
-    """Raise where two of this distribution's methods are active.
-
-    Raises:
-        ConfigurationError: naming them.
-    """
-    if others := sorted(METHODS.intersection(run.plugins) - {method}):
-        raise ConfigurationError(
-            f"{method} and {', '.join(others)} would each bring SFT into the step; keep one in `plugins`"
-        )
-
-
-def refuse_unsupported(run: RunDescription, column: str, setting: str) -> None:
-    """Raise where demonstrations of the rolled-out prompts cannot be had.
-
-    Raises:
-        ConfigurationError: sharded parameters, images, reentrant checkpointing, or no such column in the training data.
-    """
-    if run.sharding not in ("none", "ddp"):
-        raise ConfigurationError(
-            f"{setting} runs a forward outside of the trainer's, which sharded parameters ({run.sharding}) do not "
-            "allow; use DDP, or give the demonstrations as the stream 'sft'"
-        )
-    refuse_missing_column(run, column, setting)
-    if images := sorted({"image", "images"}.intersection(run.columns)):
-        raise ConfigurationError(f"{setting}: demonstrations are of text alone, but the data has {images[0]!r}")
-    if run.args.gradient_checkpointing and (run.args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-        raise ConfigurationError(
-            f"{setting} takes gradients by torch.autograd.grad, which reentrant checkpointing does not allow; set "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}"
-        )
-
-
-def refuse_missing_column(run: RunDescription, column: str, setting: str) -> None:
-    """Raise where the rows that come back with the rollouts lack a column.
-
-    Raises:
-        ConfigurationError: there is none of this name, or the trainer drops it.
-    """
-    if run.columns and column not in run.columns:
-        raise ConfigurationError(
-            f"{setting}: the training data has no column {column!r}; there are {', '.join(run.columns)}"
-        )
-    if run.args.remove_unused_columns:
-        raise ConfigurationError(f"{setting}: remove_unused_columns=True drops {column!r}; set it to False")
-
-
-def refuse_split_generations(run: RunDescription) -> None:
-    """Raise where a generation batch serves more than one optimiser step: its prompts would be counted in each.
-
-    Raises:
-        ConfigurationError: naming the settings.
-    """
-    args = run.args
-    if args.num_iterations > 1 or args.steps_per_generation != args.gradient_accumulation_steps:
-        raise ConfigurationError(
-            f"a generation batch has to be one optimiser step, but num_iterations={args.num_iterations} and "
-            f"steps_per_generation={args.steps_per_generation} with gradient_accumulation_steps="
-            f"{args.gradient_accumulation_steps}; set num_iterations=1 and leave steps_per_generation out"
-        )
-
-
-def first_rows(rollouts: Rollouts, rewards: Rewards) -> list[tuple[int, Any]]:
-    """Number and row of each prompt whose group begins on this rank, so that each counts once over all ranks."""
-    numbered = enumerate(rollouts.inputs, rewards.local.start)
-    size = rollouts.num_generations
-    return [(i // size, row) for i, row in numbered if i % size == 0]
+def group_starts(rollouts: Rollouts, rewards: Rewards) -> list[tuple[int, int]]:
+    """Prompt number over all ranks, and row on this rank, of each group that begins here: so a prompt counts once."""
+    first, size = rewards.local.start, rollouts.num_generations
+    return [((first + i) // size, i) for i in range(len(rollouts.prompts)) if (first + i) % size == 0]
 
 
 def on_every_rank(context: SetupContext, make: Callable[[], T]) -> T:
@@ -171,10 +106,9 @@ class Demonstrations:
 
         def find() -> dict[int, Demonstration]:
             found = {}
-            for i, (prompt, row) in enumerate(zip(rollouts.prompts, rollouts.inputs, strict=True)):
-                number, place = divmod(rewards.local.start + i, rollouts.num_generations)
-                if place == 0 and (chosen is None or chosen[number]):
-                    demonstration, head = self.encode(prompt, row)
+            for number, i in group_starts(rollouts, rewards):
+                if chosen is None or chosen[number]:
+                    demonstration, head = self.encode(rollouts.prompts[i], rollouts.inputs[i])
                     if not self._warned:
                         self._compare_prompts(head, rollouts.prompt_ids[i][rollouts.prompt_mask[i].bool()].tolist())
                     if demonstration is None:
@@ -221,7 +155,11 @@ class Demonstrations:
             )
 
     def nll_sum(self, demonstrations: Sequence[Demonstration]) -> Tensor:
-        """() float, differentiable: negative log-likelihood summed over the label tokens of a batch."""
+        """Loss () float, differentiable: -sum log p over the label tokens of a batch, at temperature 1.
+
+        It is a numerator: the caller divides it by the label tokens of all batches and ranks, so that the mean is over
+        tokens and not over demonstrations.
+        """
         device = self.context.device
         width = max(len(d.ids) for d in demonstrations)
         ids = torch.zeros(len(demonstrations), width, dtype=torch.long)
@@ -238,7 +176,7 @@ class Demonstrations:
         return cross_entropy(scores if scores.dtype == torch.float64 else scores.float(), labels[mask], reduction="sum")
 
     def gradient(self, demonstrations: Sequence[Demonstration], batch_size: int) -> StreamGradient:
-        """The gradient of the mean log-likelihood loss per label token over all ranks. Collective.
+        """The gradient of the SFT loss -1/T sum log p, T being the label tokens over all ranks. Collective.
 
         Args:
             demonstrations: of this rank; may be empty.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from trl_ext.errors import ConfigurationError
 from trl_ext_mixing.tokens import message_ids, prompt_and_completion_ids, text_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Encoded = tuple[list[int], int]
 """Token ids, and the position of the first label among them: at least 1, and their number where there is no label."""
@@ -74,9 +74,10 @@ def score(
     yield from score_encoded(model, [encode(tokenizer, row, max_length) for row in rows], batch_size=batch_size)
 
 
-@torch.no_grad()
 def score_encoded(model: Any, encoded: Sequence[Encoded], *, batch_size: int = 8) -> Iterator[list[Score]]:
     """Scores of tokenised rows, a batch at a time; of a row without a label, zeros."""
+    import torch
+
     for start in range(0, len(encoded), batch_size):
         batch = encoded[start : start + batch_size]
         width = max(len(ids) for ids, _ in batch)
@@ -90,11 +91,14 @@ def score_encoded(model: Any, encoded: Sequence[Encoded], *, batch_size: int = 8
             attention[i, : max(len(tokens), 1)] = 1  # a row that attends to nothing may give NaN
             mask[i, first : len(tokens)] = True
         ids, mask = ids.to(model.device), mask.to(model.device)
-        logits = model(input_ids=ids, attention_mask=attention.to(model.device), use_cache=False).logits[:, :-1]
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=attention.to(model.device), use_cache=False).logits[:, :-1]
         yield _scores(logits, ids[:, 1:], mask[:, 1:])
 
 
 def _scores(logits: Tensor, labels: Tensor, mask: Tensor) -> list[Score]:
+    import torch
+
     losses = torch.nn.functional.cross_entropy(logits[mask].float(), labels[mask], reduction="none")
     nll = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, losses)
     hits = (logits.argmax(-1) == labels) & mask

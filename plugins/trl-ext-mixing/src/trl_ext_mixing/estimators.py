@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.special import stdtrit  # type: ignore[import-untyped]
-
 _NO_VARIANCE = 1e-12
 """Below it the values are alike, and what is left is rounding: of 1/3 met ten times, say."""
 
@@ -47,6 +45,8 @@ def student_t(confidence: float, degrees: int) -> float:
         ValueError: a confidence outside (0, 1).
     """
     check_confidence(confidence)
+    from scipy.special import stdtrit  # type: ignore[import-untyped]  # here: it takes a while to load
+
     return float(stdtrit(degrees, (1 + confidence) / 2))
 
 

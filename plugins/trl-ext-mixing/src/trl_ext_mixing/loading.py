@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from trl_ext.errors import ConfigurationError
 from trl_ext_mixing.estimators import check_confidence
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -30,6 +31,8 @@ def find_device(device: str = "auto") -> torch.device:
     Raises:
         ConfigurationError: not a device, or not one of this machine.
     """
+    import torch
+
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

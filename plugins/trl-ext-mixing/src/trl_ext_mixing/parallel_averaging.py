@@ -1,20 +1,29 @@
-"""Parallel averaging: one RL and one SFT update from the same weights, each with its own optimiser state, averaged."""
+"""Parallel averaging (arXiv:2606.04272): an RL and an SFT update from the same weights, averaged.
+
+    D_RL,  state_RL  = OptUpdate(g_RL,  state_RL,  lr)
+    D_SFT, state_SFT = OptUpdate(g_SFT, state_SFT, lr * lr_ratio)
+    theta <- theta + (1 - c) D_RL + c D_SFT                          c = 1/2 as published
+
+Both gradients are taken at the same theta, and each is clipped on its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
-from trl_ext.records import Rewards, Rollouts, RunDescription, StreamGradient
+from trl_ext.options import Range
+from trl_ext.records import Rewards, Rollouts, StreamGradient
+from trl_ext.schedules import Schedule
 from trl_ext_mixing.comparison import Comparison
-from trl_ext_mixing.composite import BranchAverage, as_gradient
-from trl_ext_mixing.schedule import scheduled
+from trl_ext_mixing.composite import BranchAverage
+from trl_ext_mixing.optimizer_gradients import by_parameter, clip_as_trl
 from trl_ext_mixing.two_gradients import TwoGradients
 
 
@@ -37,13 +46,16 @@ class ParallelAveraging(TwoGradients):
         skip_equal_rewards: leave out the RL half in steps where all groups had equal rewards. GRPO's gradient is zero
             there, but the momentum of the RL branch would still move the weights. A step with a KL term or an entropy
             bonus has a gradient of its own, and is not left out.
+
+    Raises:
+        ValueError: options that exclude each other.
     """
 
-    coefficient: float = 0.5
-    coefficient_end: float | None = None
+    coefficient: Annotated[float, Range(ge=0, le=1)] = 0.5
+    coefficient_end: Annotated[float, Range(ge=0, le=1)] | None = None
     schedule: Literal["linear", "cosine"] = "linear"
-    lr_ratio: float = 1.0
-    max_grad_norm: float | None = None
+    lr_ratio: Annotated[float, Range(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Range(ge=0)] | None = None
     mode: Literal["updates", "gradients"] = "updates"
     skip_equal_rewards: bool = False
 
@@ -52,34 +64,43 @@ class ParallelAveraging(TwoGradients):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("coefficient", "coefficient_end"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{self.method}: {name}={value} is not in [0, 1]")
-        if self.schedule not in ("linear", "cosine"):
-            raise ValueError(f"{self.method}: schedule={self.schedule!r} is not one of linear, cosine")
-        if self.mode not in ("updates", "gradients"):
-            raise ValueError(f"{self.method}: mode={self.mode!r} is not one of updates, gradients")
-        if not self.lr_ratio > 0:
-            raise ValueError(f"{self.method}: lr_ratio={self.lr_ratio} is not above 0")
-        if self.max_grad_norm is not None and self.max_grad_norm < 0:
-            raise ValueError(f"{self.method}: max_grad_norm={self.max_grad_norm} is not 0 or more")
-        if self.mode == "gradients":
-            for name, off in (("lr_ratio", 1.0), ("skip_equal_rewards", False)):
-                if getattr(self, name) != off:
-                    raise ValueError(
-                        f"{self.method}: {name}={getattr(self, name)} needs two optimiser states; use mode=updates"
-                    )
+        for name, off in (("lr_ratio", 1.0), ("skip_equal_rewards", False)):
+            if self.mode == "gradients" and getattr(self, name) != off:
+                raise ValueError(
+                    f"{self.method}: {name}={getattr(self, name)} needs two optimiser states; use mode=updates"
+                )
         self._optimizer: BranchAverage | None = None
-        self._sft_max_norm = 0.0
-        self._rewards_are_summed = True
+
+    # -- the rule ----------------------------------------------------------------------------------------------------
+
+    def mix(self, gradients: GradientView, sft: StreamGradient, both: Comparison) -> None:
+        end = self.coefficient if self.coefficient_end is None else self.coefficient_end
+        c = Schedule(self.schedule, self.coefficient, end)(self.progress)
+        self.note(coefficient=c)
+        g_sft = by_parameter(sft.gradients)
+        clip_as_trl(g_sft, self.trainers_max_norm if self.max_grad_norm is None else self.max_grad_norm)
+        if self._optimizer is None:
+            self._average_gradients(gradients, sft.gradients, c)
+        else:
+            no_rl = self.skip_equal_rewards and not bool(both.norm_a)
+            self._average_updates(self._optimizer, g_sft, c, no_rl)
+
+    def _average_updates(
+        self, optimizer: BranchAverage, g_sft: Mapping[nn.Parameter, Tensor], c: float, no_rl: bool
+    ) -> None:
+        """Leave g_RL in place for the RL branch, and give the optimiser what the SFT branch needs."""
+        optimizer.coefficient = c
+        optimizer.skip_rl = no_rl
+        optimizer.give_sft(g_sft)
+        if self.skip_equal_rewards:
+            self.note(skipped_rl=float(no_rl))
+
+    def _average_gradients(self, gradients: GradientView, g_sft: GradientView, c: float) -> None:
+        """g <- (1 - c) g_RL + c g_SFT for one optimiser, each clipped on its own."""
+        clip_as_trl({p: p.grad for p in gradients.parameters if p.grad is not None}, self.trainers_max_norm)
+        gradients.mul_(1 - c).axpy_(c, g_sft)
 
     # -- hooks -------------------------------------------------------------------------------------------------------
-
-    @hookimpl
-    def check(self, run: RunDescription) -> None:
-        super().check(run)
-        self._sft_max_norm = self._max_grad_norm if self.max_grad_norm is None else self.max_grad_norm
 
     @hookimpl
     def wrap_optimizer(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -101,39 +122,3 @@ class ParallelAveraging(TwoGradients):
         if mode == "train" and self._optimizer is not None:
             values |= self._optimizer.updates.read()
         return values
-
-    # -- the rule ----------------------------------------------------------------------------------------------------
-
-    def mix(self, gradients: GradientView, sft: StreamGradient, both: Comparison) -> None:
-        c = scheduled(self.coefficient, self.coefficient_end, self.progress, self.schedule)
-        sft_gradients = {
-            p: as_gradient(p, g)
-            for p, g in zip(sft.gradients.parameters, sft.gradients.tensors, strict=True)
-            if g is not None
-        }
-        clip_as_trl(sft_gradients, self._sft_max_norm)
-        self.note(coefficient=c)
-        if self._optimizer is None:
-            rl = {p: p.grad for p in gradients.parameters if p.grad is not None}
-            clip_as_trl(rl, self._max_grad_norm)
-            gradients.mul_(1 - c).axpy_(c, sft.gradients)
-            return
-        self._optimizer.coefficient = c
-        self._optimizer.skip_rl = self.skip_equal_rewards and not bool(both.norm_a)
-        self._optimizer.give_sft(sft_gradients)
-        if self.skip_equal_rewards:
-            self.note(skipped_rl=float(self._optimizer.skip_rl))
-
-
-def clip_as_trl(gradients: Mapping[nn.Parameter, Tensor], max_norm: float) -> None:
-    """Clip gradients in place by the very function that TRL's trainer uses on `p.grad`; 0 leaves them."""
-    if max_norm <= 0:
-        return
-    before: dict[nn.Parameter, Tensor | None] = {p: p.grad for p in gradients}
-    try:
-        for p, g in gradients.items():
-            p.grad = g
-        torch.nn.utils.clip_grad_norm_(list(gradients), max_norm)
-    finally:
-        for p, old in before.items():
-            p.grad = old

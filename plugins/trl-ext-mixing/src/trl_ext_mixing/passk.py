@@ -14,16 +14,15 @@ import typer
 
 from trl_ext.errors import ConfigurationError
 from trl_ext_mixing.fingerprints import rows_fingerprint, weights_fingerprint
-from trl_ext_mixing.judging import Judge, RewardFunction, check_reward, load_reward
 from trl_ext_mixing.loading import check_template, load_model, load_tokenizer, refuse_bad_options
 from trl_ext_mixing.passk_results import Result, print_results, write_results
 from trl_ext_mixing.progress import Report
-from trl_ext_mixing.samples import SampleFile
-from trl_ext_mixing.sampling import batch_seed, batches, complete, end_ids
+from trl_ext_mixing.reward_functions import Judge, RewardFunction, check_reward, load_reward
+from trl_ext_mixing.sample_file import SampleFile
 
 
 @dataclass(frozen=True)
-class Settings:
+class PasskSettings:
     """What decides the samples: a file of samples belongs to one of these. `solved_at` alone only judges them."""
 
     model: str
@@ -74,7 +73,7 @@ def passk(
     ks = read_ks(k, n)
     refuse_bad_options(confidence, dtype, device)
     outputs = output_files(output, model)
-    first = Settings(
+    first = PasskSettings(
         model[0], dataset, reward, split, dataset_name, columns, limit, n, temperature, top_p, max_new_tokens,
         batch_size, solved_at, dtype, seed,
     )  # fmt: skip
@@ -136,7 +135,7 @@ def output_files(output: Path, models: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def load_rows(settings: Settings) -> list[dict[str, Any]]:
+def load_rows(settings: PasskSettings) -> list[dict[str, Any]]:
     """The problems.
 
     Raises:
@@ -166,7 +165,7 @@ def load_rows(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def header(settings: Settings, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def header(settings: PasskSettings, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What samples belong to: the settings, and the content of the rows and weights that they name.
 
     Raises:
@@ -180,7 +179,7 @@ def header(settings: Settings, rows: Sequence[dict[str, Any]]) -> dict[str, dict
 
 
 def sample(
-    settings: Settings,
+    settings: PasskSettings,
     rows: Sequence[dict[str, Any]],
     file: SampleFile,
     *,
@@ -207,6 +206,8 @@ def sample(
     Raises:
         ConfigurationError: the model or the reward function cannot be used.
     """
+    from trl_ext_mixing.sampling import batch_seed, batches, complete, end_ids
+
     held = file.samples
     yield len(held)
     if len(held) == len(rows) * settings.n:

@@ -12,7 +12,7 @@ from typing import Any
 
 from trl_ext.errors import ConfigurationError
 from trl_ext_mixing.estimators import Estimate, mean_difference, mean_with_interval, pass_at_k
-from trl_ext_mixing.samples import SampleFile
+from trl_ext_mixing.sample_file import SampleFile
 
 
 @dataclass(frozen=True)

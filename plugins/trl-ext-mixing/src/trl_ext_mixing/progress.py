@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from rich.progress import Progress, TaskID
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 _SECONDS = 30.0
 
@@ -21,6 +23,7 @@ class Report:
         self._name, self._total, self._last = "", 0, time.monotonic()
         if sys.stderr.isatty():
             from rich.console import Console
+            from rich.progress import Progress
 
             self._bar = Progress(console=Console(stderr=True))
 

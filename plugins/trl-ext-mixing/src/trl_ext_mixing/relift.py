@@ -1,85 +1,124 @@
-"""ReLIFT: prompts that no completion solves are buffered, and a full buffer gives a step of SFT between RL steps."""
+"""ReLIFT (arXiv:2506.07527): steps of GRPO, and between them steps of SFT on the prompts that RL does not solve.
+
+    each step        theta  <- step of the optimiser on grad L_GRPO
+                     buffer <- buffer + {prompts that none of their completions solves}
+    |buffer| >= M    theta  <- step of the optimiser on grad L_SFT of the M oldest, which leave the buffer
+
+    L_SFT = -1/T sum log p
+
+T counts the label tokens of those M demonstrations, over all ranks.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trl_ext import hookimpl
+from trl_ext.options import Range
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, WeightsView
-from trl_ext_mixing.demonstrations import Demonstration, Demonstrations, refuse_company, refuse_unsupported
-from trl_ext_mixing.parallel_averaging import clip_as_trl
-from trl_ext_mixing.rewards import pass_rates, refuse_undecided
+from trl_ext_mixing.demonstrations import Demonstration
+from trl_ext_mixing.optimizer_gradients import by_parameter, clip_as_trl, extra_step
+from trl_ext_mixing.unsolved import UnsolvedPrompts
 
 
 @dataclass(eq=False, kw_only=True)
-class ReLIFT:
-    """RL steps as ever; whenever the buffer is full, one more step of the same optimiser on its demonstrations.
+class ReLIFT(UnsolvedPrompts):
+    """RL steps as ever; when the buffer is full after one, one more step of the same optimiser on its demonstrations.
 
-    The step is taken right after an RL step, at that step's learning rate. Put plugins that follow the weights, such as
-    averages, after this one.
+    As in the authors' code (github.com/TheRoadQaQ/ReLIFT) there is at most one SFT step after an RL step, on the 64
+    that have waited longest; the buffer grows while more than that are unsolved in each step. (Their first release took
+    the newest first.) Different from theirs: they step an Adam of its own for SFT, with its own learning rate, and this
+    one is the trainer's, at the learning rate of the RL step that it follows; their scripts clip both gradients at 0.5,
+    leave out SFT steps above a given gradient norm, and some have a small entropy bonus.
+
+    Put plugins that follow the weights, such as averages, after this one.
 
     Args:
-        demonstrations: column of the GRPO data set with the demonstration of each prompt.
-        buffer_size: unsolved prompts, over all ranks, that make a step of SFT.
+        buffer_size: M, unsolved prompts over all ranks that make a step of SFT.
         batch_size: demonstrations per forward and rank; only memory depends on it.
         lr_ratio: learning rate of the SFT step over that of the RL step.
         max_grad_norm: norm to which the SFT gradient is clipped; the trainer's where None, 0 for no clipping.
-        max_length: longest demonstration in tokens; not cut where None.
-        reward: name of the reward function that says whether a completion solves its prompt; the weighted sum of all
-            where empty.
-        solved_at: value of that reward from which a completion counts as solved.
+        demonstrations, max_length, reward, solved_at: as in `UnsolvedPrompts`.
     """
 
-    demonstrations: str = "completion"
-    buffer_size: int = 64
-    batch_size: int = 8
-    lr_ratio: float = 1.0
-    max_grad_norm: float | None = None
-    max_length: int | None = None
-    reward: str = ""
-    solved_at: float = 1.0
+    buffer_size: Annotated[int, Range(ge=1)] = 64
+    batch_size: Annotated[int, Range(ge=1)] = 8
+    lr_ratio: Annotated[float, Range(gt=0)] = 1.0
+    max_grad_norm: Annotated[float, Range(ge=0)] | None = None
 
-    requires_api: ClassVar[str] = "1"
-    trainers: ClassVar[tuple[str, ...]] = ("grpo",)
+    method: ClassVar[str] = "relift"
     state_version: ClassVar[int] = 1
     citation: ClassVar[str] = "Ma et al., Learning What Reinforcement Learning Can't (ReLIFT), arXiv:2506.07527"
 
     def __post_init__(self) -> None:
-        for name in ("buffer_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"relift: {name}={getattr(self, name)} is not a number of demonstrations (1 or more)")
-        if not self.lr_ratio > 0:
-            raise ValueError(f"relift: lr_ratio={self.lr_ratio} is not above 0")
-        if self.max_grad_norm is not None and self.max_grad_norm < 0:
-            raise ValueError(f"relift: max_grad_norm={self.max_grad_norm} is not 0 or more")
-        self._source: Demonstrations | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
+        super().__post_init__()
+        self._optimizer: torch.optim.Optimizer
         self._max_norm = 0.0
-        self._buffer: list[Demonstration] = []
-        self._sft_steps = 0
-        self._skipped = 0
         self._nonfinite = "raise"
-        self._template: Mapping[str, Any] = {}
-        self._nll: float | None = None
+        self._buffer: list[Demonstration] = []
+        self._sft_steps = self._skipped = 0
+
+    # -- the rule ----------------------------------------------------------------------------------------------------
+
+    @hookimpl
+    def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
+        if rollouts.training:
+            unsolved = self.pass_rates(rollouts, rewards) == 0  # False where nobody judged: NaN
+            found = self.source.of_prompts(rollouts, rewards, unsolved)
+            self._buffer.extend(self._of_all_ranks(list(found.values())))
+        return advantages
+
+    @hookimpl
+    def weights_updated(self, weights: WeightsView, step: int, skipped: bool) -> None:
+        if not skipped and len(self._buffer) >= self.buffer_size:
+            batch, self._buffer = self._buffer[: self.buffer_size], self._buffer[self.buffer_size :]
+            self._sft_step(batch)
+
+    def _sft_step(self, batch: list[Demonstration]) -> None:
+        context = self.source.context
+        sft = self.source.gradient(batch[context.rank :: context.world_size], self.batch_size)
+        if self._nonfinite != "ignore" and not torch.isfinite(sft.gradients.norm()):
+            self._leave_out()
+            return
+        gradients = by_parameter(sft.gradients)
+        clip_as_trl(gradients, self._max_norm)
+        extra_step(self._optimizer, gradients, self.lr_ratio)
+        self._sft_steps += 1
+        self.means.add(sft_nll=sft.nll)
+
+    def _leave_out(self) -> None:
+        if self._nonfinite == "raise":
+            raise ArithmeticError(
+                "NaN or infinite gradient of the buffered demonstrations; nonfinite='skip' leaves such steps out"
+            )
+        self._skipped += 1
+
+    def _of_all_ranks(self, mine: list[Demonstration]) -> list[Demonstration]:
+        """In the order of the prompts, the same on all ranks, so that all step together. Collective."""
+        world = self.source.context.world_size
+        if world == 1:
+            return mine
+        gathered: list[list[Demonstration]] = [[]] * world
+        dist.all_gather_object(gathered, mine)
+        return [demonstration for part in gathered for demonstration in part]
+
+    # -- the run -----------------------------------------------------------------------------------------------------
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
-        refuse_company(run, "relift")
-        refuse_undecided(run, self.reward)
-        refuse_unsupported(run, self.demonstrations, f"relift: demonstrations={self.demonstrations!r}")
+        super().check(run)
         self._max_norm = float(run.args.max_grad_norm or 0.0) if self.max_grad_norm is None else self.max_grad_norm
         self._nonfinite = run.args.nonfinite or "raise"
-        self._template = run.args.chat_template_kwargs or {}
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:
-        self._source = Demonstrations(context, self.demonstrations, self.max_length, self._template)
+        super().setup(context)
         self._buffer, self._sft_steps, self._skipped = [], 0, 0
 
     @hookimpl
@@ -88,69 +127,9 @@ class ReLIFT:
         return optimizer
 
     @hookimpl
-    def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
-        if not rollouts.training or self._source is None:
-            return advantages
-        rates = pass_rates(rewards, rollouts.num_generations, self.reward, self.solved_at)
-        unsolved = list(self._source.of_prompts(rollouts, rewards, rates == 0).values())
-        # The buffer is the same on all ranks, in the order of the prompts, so that all step together.
-        world = self._source.context.world_size
-        parts: list[list[Demonstration]] = [unsolved] * world
-        if world > 1:
-            dist.all_gather_object(parts, unsolved)
-        for part in parts:
-            self._buffer.extend(part)
-        return advantages
-
-    @hookimpl
-    def weights_updated(self, weights: WeightsView, step: int, skipped: bool) -> None:
-        while not skipped and len(self._buffer) >= self.buffer_size:
-            batch, self._buffer = self._buffer[: self.buffer_size], self._buffer[self.buffer_size :]
-            self._sft_step(batch)
-
-    def _sft_step(self, batch: list[Demonstration]) -> None:
-        source, optimizer = self._source, self._optimizer
-        if source is None or optimizer is None:
-            raise RuntimeError("the trainer has not set this plugin up")
-        sft = source.gradient(batch[source.context.rank :: source.context.world_size], self.batch_size)
-        if self._nonfinite != "ignore" and not torch.isfinite(sft.gradients.norm()):
-            if self._nonfinite == "raise":
-                raise ArithmeticError(
-                    "NaN or infinite gradient of the buffered demonstrations; nonfinite='skip' leaves such steps out"
-                )
-            self._skipped += 1
-            return
-        gradients = dict(zip(sft.gradients.parameters, sft.gradients.tensors, strict=True))
-        present = {p: g for p, g in gradients.items() if g is not None}
-        clip_as_trl(present, self._max_norm)
-        rates = [group["lr"] for group in optimizer.param_groups]
-        try:
-            for p, g in present.items():
-                p.grad = g
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * self.lr_ratio
-            optimizer.step()
-        finally:
-            for p in present:
-                p.grad = None  # the RL gradient has been used by now
-            for group, lr in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = lr
-        self._sft_steps += 1
-        self._nll = sft.nll
-
-    @hookimpl
     def metrics(self, mode: str) -> dict[str, float]:
-        if mode != "train":
-            return {}
-        values = {
-            "buffered": float(len(self._buffer)),
-            "sft_steps": float(self._sft_steps),
-            "skipped_sft_steps": float(self._skipped),
-            "dropped_demonstrations": 0.0 if self._source is None else float(self._source.dropped),
-        }
-        if self._nll is not None:
-            values["sft_nll"], self._nll = self._nll, None
-        return values
+        counts = {"buffered": len(self._buffer), "sft_steps": self._sft_steps, "skipped_sft_steps": self._skipped}
+        return super().metrics(mode) | {name: float(n) for name, n in counts.items()} if mode == "train" else {}
 
     def state_dict(self) -> dict[str, Any]:
         """The buffered demonstrations and the number of SFT steps, the same on all ranks."""

@@ -1,31 +1,25 @@
-"""What the methods on an RL and an SFT gradient share: the stream, the progress of the run, and the diagnostics."""
+"""What the methods on an RL and an SFT gradient share: the demonstrations, the steps done, and the diagnostics."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
+from trl_ext.options import Range
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, StreamGradient, StreamRequest, WeightsView
+from trl_ext_mixing.company import MIXING, ONE_AT_A_TIME
 from trl_ext_mixing.comparison import Comparison
-from trl_ext_mixing.demonstrations import (
-    Demonstration,
-    Demonstrations,
-    first_rows,
-    refuse_company,
-    refuse_missing_column,
-    refuse_split_generations,
-    refuse_unsupported,
-)
-from trl_ext_mixing.rewards import all_groups_equal, pass_rates, refuse_unknown
-
-ROLE = "sft"
+from trl_ext_mixing.means import Means
+from trl_ext_mixing.pass_rates import all_groups_equal, pass_rates, summary
+from trl_ext_mixing.run_checks import refuse_unknown_reward
+from trl_ext_mixing.sft_sources import DemonstrationColumn, SFTStream, SFTStreamRows
 
 
 @dataclass(eq=False, kw_only=True)
@@ -45,56 +39,37 @@ class TwoGradients:
         on_exhausted: what to do at the end of the demonstrations: "cycle", "stop" or "error".
         max_length: longest demonstration in tokens; not cut where None.
         reward: name of the reward function that says whether a completion solves its prompt; the weighted sum of all
-            where empty. For the logged pass rate.
+            where empty. For the logged pass rate, which is over the completions that it judges.
         solved_at: value of that reward from which a completion counts as solved.
+
+    Raises:
+        ValueError: options that exclude each other.
     """
 
-    batch_size: int = 8
+    batch_size: Annotated[int, Range(ge=1)] = 8
     demonstrations: str = ""
     stream_row: str = ""
     on_exhausted: Literal["cycle", "stop", "error"] = "cycle"
-    max_length: int | None = None
+    max_length: Annotated[int, Range(ge=2)] | None = None
     reward: str = ""
     solved_at: float = 1.0
 
     method: ClassVar[str]
     requires_api: ClassVar[str] = "1"
     trainers: ClassVar[tuple[str, ...]] = ("grpo",)
+    provides: ClassVar[tuple[str, ...]] = (MIXING,)
+    conflicts: ClassVar[Mapping[str, str]] = ONE_AT_A_TIME
     state_version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"{self.method}: batch_size={self.batch_size} is not a number of samples (1 or more)")
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"{self.method}: max_length={self.max_length} leaves no label; give 2 tokens or more")
-        if self.stream_row and self.demonstrations:
-            raise ValueError(f"{self.method}: stream_row={self.stream_row!r} and demonstrations exclude each other")
-        if self.stream_row and self.batch_size != TwoGradients.batch_size:
-            raise ValueError(
-                f"{self.method}: stream_row={self.stream_row!r} takes the rows of a step's prompts in one forward, and "
-                f"batch_size={self.batch_size} would do nothing; leave it out"
-            )
-        if (self.stream_row or self.demonstrations) and self.on_exhausted != "cycle":
-            raise ValueError(
-                f"{self.method}: on_exhausted={self.on_exhausted!r} does nothing where the demonstrations are those of "
-                "the step's prompts; leave it out"
-            )
-        if self.stream_row and self.max_length is not None:
-            raise ValueError(
-                f"{self.method}: max_length={self.max_length} may drop rows of the stream, and stream_row="
-                f"{self.stream_row!r} would count past them; cut the demonstrations beforehand"
-            )
-        self._step = 0
-        self._max_steps = 1
-        self._max_grad_norm = 0.0
-        self._source: Demonstrations | None = None
-        self._rolled_out: list[Demonstration] = []
-        self._rows: list[int] = []
+        self._refuse_contradictions()
+        self._source = self._sft_source()
+        self.step = 0
+        self.max_steps = 1
+        self.trainers_max_norm = 0.0
         self._rewards_are_summed = True
-        self._template: Mapping[str, Any] = {}
         self._noted: dict[str, float | Tensor] = {}
-        self._sums: dict[str, float | Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._means = Means()
 
     @abstractmethod
     def mix(self, gradients: GradientView, sft: StreamGradient, both: Comparison) -> None:
@@ -110,54 +85,32 @@ class TwoGradients:
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
-        refuse_company(run, self.method)
-        refuse_unknown(run, self.reward)
-        self._max_grad_norm = float(run.args.max_grad_norm or 0.0)
+        refuse_unknown_reward(run, self.reward)
+        self.trainers_max_norm = float(run.args.max_grad_norm or 0.0)
         self._rewards_are_summed = run.args.multi_objective_aggregation == "sum_then_normalize"
-        self._template = run.args.chat_template_kwargs or {}
-        if self.demonstrations:
-            refuse_unsupported(run, self.demonstrations, f"{self.method}: demonstrations={self.demonstrations!r}")
-        if self.stream_row:
-            refuse_missing_column(run, self.stream_row, f"{self.method}: stream_row={self.stream_row!r}")
-        if self.demonstrations or self.stream_row:
-            refuse_split_generations(run)
+        self._source.check(run)
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:
-        if self.demonstrations:
-            self._source = Demonstrations(context, self.demonstrations, self.max_length, self._template)
-        self._step = 0
-        self._max_steps = max(context.max_steps, 1)
+        self._source.setup(context)
+        self.step = 0
+        self.max_steps = max(context.max_steps, 1)
 
     @hookimpl
     def streams(self) -> list[StreamRequest]:
-        if self.demonstrations:
-            return []
-        return [
-            StreamRequest(
-                ROLE,
-                batch_size=self.batch_size,
-                on_exhausted=self.on_exhausted,
-                max_length=self.max_length,
-                select=(lambda: self._rows) if self.stream_row else None,
-            )
-        ]
+        return self._source.requests()
 
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
         if rollouts.training:
-            self._step = rollouts.step
-            rates = pass_rates(rewards, rollouts.num_generations, self.reward, self.solved_at)
-            self.note(pass_rate=rates.mean(), solved_prompts=(rates > 0).float().mean())
-            if self._source is not None:
-                self._rolled_out = list(self._source.of_prompts(rollouts, rewards).values())
-            if self.stream_row:
-                self._rows = [int(row[self.stream_row]) for _, row in first_rows(rollouts, rewards)]
+            self.step = rollouts.step
+            self.note(**summary(pass_rates(rewards, rollouts.num_generations, self.reward, self.solved_at)))
+            self._source.rolled_out(rollouts, rewards)
         return advantages
 
     @hookimpl
     def gradients_ready(self, gradients: GradientView, streams: Mapping[str, StreamGradient]) -> None:
-        sft = streams[ROLE] if self._source is None else self._source.gradient(self._rolled_out, self.batch_size)
+        sft = self._source.gradient(streams)
         both = Comparison.of_gradients(gradients.parameters, gradients.tensors, sft.gradients.tensors)
         self.note(
             sft_nll=sft.nll,
@@ -173,35 +126,31 @@ class TwoGradients:
 
     @hookimpl
     def weights_updated(self, weights: WeightsView, step: int, skipped: bool) -> None:
-        self._step = step
-        for name, value in self._noted.items():
-            if not skipped:  # of such a step most is not finite
-                self._sums[name] = self._sums.get(name, 0.0) + value
-                self._counts[name] = self._counts.get(name, 0) + 1
+        self.step = step
+        if not skipped:  # of such a step most is not finite
+            self._means.add(**self._noted)
         self._noted.clear()
 
     @hookimpl
     def metrics(self, mode: str) -> dict[str, float]:
-        if mode != "train":
-            return {}
-        return self.read() | ({} if self._source is None else {"dropped_demonstrations": float(self._source.dropped)})
+        return self._means.read() | self._source.metrics() if mode == "train" else {}
 
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser steps done; the stream's position is the core's."""
-        return {"step": self._step}
+        return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue after the steps done."""
-        self._step = int(state["step"])
+        self.step = int(state["step"])
 
     # -- for the methods ---------------------------------------------------------------------------------------------
 
     @property
     def progress(self) -> float:
         """Share of the optimiser steps already done, in [0, 1]."""
-        return self._step / self._max_steps
+        return self.step / self.max_steps
 
     def no_signal(self, rollouts: Rollouts, rewards: Rewards) -> bool:
         """Whether all groups of all ranks have equal rewards: the advantages are then zero but for rounding."""
@@ -214,9 +163,38 @@ class TwoGradients:
         """
         self._noted.update(values)
 
-    def read(self) -> dict[str, float]:
-        """Means of what was noted since the last reading."""
-        values = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        self._sums.clear()
-        self._counts.clear()
-        return values
+    # -- options -----------------------------------------------------------------------------------------------------
+
+    def _sft_source(self) -> SFTStream:
+        common: dict[str, Any] = {
+            "batch_size": self.batch_size,
+            "on_exhausted": self.on_exhausted,
+            "max_length": self.max_length,
+        }
+        if column := self.demonstrations:
+            return DemonstrationColumn(column=column, setting=f"{self.method}: demonstrations={column!r}", **common)
+        if column := self.stream_row:
+            return SFTStreamRows(column=column, setting=f"{self.method}: stream_row={column!r}", **common)
+        return SFTStream(**common)
+
+    def _refuse_contradictions(self) -> None:
+        if self.stream_row and self.demonstrations:
+            raise ValueError(
+                f"{self.method}: stream_row={self.stream_row!r} and demonstrations={self.demonstrations!r} exclude "
+                "each other; leave one out"
+            )
+        if self.stream_row and self.batch_size != TwoGradients.batch_size:
+            raise ValueError(
+                f"{self.method}: stream_row={self.stream_row!r} takes the rows of a step's prompts in one forward, and "
+                f"batch_size={self.batch_size} would do nothing; leave it out"
+            )
+        if (self.stream_row or self.demonstrations) and self.on_exhausted != "cycle":
+            raise ValueError(
+                f"{self.method}: on_exhausted={self.on_exhausted!r} does nothing where the demonstrations are those of "
+                "the step's prompts; leave it out"
+            )
+        if self.stream_row and self.max_length is not None:
+            raise ValueError(
+                f"{self.method}: max_length={self.max_length} may drop rows of the stream, and stream_row="
+                f"{self.stream_row!r} would count past them; leave it out and cut the demonstrations beforehand"
+            )

@@ -1,4 +1,7 @@
-"""`auto`: choose the objective by the base model's capability on the training data."""
+"""Auto: `1 - p` where the base model is strong on the training data, `-log p` elsewhere (arXiv 2510.00526).
+
+Strong is a mean probability of the response tokens of at least 0.76, the weakest of the paper's strong settings.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,10 @@ class Auto(Objective):
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
-        """Loss (B, T) of the objective that was chosen."""
+        """Loss (B, T), at least 0, of the objective that was chosen: 1 - p, or -log p in nats (arXiv 2510.00526).
+
+        The core's denominator is all label tokens of the window.
+        """
         if not self._settled and tokens.training and tokens.stream is None:
             if tokens.progress == 0:
                 self._measure(tokens)

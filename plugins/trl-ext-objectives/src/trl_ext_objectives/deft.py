@@ -1,4 +1,4 @@
-"""DEFT: the power family whose exponent follows how concentrated the distribution is."""
+"""DEFT: `(1 - p^a) / a` with a = sg[sum_v p_v^2], the power family with an exponent per token (arXiv 2602.11424)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class DEFT(Objective):
-    """`(1 - p^a) / a` with a = sg[sum_v p_v^2]: like NLL where the model is unsure, like -p where it is sure."""
+    """The exponent is how concentrated the distribution is: like NLL where the model is unsure, like -p where sure."""
 
     citation: ClassVar[str] = "Dynamic Entropy Fine-Tuning, arXiv 2602.11424"
     fused_outputs = ("log_sum_sq_probs",)
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
-        """Loss (B, T)."""
+        """Loss (B, T) in [0, 1 / a], where a is in (0, 1] (arXiv 2602.11424).
+
+        The core's denominator is all label tokens of the window.
+        """
         concentration = tokens.extras["log_sum_sq_probs"].detach().exp()
         return power_loss(tokens.log_probs, concentration)

@@ -1,4 +1,7 @@
-"""DFT: NLL gated by the detached probability. Its gradient is that of -p; its value is p times NLL, as TRL logs it."""
+"""DFT: `-sg[p] log p` (arXiv 2508.05629, equation 9).
+
+Its gradient is that of -p; its value is p times NLL, as TRL's `loss_type="dft"` logs it.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,6 @@ if TYPE_CHECKING:
     from trl_ext.records import TokenRecord
 
 
-def dft_loss(log_probs: Tensor) -> Tensor:
-    """`-sg[p] log p`, any shape and float dtype (arXiv 2508.05629, equation 9)."""
-    return -log_probs.detach().exp() * log_probs
-
-
 @dataclass(eq=False)
 class DFT(Objective):
     """Dynamic fine-tuning: `power` with alpha = 1 in gradient, TRL's `loss_type="dft"` in gradient and value."""
@@ -27,5 +25,8 @@ class DFT(Objective):
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
-        """Loss (B, T)."""
-        return dft_loss(tokens.log_probs)
+        """Loss (B, T) in [0, 1 / e] nats (arXiv 2508.05629, equation 9).
+
+        The core's denominator is all label tokens of the window.
+        """
+        return -tokens.probs.detach() * tokens.log_probs

@@ -1,13 +1,14 @@
-"""Entropy-regularised NLL."""
+"""Entropy-regularised NLL: `-log p - beta H` (arXiv 1701.06548)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from trl_ext import hookimpl
+from trl_ext.options import Range
+from trl_ext.schedules import Scheduled
 from trl_ext_objectives.objective import Objective
-from trl_ext_objectives.schedule import NON_NEGATIVE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,18 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Entropy(Objective):
-    """`-log p - beta H`: NLL with a bonus, in nats, for a next-token distribution that stays open.
+    """NLL with a bonus, in nats, for a next-token distribution that stays open.
 
     Args:
-        beta: Weight of the bonus, at least 0, or a schedule.
+        beta: Weight of the bonus, or a schedule; 0.1 is our choice.
     """
 
     citation: ClassVar[str] = "Regularizing by Penalizing Confident Output Distributions, arXiv 1701.06548"
-    ranges = {"beta": NON_NEGATIVE}
 
-    beta: float | str = 0.1
+    beta: Annotated[Scheduled, Range(ge=0)] = 0.1
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
-        """Loss (B, T)."""
+        """Loss (B, T) in nats, at least -beta ln V (arXiv 1701.06548).
+
+        The core's denominator is all label tokens of the window.
+        """
         return -tokens.log_probs - self.now("beta", tokens) * tokens.entropy

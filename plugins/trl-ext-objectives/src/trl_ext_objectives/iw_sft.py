@@ -1,13 +1,17 @@
-"""iw-SFT: each sequence weighs as much more as the model has moved towards it since the reference."""
+"""iw-SFT: `-sg[clamp(exp(temperature mean_t(log p - log p_ref)), 0, maximum)] log p` (arXiv 2507.12856).
+
+Each sequence weighs as much more as the model has moved towards it since the reference.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from trl_ext import hookimpl
+from trl_ext.options import Range
+from trl_ext.schedules import Scheduled
 from trl_ext_objectives.reference_objective import ReferenceObjective
-from trl_ext_objectives.schedule import POSITIVE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
 def sequence_weights(
     log_probs: Tensor, reference: Tensor, mask: Tensor, sample_index: Tensor, temperature: float, maximum: float
 ) -> Tensor:
-    """`clamp(exp(temperature x mean_t(log p - log p_ref)), 0, maximum)` of the sequence of each token.
+    """`clamp(exp(temperature x mean_t(log p - log p_ref)), 0, maximum)` of each token's sequence (arXiv 2507.12856).
 
     Args:
         log_probs, reference: (B, T) float.
@@ -42,20 +46,22 @@ class IwSFT(ReferenceObjective):
 
     Args:
         reference: `start`, `base`, `model:PATH` or `cache:PATH`; see `trl_ext_objectives.reference`.
-        temperature: Sharpness of the weights, greater than 0, or a schedule.
+        temperature: Sharpness of the weights, or a schedule.
         maximum: Largest weight.
     """
 
     citation: ClassVar[str] = "Supervised Fine Tuning on Curated Data is Reinforcement Learning, arXiv 2507.12856"
-    ranges = {"temperature": POSITIVE, "maximum": POSITIVE}
 
     reference: str = "start"
-    temperature: float | str = 1.0
-    maximum: float = 16.0
+    temperature: Annotated[Scheduled, Range(gt=0)] = 1.0
+    maximum: Annotated[float, Range(gt=0)] = 16.0
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
-        """Loss (B, T)."""
+        """Loss (B, T) in nats, at least 0 and at most `maximum` times NLL (arXiv 2507.12856).
+
+        The core's denominator is all label tokens of the window.
+        """
         reference = self.reference_log_probs(tokens)
         temperature = self.now("temperature", tokens)
         index = tokens.sample_index

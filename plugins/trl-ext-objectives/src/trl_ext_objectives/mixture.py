@@ -1,15 +1,19 @@
-"""A convex mixture of two objectives, whose weight can move over the training."""
+"""Mixture: `weight first + (1 - weight) second`, whose weight can move over the training.
+
+arXiv 2510.00526 compares single objectives along a continuum; mixing two of them is ours.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from trl_ext import hookimpl
-from trl_ext.plugins.activation import activate
+from trl_ext.options import Range
+from trl_ext.plugins import activate
+from trl_ext.schedules import Scheduled
 from trl_ext_objectives.objective import Objective
-from trl_ext_objectives.schedule import UNIT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,29 +35,39 @@ def build_objective(spec: str | Mapping[str, Any], option: str) -> Objective:
 
 @dataclass(eq=False)
 class Mixture(Objective):
-    """`weight x first + (1 - weight) x second`, per token.
+    """Two objectives at once, per token.
 
     Args:
-        first, second: Objectives as in a config: `"power:alpha=10"`, or a mapping with the key `name`.
-        weight: Share of the first, in [0, 1], or a schedule: `"linear:0:1"` moves from the second to the first.
+        first: Objective as in a config: `"power:alpha=10"`, or a mapping with the key `name`.
+        second: The other one, likewise.
+        weight: Share of the first, or a schedule: `"linear:0:1"` moves from the second to the first.
+
+    Raises:
+        ValueError: A part is no objective, or cannot work beside another one.
     """
 
     citation: ClassVar[str] = "Beyond Log Likelihood: Probability-Based Objectives for SFT, arXiv 2510.00526"
     state_version: ClassVar[int] = 1
-    ranges = {"weight": UNIT}
 
     first: str | dict[str, Any] = "power"
     second: str | dict[str, Any] = "nll"
-    weight: float | str = 0.5
+    weight: Annotated[Scheduled, Range(ge=0, le=1)] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._first = build_objective(self.first, "Mixture: first")
-        self._second = build_objective(self.second, "Mixture: second")
-        for part in (self._first, self._second):
-            if not part.mixable:
-                raise ValueError(f"Mixture: {part!r} changes or reads the model's forward, and cannot be mixed")
+        self._first = build_objective(self.first, "first")
+        self._second = build_objective(self.second, "second")
+        parts = (self._first, self._second)
+        for part in parts:
+            if part.alone:
+                raise ValueError(f"{part!r} cannot be mixed: {part.alone}")
+        self.trainers = tuple(t for t in type(self).trainers if all(t in part.trainers for part in parts))
         self.fused_outputs = tuple(dict.fromkeys((*self._first.fused_outputs, *self._second.fused_outputs)))
+
+    @property
+    def moves(self) -> bool:
+        """Whether the weight or a part changes over the training."""
+        return super().moves or self._first.moves or self._second.moves
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
@@ -69,7 +83,10 @@ class Mixture(Objective):
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
-        """Loss (B, T)."""
+        """Loss (B, T), between the losses of the parts and in their units (after arXiv 2510.00526).
+
+        The core's denominator is all label tokens of the window; a part with `normalization=kept` keeps its own.
+        """
         weight = self.now("weight", tokens)
         return weight * self._first.per_token_loss(tokens) + (1 - weight) * self._second.per_token_loss(tokens)
 

@@ -1,4 +1,4 @@
-"""Negative log-likelihood as an objective: TRL's own loss, for mixtures and comparisons."""
+"""NLL: `-log p`, TRL's own loss, as an objective for mixtures and comparisons (baseline of arXiv 2510.00526)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class NLL(Objective):
-    """`-log p`: every token weighs 1 - p, so that the least likely ones lead."""
+    """Negative log-likelihood: every token weighs 1 - p, so that the least likely ones lead."""
 
     citation: ClassVar[str] = "Baseline of arXiv 2510.00526"
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
-        """Loss (B, T)."""
+        """Loss (B, T) in nats, at least 0 (baseline of arXiv 2510.00526).
+
+        The core's denominator is all label tokens of the window.
+        """
         return -tokens.log_probs

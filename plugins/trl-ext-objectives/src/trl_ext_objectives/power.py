@@ -1,14 +1,18 @@
-"""The power family (1 - p^alpha) / alpha, from NLL (alpha -> 0) over -p (alpha = 1) to prior-leaning (alpha > 1)."""
+"""Power family: `(1 - p^alpha) / alpha` (arXiv 2510.00526, section 3).
+
+It goes from NLL (alpha -> 0) over -p (alpha = 1) to objectives that lean on the model's prior (alpha > 1).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from trl_ext import hookimpl
-from trl_ext_objectives.numerics import one_minus_exp
+from trl_ext.numerics import one_minus_exp
+from trl_ext.options import Range
+from trl_ext.schedules import Scheduled
 from trl_ext_objectives.objective import Objective
-from trl_ext_objectives.schedule import POSITIVE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,19 +30,17 @@ class Power(Objective):
     """Weigh each token by p^alpha: small alpha learns from every token, large alpha from those already likely.
 
     Args:
-        alpha: Exponent, greater than 0, or a schedule. 1 is the paper's `-p` (TRL's `loss_type="dft"`), 10 its `-p^10`;
-            near 0 is NLL.
-
-    Raises:
-        ValueError: `alpha` is not a positive finite number or a schedule between two.
+        alpha: Exponent, or a schedule. 1 is the paper's `-p` (TRL's `loss_type="dft"`), 10 its `-p^10`; near 0 is NLL.
     """
 
     citation: ClassVar[str] = "Beyond Log Likelihood: Probability-Based Objectives for SFT, arXiv 2510.00526"
-    ranges = {"alpha": POSITIVE}
 
-    alpha: float | str = 1.0
+    alpha: Annotated[Scheduled, Range(gt=0)] = 1.0
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
-        """Loss (B, T), in [0, 1 / alpha]; over the core's denominator, all label tokens of the window."""
+        """Loss (B, T) in [0, 1 / alpha] (arXiv 2510.00526, section 3).
+
+        The core's denominator is all label tokens of the window.
+        """
         return power_loss(tokens.log_probs, self.now("alpha", tokens))

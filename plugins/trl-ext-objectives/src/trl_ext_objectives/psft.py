@@ -1,17 +1,21 @@
-"""PSFT: the clipped ratio to the model of a few updates ago, so that no update moves a token far."""
+"""PSFT: `-min(r, clip(r, 1 - low, 1 + high))` with r = p / p_old (arXiv 2508.17784).
+
+p_old is of the model of a few updates ago, so no update moves a token far.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 
 from trl_ext import hookimpl
-from trl_ext_objectives.objective import KeptShare, Objective
-from trl_ext_objectives.reference import StartModel
-from trl_ext_objectives.schedule import NON_NEGATIVE, Range
+from trl_ext.options import Range
+from trl_ext_objectives.kept_tokens import KeptShare
+from trl_ext_objectives.live_reference import StartModel
+from trl_ext_objectives.objective import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,17 +39,17 @@ class PSFT(Objective):
     Memory: one copy of the trainable parameters, which is also in each checkpoint.
 
     Args:
-        low, high: How far the ratio may go below and above 1.
+        low: How far the ratio may go below 1.
+        high: How far it may go above 1.
         refresh_every: Optimiser steps between two refreshes. The source's run takes 8 (256 samples in batches of 32).
     """
 
     citation: ClassVar[str] = "Proximal Supervised Fine-Tuning, arXiv 2508.17784"
     state_version: ClassVar[int] = 1
-    ranges = {"low": Range(0, 1), "high": NON_NEGATIVE, "refresh_every": Range(1)}
 
-    low: float = 0.2
-    high: float = 0.28
-    refresh_every: int = 8
+    low: Annotated[float, Range(ge=0, le=1)] = 0.2
+    high: Annotated[float, Range(ge=0)] = 0.28
+    refresh_every: Annotated[int, Range(ge=1)] = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +68,10 @@ class PSFT(Objective):
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
-        """Loss (B, T), in [-(1 + high), 0]."""
+        """Loss (B, T) in [-(1 + high), 0] (arXiv 2508.17784).
+
+        The core's denominator is all label tokens of the window.
+        """
         old = tokens.reference_log_probs
         old = self._old.log_probs(tokens) if old is None else old
         self._unclipped.add(tokens.mask & (tokens.log_probs.detach() - old <= math.log1p(self.high)), tokens)

@@ -1,4 +1,4 @@
-"""Where reference log-probabilities come from: the start model, the PEFT base, another model, or a cache.
+"""What a reference is: a source of the labels' log-probabilities under a model that is not the one in training.
 
 | option | memory | time per micro-batch |
 |---|---|---|
@@ -11,25 +11,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from trl_ext_objectives.cache import LogProbCache, vocabulary_digest
-
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from trl_ext.records import RunDescription, SetupContext, TokenRecord
 
-KINDS = "start, base, model:PATH or cache:PATH"
-
 
 class Reference(ABC):
-    """A source of log-probabilities of the labels under a model that is not the one in training."""
+    """A source of log-probabilities of the labels."""
 
     def check(self, run: RunDescription) -> None:  # noqa: B027, most have nothing to check
         """Refuse a run that cannot have this reference, before the model loads."""
@@ -47,174 +38,3 @@ class Reference(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Take back what `state_dict` gave."""
-
-
-class LiveReference(Reference):
-    """A reference that is a forward of a model: of the one in training with other weights, or of its own."""
-
-    model: nn.Module | None = None
-
-    def check(self, run: RunDescription) -> None:
-        # Streams are scored at temperature 1, and a forward of our own meets GRPO's head at the sampling temperature.
-        if run.trainer == "grpo" and run.args.temperature != 1:
-            raise ValueError(
-                f"a reference that is a forward would be taken at GRPO's temperature={run.args.temperature}; use "
-                "reference='cache:PATH' or temperature=1"
-            )
-
-    def setup(self, context: SetupContext) -> None:
-        self.model = context.model
-
-    @abstractmethod
-    def active(self) -> AbstractContextManager[Any]:
-        """A context in which `model` has the reference's weights."""
-
-    def log_probs(self, tokens: TokenRecord) -> Tensor:
-        model = self.ready()
-        inputs = {k: v for k, v in tokens.inputs.items() if k != "output_router_logits"}
-        with self.active(), scoring(model):
-            return model(**{**inputs, "fused_lm_head": True}).log_probs
-
-    def ready(self) -> nn.Module:
-        """The model; raises RuntimeError before `setup`."""
-        if self.model is None:
-            raise RuntimeError("the reference is taken when training starts; call train() before evaluate()")
-        return self.model
-
-
-class StartModel(LiveReference):
-    """The trainable parameters as they were when the training began."""
-
-    def __init__(self) -> None:
-        self._parameters: Sequence[nn.Parameter] = ()
-        self._names: Sequence[str] = ()
-        self._frozen: list[Tensor] = []
-
-    def check(self, run: RunDescription) -> None:
-        super().check(run)
-        if run.sharding not in ("none", "ddp"):
-            raise ValueError(
-                f"reference='start' holds a whole copy of the parameters, which {run.sharding} splits up; use "
-                "reference='cache:PATH', or reference='base' with PEFT"
-            )
-
-    def setup(self, context: SetupContext) -> None:
-        super().setup(context)
-        self._names, self._parameters = context.weights.names, context.weights.parameters
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Take the parameters as they are now."""
-        current = [p.detach() for p in self._parameters]
-        if self._frozen:
-            torch._foreach_copy_(self._frozen, current)
-        else:
-            self._frozen = [p.clone() for p in current]
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        # Swapping `.data` leaves the tensors that the pending backward has saved, and their versions, as they are.
-        trained = [p.data for p in self._parameters]
-        try:
-            for parameter, frozen in zip(self._parameters, self._frozen, strict=True):
-                parameter.data = frozen
-            yield
-        finally:
-            for parameter, data in zip(self._parameters, trained, strict=True):
-                parameter.data = data
-
-    def state_dict(self) -> dict[str, Any]:
-        return {f"reference.{name}": frozen for name, frozen in zip(self._names, self._frozen, strict=True)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, frozen in zip(self._names, self._frozen, strict=True):
-            frozen.copy_(state[f"reference.{name}"])
-
-
-class AdaptersOff(LiveReference):
-    """The PEFT base model."""
-
-    def check(self, run: RunDescription) -> None:
-        super().check(run)
-        if not run.peft:
-            raise ValueError("reference='base' turns PEFT adapters off, and this run has none; use reference='start'")
-
-    def active(self) -> AbstractContextManager[Any]:
-        return self.ready().disable_adapter()  # type: ignore[operator]
-
-
-class OtherModel(LiveReference):
-    """A model of its own, loaded from a path or hub id, with the same vocabulary."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def setup(self, context: SetupContext) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from trl.trainer.utils import add_fused_lm_head
-
-        trained = context.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-        model = AutoModelForCausalLM.from_pretrained(self._path, dtype=next(context.model.parameters()).dtype)
-        own = model.get_output_embeddings().weight.shape[0]
-        same = vocabulary_digest(AutoTokenizer.from_pretrained(self._path)) == vocabulary_digest(context.tokenizer)
-        if own != trained or not same:
-            raise ValueError(
-                f"reference='model:{self._path}' has a vocabulary of {own} tokens, {'the same' if same else 'not the'} "
-                f"mapping of the trained model's {trained}; its log-probabilities would be of other tokens"
-            )
-        add_fused_lm_head(model)
-        self.model = model.to(context.device).eval().requires_grad_(False)
-
-    def active(self) -> AbstractContextManager[Any]:
-        return nullcontext()
-
-
-class Cached(Reference):
-    """Log-probabilities computed once and written to a file, found again by the content of each sample."""
-
-    def __init__(self, path: str) -> None:
-        self._path = Path(path)
-        self._cache: LogProbCache | None = None
-
-    def check(self, run: RunDescription) -> None:
-        self._cache = LogProbCache(self._path)
-
-    def setup(self, context: SetupContext) -> None:
-        self._cache = self._cache or LogProbCache(self._path)
-        self._cache.check_vocabulary(context.tokenizer)
-
-    def log_probs(self, tokens: TokenRecord) -> Tensor:
-        self._cache = self._cache or LogProbCache(self._path)
-        return self._cache.log_probs(tokens)
-
-
-def parse_reference(text: str, option: str) -> Reference:
-    """Read `start`, `base`, `model:PATH` or `cache:PATH`.
-
-    Raises:
-        ValueError: naming the option and the forms.
-    """
-    kind, _, path = text.partition(":")
-    if text == "start":
-        return StartModel()
-    if text == "base":
-        return AdaptersOff()
-    if kind == "model" and path:
-        return OtherModel(path)
-    if kind == "cache" and path:
-        return Cached(path)
-    raise ValueError(f"{option}={text!r} is not one of {KINDS}")
-
-
-@contextmanager
-def scoring(model: nn.Module) -> Iterator[None]:
-    """A forward without gradient, dropout or gradient checkpointing, in a model that may be in the middle of a step."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -1,17 +1,39 @@
-"""What the objectives with a reference share."""
+"""What the objectives with a reference share: the option that names it, and its life within a run."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from trl_ext import hookimpl
+from trl_ext_objectives.cached_reference import CachedReference
+from trl_ext_objectives.live_reference import AdaptersOff, OtherModel, StartModel
 from trl_ext_objectives.objective import Objective
-from trl_ext_objectives.reference import Reference, parse_reference
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trl_ext.records import RunDescription, SetupContext, TokenRecord
+    from trl_ext_objectives.reference import Reference
+
+KINDS = "start, base, model:PATH or cache:PATH"
+
+
+def parse_reference(text: str, option: str) -> Reference:
+    """Read `start`, `base`, `model:PATH` or `cache:PATH`.
+
+    Raises:
+        ValueError: naming the option and the forms.
+    """
+    kind, _, path = text.partition(":")
+    if text == "start":
+        return StartModel()
+    if text == "base":
+        return AdaptersOff()
+    if kind == "model" and path:
+        return OtherModel(path)
+    if kind == "cache" and path:
+        return CachedReference(path)
+    raise ValueError(f"{option}={text!r} is not one of {KINDS}")
 
 
 class ReferenceObjective(Objective):
@@ -25,7 +47,7 @@ class ReferenceObjective(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._reference: Reference = parse_reference(self.reference, f"{type(self).__name__}: reference")
+        self._reference: Reference = parse_reference(self.reference, "reference")
 
     @hookimpl
     def check(self, run: RunDescription) -> None:

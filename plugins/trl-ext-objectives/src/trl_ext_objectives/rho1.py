@@ -1,16 +1,20 @@
-"""Rho-1: train on the tokens that a good reference model finds easier than the current one does."""
+"""Rho-1: `-log p` of the share of tokens with the largest `log p_ref - log p` (arXiv 2404.07965, section 2.2).
+
+It trains on the tokens that a good reference model finds easier than the current one does.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 
 from trl_ext import hookimpl
-from trl_ext_objectives.objective import KeptShare, Normalization, normalized
+from trl_ext.options import Range
+from trl_ext.schedules import Scheduled
+from trl_ext_objectives.kept_tokens import KeptShare, Normalization, normalized
 from trl_ext_objectives.reference_objective import ReferenceObjective
-from trl_ext_objectives.schedule import Range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,25 +38,26 @@ class Rho1(ReferenceObjective):
 
     Args:
         reference: A model trained on good data, as `model:PATH` or `cache:PATH`. The start model would tie all tokens.
-        share: Share of the label tokens to keep, in (0, 1], or a schedule.
+        share: Share of the label tokens to keep, or a schedule.
         normalization: "kept" divides each micro-batch by its kept tokens (the paper's), "valid" by all label tokens.
     """
 
     citation: ClassVar[str] = "Rho-1: Not All Tokens Are What You Need, arXiv 2404.07965"
-    ranges = {"share": Range(0, 1, open_low=True)}
 
     reference: str
-    share: float | str = 0.6
+    share: Annotated[Scheduled, Range(gt=0, le=1)] = 0.6
     normalization: Normalization = "kept"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.choose("normalization", Normalization)
         self._kept = KeptShare()
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
-        """Loss (B, T), 0 for tokens that are not kept."""
+        """Loss (B, T) in nats, at least 0, and 0 for tokens that are not kept (arXiv 2404.07965, section 2.2).
+
+        The denominator is the kept tokens of each micro-batch, or all label tokens of the window: see `normalization`.
+        """
         reference = self.reference_log_probs(tokens)
         kept = keep_top_excess(tokens.log_probs, reference, tokens.mask, self.now("share", tokens))
         self._kept.add(kept, tokens)

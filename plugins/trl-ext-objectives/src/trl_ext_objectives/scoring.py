@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from trl_ext_objectives.cache import label_values, vocabulary_digest
 from trl_ext_objectives.capability import histogram
+from trl_ext_objectives.sample_keys import label_values, vocabulary_digest
 
 ROW = "trl_ext_row"
 
 
 @dataclass(frozen=True)
-class Settings:
+class CapabilitySettings:
     """Everything that the scores depend on."""
 
     model: str
@@ -79,7 +79,7 @@ class Scorer:
         scratch: an empty folder.
     """
 
-    def __init__(self, settings: Settings, rows: Any, start: int, scratch: Path) -> None:
+    def __init__(self, settings: CapabilitySettings, rows: Any, start: int, scratch: Path) -> None:
         import trl
 
         stream = rows.skip(start).to_iterable_dataset()

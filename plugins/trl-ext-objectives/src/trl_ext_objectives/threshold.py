@@ -1,16 +1,17 @@
-"""NLL or 1 - p on only the tokens on one side of a probability q."""
+"""Thresholded NLL or 1 - p: `f(p) 1[p >= q]`, or `f(p) 1[p <= q]`, with f(p) = -log p or 1 - p (arXiv 2510.00526)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from trl_ext import hookimpl
+from trl_ext.options import Range
+from trl_ext.schedules import Scheduled
 from trl_ext_objectives.capability import Capability
-from trl_ext_objectives.numerics import one_minus_p
-from trl_ext_objectives.objective import KeptShare, Normalization, Objective, normalized
-from trl_ext_objectives.schedule import UNIT
+from trl_ext_objectives.kept_tokens import KeptShare, Normalization, normalized
+from trl_ext_objectives.objective import Objective
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from trl_ext.records import RunDescription, TokenRecord
 
 Side = Literal["above", "below"]
-Loss = Literal["nll", "1-p"]
 
 
 def keep_side(log_probs: Tensor, mask: Tensor, q: float, side: Side) -> Tensor:
@@ -32,33 +32,26 @@ class Threshold(Objective):
     """Train on the tokens that the current model finds likely (or unlikely) enough; the choice is made anew each time.
 
     Args:
-        q: Probability in [0, 1], or a schedule; 0.2 is that of the paper's main table. With `quantile_of`, the share of
-            the base model's tokens that lie below the threshold: `q=0.9` keeps the likeliest tenth.
+        q: Probability, or a schedule; 0.2 is that of the paper's main table. With `quantile_of`, the share of the base
+            model's tokens that lie below the threshold: `q=0.9` keeps the likeliest tenth.
         side: "above" keeps p >= q, "below" keeps p <= q.
         loss: "nll" or "1-p", of the kept tokens.
         normalization: "valid" divides by all label tokens of the window (TRL's), "kept" each micro-batch by its kept
             tokens (the paper's). Logged as `normalized_by_kept`, 0 or 1.
         quantile_of: `capability.json` of the base model on this data set, by `trl-ext probe capability`. The quantiles
             are those before training, and stay.
-
-    Raises:
-        ValueError: `q` is outside [0, 1], or a choice is unknown.
     """
 
     citation: ClassVar[str] = "Beyond Log Likelihood: Probability-Based Objectives for SFT, arXiv 2510.00526"
-    ranges = {"q": UNIT}
 
-    q: float | str = 0.2
+    q: Annotated[Scheduled, Range(ge=0, le=1)] = 0.2
     side: Side = "above"
-    loss: Loss = "nll"
+    loss: Literal["nll", "1-p"] = "nll"
     normalization: Normalization = "valid"
     quantile_of: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.choose("side", Side)
-        self.choose("loss", Loss)
-        self.choose("normalization", Normalization)
         self._kept = KeptShare()
         self._base: Capability | None = None
 
@@ -70,14 +63,17 @@ class Threshold(Objective):
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
-        """Loss (B, T), 0 for tokens that are not kept."""
+        """Loss (B, T), at least 0, and 0 for tokens that are not kept (arXiv 2510.00526).
+
+        The denominator is all label tokens of the window, or the kept tokens of each micro-batch: see `normalization`.
+        """
         q = self.now("q", tokens)
         if self.quantile_of:
             self._base = self._base or Capability.load(self.quantile_of)
             q = self._base.quantile(q)
         kept = keep_side(tokens.log_probs.detach(), tokens.mask, q, self.side)
         self._kept.add(kept, tokens)
-        loss = -tokens.log_probs if self.loss == "nll" else one_minus_p(tokens.log_probs)
+        loss = -tokens.log_probs if self.loss == "nll" else tokens.one_minus_probs
         return normalized(loss, kept, tokens, self.normalization)
 
     @hookimpl

@@ -1,24 +1,30 @@
-"""`adaptive-lr`: scales each step's gradient by 1 / (4 + 2 |grad|²)."""
+"""`adaptive-lr`: the adaptive rate of arXiv 2603.06957, taken for each optimiser step.
+
+    g <- g / (4 + 2 |g|²),    g: the window's gradient, reduced over ranks, before clipping
+
+The paper has the rate eta = 1 / (4 + 2 |grad log p(y|x)|²) for each sequence, as `pg:adaptive=true` does: with a
+constant rate the number of queries grows by a factor N, the length of the sequence.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
+from trl_ext.options import Range
 from trl_ext.records import StreamGradient
 
 
 @dataclass(eq=False)
 class AdaptiveLr:
-    """The adaptive rate of the paper, taken per optimiser step instead of per sequence (for that see `pg`).
+    """Scale the gradient of each optimiser step by 1 / (constant + slope |g|²).
 
-    The paper's rate is this factor at learning_rate=1 under SGD. It comes before clipping, which would undo part of
-    it: a step is at most 1 / (2 sqrt(8)) = 0.18 long with the defaults. Adam divides the scale of gradients out again
-    where it stays the same from step to step.
+    With learning_rate=1 under SGD this factor is the paper's rate. It is applied before clipping, which would undo part
+    of it: with the defaults a step is at most 1 / (2 sqrt(8)) = 0.18 long. Adam divides the scale of gradients out
+    again where it stays the same from step to step.
 
     Args:
         constant, slope: The factor is 1 / (constant + slope |grad|²).
@@ -30,19 +36,15 @@ class AdaptiveLr:
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957 (adaptive rate)"
     )
 
-    constant: float = 4.0
-    slope: float = 2.0
+    constant: Annotated[float, Range(gt=0)] = 4.0
+    slope: Annotated[float, Range(ge=0)] = 2.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.constant) and self.constant > 0):
-            raise ValueError(f"constant={self.constant}: above 0")
-        if not (math.isfinite(self.slope) and self.slope >= 0):
-            raise ValueError(f"slope={self.slope}: at least 0")
         self._factor: float | None = None
 
     @hookimpl
     def gradients_ready(self, gradients: GradientView, streams: Mapping[str, StreamGradient]) -> None:
-        """Scale the reduced gradient of the window, over all parameters and shards."""
+        """Scale the window's gradient in place; its norm is over all parameters and shards."""
         factor = 1 / (self.constant + self.slope * gradients.squared_norm())
         gradients.mul_(factor)
         self._factor = float(factor)

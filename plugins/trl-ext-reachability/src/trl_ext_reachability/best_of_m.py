@@ -1,44 +1,50 @@
-"""`best-of-m`: draw until correct, up to m times, and learn from the correct completion alone."""
+"""`best-of-m`: draw until correct, up to m times, and learn from the correct completion alone (arXiv 2603.06957).
+
+For a context x with the draws y_1 ... y_m, of which y_k is the first correct one, the update is the gradient of
+
+    1/contexts sum_x log p(y_k | x),    and a context without a correct draw changes nothing.
+
+GRPO takes a mean over m completions per context, so the advantage of y_k is m, and that of all others 0. The paper has
+m = min(1/Q, k^N), with the likelihood quantile Q of the base model; here m is `num_generations`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
-from trl_ext.records import Rewards, Rollouts, RunDescription
-from trl_ext_reachability.precedence import refuse_overwriting
+from trl_ext.records import Rewards, Rollouts
+from trl_ext_reachability.relations import ALONE, NEW_ADVANTAGES
 
 
-def first_correct(correct: Tensor) -> tuple[Tensor, Tensor]:
-    """Which draw is the first correct one, and how many draws that took.
+def first_correct(correct: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
+    """Which draw is the first correct one, and how many verdicts that took.
 
     Args:
         correct: (groups, m) bool, in the order of drawing.
+        judged: (groups, m) bool: the draws that a reward function judged; no other is correct.
 
     Returns:
-        (groups, m) bool, at most one a group; (groups,) long, from 1, m without a correct draw.
+        (groups, m) bool, at most one a group; (groups,) long, the judged draws up to and with it, or all of them.
     """
-    first = correct & (correct.cumsum(dim=1) == 1)
-    m = correct.shape[1]
-    places = torch.arange(1, m + 1, device=correct.device).expand_as(correct)
-    return first, torch.where(correct, places, m).min(dim=1).values
+    found = (correct & judged).cumsum(dim=1)
+    first = correct & judged & (found == 1)
+    before_or_at = (found == 0) | first
+    return first, (judged & before_or_at).sum(dim=1)
 
 
 @dataclass(eq=False)
 class BestOfM:
     """Best-of-m sampling of the paper, with m = `num_generations`: a group's completions are the draws, in order.
 
-    The first correct completion has the advantage m, all others 0, so that TRL's mean over completions is the paper's
-    mean over contexts, with the gradient of log p of the accepted draw. A context without a correct draw changes
-    nothing. Token means such as "dapo" divide by the tokens of all draws; take `loss_type="dr_grpo"` for the paper's
-    sum over a sequence.
-
-    The queries logged are what a sampler would ask that stops at the first correct draw. GRPO draws groups as a whole,
-    so that no generation is saved. `pg:rewards=given` after this plugin leaves out ratio and clipping.
+    Token means such as "dapo" divide by the tokens of all draws; take `loss_type="dr_grpo"` for the paper's sum over a
+    sequence. The queries that are logged are what a sampler would ask that stops at the first correct draw. GRPO draws
+    whole groups, so that stopping early saves no generation. `pg:rewards=given` after this plugin leaves out ratio and
+    clipping.
 
     Args:
         success: Reward from which a completion counts as correct.
@@ -50,40 +56,38 @@ class BestOfM:
     citation: ClassVar[str] = (
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957 (best of m)"
     )
+    provides: ClassVar[tuple[str, ...]] = (NEW_ADVANTAGES,)
+    conflicts: ClassVar[Mapping[str, str]] = ALONE
 
     success: float = 1.0
     _total: int = field(default=0, init=False, repr=False)
     _recent: list[tuple[int, int, int]] = field(default_factory=list, init=False, repr=False)
 
     @hookimpl
-    def check(self, run: RunDescription) -> None:
-        """Refuse plugins before this one whose advantages it would replace."""
-        advice = {
-            "reachability": "name best-of-m before reachability",
-            "process-reward": "keep one of the two, or name best-of-m first and set process-reward:outcome=1",
-        }
-        refuse_overwriting(run, "best-of-m", advice)
-
-    @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
-        """(N,) m or 0; groups may reach over ranks."""
+        """(N,) float: m for the first correct draw of a group, 0 for the others; groups may reach over ranks."""
         m = rollouts.num_generations
-        # TRL's total is 0 where every function returned None.
-        judged = ~rewards.per_function.isnan().all(dim=1)
-        first, queries = first_correct(((rewards.total >= self.success) & judged).view(-1, m))
+        judged = ~rewards.per_function.isnan().all(dim=1)  # TRL's total is 0 where every function returned None
+        judged = judged.view(-1, m)
+        first, queries = first_correct((rewards.total >= self.success).view(-1, m), judged)
         if rollouts.training:
             asked = int(queries.sum())
             self._total += asked
-            self._recent.append((len(queries), asked, int(first.sum())))
+            self._recent.append((int(judged.any(dim=1).sum()), asked, int(first.sum())))
         return (m * first.flatten())[rewards.local].to(advantages)
 
     @hookimpl
     def metrics(self, mode: str) -> dict[str, float]:
-        """Mean queries of a context and share of contexts solved since the last log; all queries of the run so far."""
+        """Mean queries of a context and share of contexts solved since the last log; all queries of the run so far.
+
+        A context without any verdict counts in neither of the first two.
+        """
         if mode != "train" or not self._recent:
             return {}
         contexts, asked, solved = (sum(column) for column in zip(*self._recent, strict=True))
         self._recent = []
+        if not contexts:
+            return {"queries_total": float(self._total)}
         return {"queries": asked / contexts, "solved": solved / contexts, "queries_total": float(self._total)}
 
     def state_dict(self) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def check_against(folder: Path, other: Path) -> dict[str, Any]:
     (folder / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
     (folder / "calibration.md").write_text(describe_calibration(result))
     with if_matplotlib():
-        from trl_ext_reachability.drawing import draw_calibration
+        from trl_ext_reachability.reach_plots import draw_calibration
 
         draw_calibration(result, folder / "calibration.png")
     return result
@@ -118,6 +118,6 @@ def _first_round(folder: Path, records: Sequence[Record]) -> dict[str, tuple[int
     for line in map(json.loads, (folder / "journal.jsonl").read_text().splitlines()):
         if line.get("part") == "rollouts, round 1":
             for row, correct in zip(line["rows"], line["correct"], strict=True):
-                first[row]["rollouts"] += 1
-                first[row]["successes"] += correct
+                first[row]["rollouts"] += correct is not None
+                first[row]["successes"] += correct is True
     return add_counts(first)

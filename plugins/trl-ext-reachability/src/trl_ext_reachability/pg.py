@@ -1,23 +1,33 @@
-"""`pg`: the plain policy gradient in GRPO, -A log p, with rewards 0/1 or +1/-1, and a rate that adapts."""
+"""`pg`: the plain policy gradient, without importance ratio and clipping (arXiv 2603.06957, outcome rewards).
+
+w <- w + eta r grad log p_w(y|x),    so the loss of a token is    L_t = -eta A log p(y_t | x, y_<t)
+
+rewards="binary"    A = 1[R > threshold]           baseline="group"    A <- A - mean of A over the group
+rewards="sign"      A = 2 * 1[R > threshold] - 1    (+1/-1, as in the authors' experiments)
+rewards="raw"       A = R                           R: the weighted sum of the reward functions
+adaptive=true       eta = 1 / (4 + 2 |grad log p(y|x)|²) for each sequence y; otherwise eta = 1
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from trl_ext import hookimpl
 from trl_ext.records import PolicyTokens, Rewards, Rollouts, RunDescription, SetupContext
-from trl_ext_reachability.precedence import refuse_overwriting
+from trl_ext_reachability.relations import ALONE, NEW_ADVANTAGES, declare
 
 RewardForm = Literal["binary", "sign", "raw", "given"]
 Baseline = Literal["none", "group"]
 
 
 def adaptive_rate(squared_norm: Tensor, constant: float = 4.0, slope: float = 2.0) -> Tensor:
-    """eta = 1 / (4 + 2 |grad log p|²): the rate for which the number of queries does not grow with the length."""
+    """eta = 1 / (4 + 2 |grad log p|²), of any shape: with this rate the number of queries does not grow with the length
+    (arXiv 2603.06957, outcome rewards; a constant rate costs a factor N)."""
     return 1 / (constant + slope * squared_norm)
 
 
@@ -39,8 +49,10 @@ def sequence_squared_norms(log_probs: Tensor, mask: Tensor, parameters: list[nn.
 
 @dataclass(eq=False)
 class PG:
-    """REINFORCE through `policy_loss`: no ratio, no clipping. TRL's masks and reduction stay; with
-    `loss_type="dr_grpo"` a token's weight is the same whatever the length, as in the sum over a sequence.
+    """The plain policy gradient -A log p in place of GRPO's clipped term.
+
+    TRL's masks and reduction stay. With `loss_type="dr_grpo"` a token's weight is the same whatever the length, as in
+    the paper's sum over a sequence.
 
     Args:
         rewards: "binary" (0/1), "sign" (-1/+1), "raw" (the weighted sum), or "given": advantages as they come, such as
@@ -56,6 +68,8 @@ class PG:
     citation: ClassVar[str] = (
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957"
     )
+    provides: ClassVar[tuple[str, ...]] = (NEW_ADVANTAGES,)
+    conflicts: ClassVar[Mapping[str, str]] = ALONE
 
     rewards: RewardForm = "binary"
     threshold: float = 0.5
@@ -63,19 +77,18 @@ class PG:
     adaptive: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in (("rewards", get_args(RewardForm)), ("baseline", get_args(Baseline))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.rewards == "given" and self.baseline != "none":
             raise ValueError("baseline='group' has no rewards to work on with rewards='given'")
         if self.rewards in ("raw", "given") and self.threshold != type(self).threshold:
             raise ValueError(f"threshold={self.threshold}: rewards={self.rewards!r} has none; leave it out")
+        if self.rewards == "given":
+            declare(self, provides=(), conflicts={})
         self._parameters: list[nn.Parameter] = []
         self._rates: list[float] = []
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
-        """Refuse what would need an importance ratio, norms of sharded gradients, and replaced advantages."""
+        """Refuse what would need an importance ratio, or norms of sharded gradients."""
         if run.args.num_iterations > 1:
             raise ValueError(
                 f"num_iterations={run.args.num_iterations} trains on rollouts of older weights, which the plain policy "
@@ -87,10 +100,6 @@ class PG:
                 f"gradient_accumulation_steps={run.args.gradient_accumulation_steps} trains on rollouts of older "
                 "weights, which the plain policy gradient does not correct for; set both to the same number"
             )
-        if self.rewards != "given":
-            given = "set pg:rewards=given to train on them"
-            others = {"process-reward": given, "best-of-m": given}
-            refuse_overwriting(run, "pg", {**others, "reachability": f"name pg before reachability, or {given}"})
         if self.adaptive and run.sharding not in ("none", "ddp"):
             raise ValueError(
                 f"adaptive=True needs whole gradients of single sequences, which {run.sharding} shards; "
@@ -104,7 +113,7 @@ class PG:
 
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
-        """(N,) the rewards themselves, minus the baseline; 0 where every reward function returned None."""
+        """(N,) float: A of each completion; 0 where every reward function returned None."""
         if self.rewards == "given":
             return advantages
         total, judged = rewards.total, ~rewards.per_function.isnan().all(dim=1)
@@ -118,7 +127,7 @@ class PG:
 
     @hookimpl
     def policy_loss(self, tokens: PolicyTokens) -> Tensor:
-        """(B, T) -A log p."""
+        """Loss (B, T), -eta A log p of each token; over TRL's denominator for `loss_type`, times its token weights."""
         loss = -tokens.advantages * tokens.log_probs
         if not self.adaptive or not tokens.training:
             return loss

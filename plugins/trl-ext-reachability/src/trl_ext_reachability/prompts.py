@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from trl_ext_reachability.finished import merge_duplicates, read_finished
 from trl_ext_reachability.keys import prompt_number
-from trl_ext_reachability.routing import HOPELESS, Budget, Route, choose_route
+from trl_ext_reachability.routing import HOPELESS, ROUTES, Budget, Route, choose_route
 from trl_ext_reachability.statistics import BetaPrior, Floats, clopper_pearson
 
 
@@ -100,3 +101,28 @@ class Prompts:
             "observed_solved": float(solved.mean()),
             "brier": float(((predicted - solved) ** 2).mean()),
         }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counts and routes, in the probe's order."""
+        return {
+            "draws": torch.from_numpy(self.draws.copy()),
+            "successes": torch.from_numpy(self.successes.copy()),
+            "recent": torch.from_numpy(self.recent.copy()),
+            "routes": torch.tensor([ROUTES.index(route) for route in self.routes]),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them back.
+
+        Raises:
+            ValueError: they are of another probe.
+        """
+        if len(state["draws"]) != len(self.draws):
+            raise ValueError(
+                f"the checkpoint counts {len(state['draws'])} prompts, the probe in {self._folder} has "
+                f"{len(self.draws)}; give the probe of the run that is continued"
+            )
+        self.draws[:] = state["draws"].numpy()
+        self.successes[:] = state["successes"].numpy()
+        self.recent[:] = state["recent"].numpy()
+        self.routes[:] = [ROUTES[i] for i in state["routes"].tolist()]

@@ -3,7 +3,8 @@
 A verifier is called like a reward function of TRL, once for a rank's completions, with `steps` and `step_ids`, the
 tokens of each step, in addition: `verifier(steps=[["2 + 3 = 5\n", "5 * 2 = 10"], ...], step_ids=[[[...], [...]], ...],
 prompts=..., completions=..., completion_ids=..., **columns)`.
-It returns one list of numbers per completion, one number per step.
+It returns one list of numbers per completion, one number per step. None in place of a number or of a list says that the
+verifier cannot judge this step or completion.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from trl_ext_reachability.steps import Splitter
 
-Verifier = Callable[..., Sequence[Sequence[float]]]
+Verifier = Callable[..., Sequence[Sequence[float | None] | None]]
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
-"""Solvers: pure functions of scores, Gram matrix and token counts to weights. One file each."""
+"""Solvers: pure functions of scores s, Gram matrix K and token counts to the weights w of u = sum_i w_i g_i + a t.
+
+One file each, with its formula. All take a `Problem` and give a `Solution`, which say the shapes and the scale.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from trl_ext_data_regularization.solvers.ball import ball
@@ -48,19 +52,33 @@ class Rule:
             return count(n, self.frac)
         return {"full": n, "target": 0}.get(self.name)
 
+    @property
+    def uses_target(self) -> bool:
+        """Whether the update contains the target's gradient itself."""
+        return self.name in ("target", "ball")
+
     def solve(self, problem: Problem, squared_target_norm: Tensor, lr: float) -> Solution:
-        """Apply the solver.
+        """Apply the solver. Where a layer's scores are NaN or infinite, so are its weights: no order says what to keep.
 
         Args:
             problem: the problem, of one layer or of several.
-            squared_target_norm: (...) |t|^2.
+            squared_target_norm: (...) |t|^2, for `ball`.
             lr: learning rate of the step, for `second-order`.
         """
+        if self.name in ("full", "target"):  # the scores have no say
+            return full(problem) if self.name == "full" else target(problem)
+        finite = torch.isfinite(problem.s).all(-1)
+        if problem.K is not None:
+            finite = finite & torch.isfinite(problem.K).all((-1, -2))
+        s = torch.where(finite.unsqueeze(-1), problem.s, 0.0)
+        K = None if problem.K is None else torch.where(finite[..., None, None], problem.K, 0.0)
+        found = self._solve(replace(problem, s=s, K=K), squared_target_norm, lr)
+        return Solution(
+            torch.where(finite.unsqueeze(-1), found.weights, torch.nan), torch.where(finite, found.target, torch.nan)
+        )
+
+    def _solve(self, problem: Problem, squared_target_norm: Tensor, lr: float) -> Solution:
         match self.name:
-            case "full":
-                return full(problem)
-            case "target":
-                return target(problem)
             case "topk":
                 return topk(problem, self.frac)
             case "filter":

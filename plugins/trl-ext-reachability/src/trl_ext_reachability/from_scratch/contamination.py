@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from trl_ext_reachability.from_scratch.samples import Row, completion_text, prompt_text, whole_text
+from trl_ext_reachability.from_scratch.row_texts import Row, completion_text, prompt_text, whole_text
 
 N = 13
 _WORD = re.compile(r"\w+|[^\w\s]")

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.errors import ConfigurationError, NonFiniteError
-from trl_ext_reachability.from_scratch.samples import completion_text, evaluation_row
-from trl_ext_reachability.from_scratch.settings import EXACT, Settings
-from trl_ext_reachability.judging import judge
-from trl_ext_reachability.policy import Policy, Sampler, batches
+from trl_ext_reachability.from_scratch.control_settings import EXACT, ControlSettings
+from trl_ext_reachability.from_scratch.row_texts import completion_text, evaluation_row
+from trl_ext_reachability.reward_calls import judge, mean_of_judged
+from trl_ext_reachability.sampled_policy import Policy, Sampler, batches
 
 Rows = list[dict[str, Any]]
 
 
-def load_set(settings: Settings, option: str, path: str) -> Rows:
+def load_set(settings: ControlSettings, option: str, path: str) -> Rows:
     """An evaluation set in memory.
 
     Raises:
@@ -67,7 +67,7 @@ class Evaluator:
         validation: rows whose nll chooses learning rates.
     """
 
-    def __init__(self, settings: Settings, sets: Mapping[str, Rows], validation: Rows) -> None:
+    def __init__(self, settings: ControlSettings, sets: Mapping[str, Rows], validation: Rows) -> None:
         self.settings = settings
         self.sets = sets
         self.validation = validation
@@ -93,7 +93,7 @@ class Evaluator:
         found = {}
         for name, rows in self.sets.items():
             nll = _nll(policy, rows, settings.eval_batch_size) if has_answers(rows) else None
-            found[name] = {"scores": self._scores(sampler, rows), "nll": nll}
+            found[name] = {"scores": self._scores(sampler, name, rows), "nll": nll}
         return found
 
     def _policy(self, model: Path, sampling: bool = False) -> Policy:
@@ -106,17 +106,16 @@ class Evaluator:
         )
         return Policy(str(model), sampler)
 
-    def _scores(self, policy: Policy, rows: Rows) -> list[float]:
-        count = self.settings.samples or 1
-        totals = [0.0] * len(rows)
-        repeated = [i for i in range(len(rows)) for _ in range(count)]
+    def _scores(self, policy: Policy, name: str, rows: Rows) -> list[float]:
+        found: list[list[float | None]] = [[] for _ in rows]
+        repeated = [i for i in range(len(rows)) for _ in range(self.settings.samples or 1)]
         for number, batch in enumerate(batches(rows, repeated, self.settings.eval_batch_size)):
             drawn = policy.sample([policy.prompt_ids(rows[i]["prompt"]) for i in batch], number)
             texts = [policy.text(ids) for ids in drawn]
             rewards = judge(self.reward, self.settings.reward, [rows[i] for i in batch], texts, drawn)
             for i, value in zip(batch, rewards, strict=True):
-                totals[i] += (value or 0.0) / count
-        return totals
+                found[i].append(value)
+        return mean_of_judged(found, self.settings.reward, f"--eval-{name}")
 
 
 def _nll(policy: Policy, rows: Rows, size: int) -> float:

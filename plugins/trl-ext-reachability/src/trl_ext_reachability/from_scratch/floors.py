@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_reachability.from_scratch.samples import Row, completion_text
-from trl_ext_reachability.judging import judge
+from trl_ext_reachability.from_scratch.row_texts import Row, completion_text
+from trl_ext_reachability.reward_calls import judge, mean_of_judged
 
 DRAWS = 16
 """Foreign answers that each prompt gets for the format-only score."""
@@ -57,12 +57,12 @@ def floor_of(
         # The first of equally frequent ones: Counter keeps the order of appearance.
         ((text, count),) = Counter(answers).most_common(1)
         about = f"the most frequent training answer, {text[:60]!r} ({count} of {len(answers)})"
-        return Floor(_scores(reward, name, rows, [text] * len(rows)), about)
+        return Floor(_scores(reward, name, rows, [[text] * len(rows)]), about)
     rng = random.Random(0)
-    drawn = [_scores(reward, name, rows, rng.choices(answers, k=len(rows))) for _ in range(DRAWS)]
-    scores = [sum(column) / DRAWS for column in zip(*drawn, strict=True)]
+    scores = _scores(reward, name, rows, [rng.choices(answers, k=len(rows)) for _ in range(DRAWS)])
     return Floor(scores, f"the right format with the answers of other prompts, {DRAWS} for each")
 
 
-def _scores(reward: Callable[..., Any], name: str, rows: Sequence[Row], texts: Sequence[str]) -> list[float]:
-    return [value or 0.0 for value in judge(reward, name, rows, texts, [[] for _ in rows])]
+def _scores(reward: Callable[..., Any], name: str, rows: Sequence[Row], draws: Sequence[Sequence[str]]) -> list[float]:
+    rewards = [judge(reward, name, rows, texts, [[] for _ in rows]) for texts in draws]
+    return mean_of_judged(list(zip(*rewards, strict=True)), name, "an evaluation set")

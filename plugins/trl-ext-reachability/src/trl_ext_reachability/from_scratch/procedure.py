@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +16,10 @@ from trl_ext.errors import ConfigurationError, NonFiniteError
 from trl_ext_reachability.digests import digest_files
 from trl_ext_reachability.from_scratch.arms import Base
 from trl_ext_reachability.from_scratch.contamination import contaminated
+from trl_ext_reachability.from_scratch.control_settings import ControlSettings, Run
 from trl_ext_reachability.from_scratch.evaluating import Evaluator, Rows, has_answers, load_set
 from trl_ext_reachability.from_scratch.floors import Floor, floor_of, read_floor
-from trl_ext_reachability.from_scratch.settings import Run, Settings
-from trl_ext_reachability.from_scratch.training import is_trained, points_of, train
+from trl_ext_reachability.from_scratch.watched_training import is_trained, points_of, train
 from trl_ext_reachability.journal import Journal
 
 Progress = tuple[str, int, int]
@@ -38,7 +38,7 @@ class Procedure:
         ConfigurationError: anything that cannot work, before weights load.
     """
 
-    def __init__(self, settings: Settings, output: Path) -> None:
+    def __init__(self, settings: ControlSettings, output: Path) -> None:
         self.settings = settings
         self.output = output
         self.run = Run(settings)
@@ -200,22 +200,6 @@ class Procedure:
                 "completions, or one rate by --learning-rates"
             )
         return rows
-
-
-def measure(settings: Settings, output: Path) -> Generator[Progress, None, None]:
-    """Measure, and write the results at the end; see `Procedure.steps` for what it yields.
-
-    Args:
-        settings: what to measure.
-        output: folder of the results, and of `journal.jsonl` and `runs`, which an interrupted run continues from.
-    """
-    from trl_ext_reachability.from_scratch.results import write_results
-
-    procedure = Procedure(settings, output)
-    _ = procedure.floors  # what it refuses, it refuses before a model loads
-    with Journal(output / "journal.jsonl", procedure.about()) as journal:
-        yield from procedure.steps(journal)
-    write_results(procedure, output)
 
 
 def _digest(rows: Rows) -> str:
