@@ -75,7 +75,7 @@ MISTAKES = {
     "two precisions": (sft(fp16=True, bf16=True), "At most one of fp16 and bf16 can be True"),
     "choice": (
         sft(eval_strategy="step"),
-        "'step' is not a valid IntervalStrategy, please select one of ['no', 'steps'",
+        "--eval_strategy: invalid choice: 'step' (choose from 'no', 'steps', 'epoch')",
     ),
     "nonfinite": (sft(nonfinite="stop"), "--nonfinite: invalid choice: 'stop' (choose from"),
     "best model": (sft(load_best_model_at_end=True), "load_best_model_at_end requires"),
@@ -101,7 +101,7 @@ MISTAKES = {
     ),
     "empty evaluation": (
         sft(dataset_name="folder", eval_strategy="steps"),
-        "the evaluation set (split 'test') is empty",
+        "dataset_name: 'folder': its split 'test' is empty",
     ),
     "columns": (sft(dataset_name="qa.jsonl"), "wants `prompt` and `completion`, or `messages`, or `text`. Rename them"),
     "renaming advised": (sft(dataset_name="qa.jsonl"), "dataset_columns: question=prompt,answer=completion"),

@@ -157,6 +157,7 @@ def known_settings(trainer: str) -> set[str]:
     """Every flag of `trl-ext sft` or `trl-ext grpo`, and so every key of its YAML, without dashes."""
     from importlib import import_module
 
+    from trl_ext.cli.launching import launch_flags
     from trl_ext.cli.patching import PLACES
 
     with pytest.MonkeyPatch.context() as patch:
@@ -168,7 +169,7 @@ def known_settings(trainer: str) -> set[str]:
                 patch.setattr(import_module(place), name, ours)
         parser = import_module(f"trl.scripts.{trainer}").make_parser()
     flags = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    return flags | {"config"}
+    return flags | {"config"} | launch_flags()
 
 
 @having("sh", "bash")
@@ -190,8 +191,9 @@ def test_commands_and_flags_exist(document: Path) -> None:
             command = command.get_command(typer.Context(command), path[-1])
             assert command is not None, f"{where}: there is no command {' '.join(path)!r}"
         flags = {word.partition("=")[0] for word in _own_arguments(path, rest) if word.startswith("--")}
-        if path[:1] in (["sft"], ["grpo"]):
-            known = {f"--{name}" for name in known_settings(path[0])}
+        if path[:1] in (["sft"], ["grpo"], ["validate"]):
+            kinds = ("sft", "grpo") if path == ["validate"] else path[:1]
+            known = {f"--{name}" for kind in kinds for name in known_settings(kind)}
         else:
             known = {option for parameter in command.params for option in parameter.opts}
         assert flags <= known, f"{where}: no such flag {sorted(flags - known)}"

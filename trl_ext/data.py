@@ -77,9 +77,8 @@ def load_dataset_spec(spec: Mapping[str, Any], setting: str = "") -> Dataset:
         else:
             options = {key: spec.get(key) for key in ("name", "data_files", "data_dir")}
             dataset = load_dataset(str(path) if path.exists() else spec["path"], split=split, **options)
-    return rename_columns(
-        dataset, parse_columns(spec.get("columns"), "columns"), f"{setting}: columns" if setting else "columns"
-    )
+    where = f"{setting}: columns" if setting else "columns"
+    return rename_columns(dataset, parse_columns(spec.get("columns"), where), where)
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def _check_model(model_args: Any, training_args: Any) -> None:
             name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        if path.is_dir():
+        if path.is_dir() or isinstance(error, ValueError):
             raise ConfigurationError(f"model_name_or_path: {name!r} cannot be read: {error}") from None
         raise ConfigurationError(
             f"model_name_or_path: {name!r} is no folder here, and cannot be had from the hub. "

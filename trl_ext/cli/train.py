@@ -36,6 +36,8 @@ def train(kind: TrainerKind, arguments: Sequence[str]) -> None:
         typer.Exit: With an exit code other than 0, after an interrupt or a launch that failed.
     """
     announce(kind)
+    import torch
+
     from trl_ext.cli.faults import explain_faults
     from trl_ext.cli.launching import launch
 
@@ -43,7 +45,8 @@ def train(kind: TrainerKind, arguments: Sequence[str]) -> None:
         settings, launch_args, rest = read(kind, arguments)
         check(kind, settings)
     if launch_args:
-        raise typer.Exit(launch(kind, launch_args, rest, on_cpu=settings[1].device.type == "cpu"))
+        on_cpu = settings[1].use_cpu or not torch.accelerator.is_available()
+        raise typer.Exit(launch(kind, launch_args, rest, on_cpu))
     try:
         with explain_faults(settings[1], settings[2]):
             import_module(f"trl.scripts.{kind}").main(*settings)

@@ -57,9 +57,8 @@ def validate_command(arguments: Sequence[str]) -> None:
         settings, _, _ = read(kind, rest)
         check(kind, settings)
     samples = dry_window(kind, settings)
-    print(
-        f"valid: {kind} run of {settings[2].model_name_or_path}, one window of {samples} samples ran; nothing was written"
-    )
+    model = settings[2].model_name_or_path
+    print(f"valid: {kind} run of {model}, one window of {samples} samples ran; nothing was written")
 
 
 def dry_window(kind: TrainerKind, settings: Settings) -> int:
