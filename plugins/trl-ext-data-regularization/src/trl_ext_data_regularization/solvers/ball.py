@@ -1,4 +1,4 @@
-"""[extension] Euclidean projection onto a ball around the mean general gradient g: w = 1 - a, a = min(1, rho / |t - g|)."""
+"""[extension] Euclidean projection onto a ball around the mean gradient g: w = 1 - a, a = min(1, rho / |t - g|)."""
 
 from __future__ import annotations
 
