@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import torch.distributed as dist
 from short_runs import GENERAL, TOKENIZER, DataRegularization, model, parameters, train
+from test_refusals import NanTarget
 from test_rollout_filter import TASK, Before, Witness, noisy_reward, only_norms
 from test_rollout_filter import run as run_grpo
 from test_sft import sharpened
@@ -204,6 +205,19 @@ def fault(name: str, folder: Path) -> dict[str, Any]:
     return {"error": error}
 
 
+def nan_target(options: dict[str, Any]) -> str:
+    """What a rank saw of a target whose gradient is NaN."""
+    plugin = DataRegularization(stream_batch_size=2, **options)
+    try:
+        _train(plugin, sharpened(model(layers=1)), 2, beside=[NanTarget()], nonfinite="raise")
+        error = "none"
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    dist.barrier()
+    return error
+
+
+NAN_TARGETS: dict[str, dict[str, Any]] = {"over both ranks": {}, "by micro-batch": {"unit": "micro"}}
 FAULTS = ("sample_weights", "gradients_ready", "gradients_ready, rule=target", "advantages")
 
 
@@ -244,6 +258,8 @@ def main(folder: Path) -> None:
         found[f"ddp {name}"] = run_sharded(name, folder, sharded=False)
     for name in FAULTS:
         found[f"fault in {name}"] = fault(name, folder)
+    for name, options in NAN_TARGETS.items():
+        found[f"nan target {name}"] = nan_target(options)
     found["resumed"] = resumed(folder)
     torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()

@@ -6,7 +6,7 @@ from short_runs import GENERAL, TARGET, train
 from trl_ext_data_regularization.gradient_surgery import GradientSurgery
 from trl_ext_data_regularization.weightings import CLOSED_FORMS, TORCHJD, half_space, weighting
 
-from trl_ext.gradients import pcgrad_weights
+from trl_ext.gradients import GradientView, pcgrad_weights
 from trl_ext.options import check_options
 from trl_ext.records import StreamGradient
 
@@ -110,8 +110,6 @@ def test_the_plugin_combines_the_two_gradients(scope, general):
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_preconditioned_surgery_uses_inner_products_of_what_adam_would_make(scope):
     """The Gram matrix of g / (sqrt(v / (1 - beta2^k)) + eps); the gradients that are combined are the raw ones."""
-    from trl_ext.gradients import GradientView
-
     generator = torch.Generator().manual_seed(0)
     params = [
         torch.nn.Parameter(torch.randn(3, 2, generator=generator)),
@@ -136,6 +134,37 @@ def test_preconditioned_surgery_uses_inner_products_of_what_adam_would_make(scop
         ]
         a, b = pcgrad_weights(gram(*rows))
         torch.testing.assert_close(view.tensors[i], a * t[i] + b * g[i], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [*CLOSED_FORMS, *TORCHJD])
+@pytest.mark.parametrize("bad", [(0, 0), (0, 1), (1, 1)])
+def test_a_gram_matrix_that_is_not_finite_gives_weights_of_nan(method, bad):
+    if method in TORCHJD:
+        pytest.importorskip("torchjd", reason="an optional extra")
+    if method in ("upgrad", "dualproj"):
+        pytest.importorskip("quadprog", reason="torchjd's projector needs it")
+    grams = torch.stack([gram(*pair(seed, -1)) for seed in range(2)]).float()
+    grams[0][bad] = grams[0][bad[::-1]] = torch.nan
+    found = weighting(method)(grams)
+    if method == "half-space":  # 1 t + b g, and the gradients themselves are NaN where <t, t> is
+        assert found[0, 1].isnan() or bad == (0, 0)
+    elif method == "pcgrad":
+        assert found[0].isnan().any()
+    else:
+        assert found[0].isnan().all()
+    assert torch.isfinite(found[1]).all()
+
+
+def test_the_cosine_of_tiny_gradients_is_their_cosine():
+    """The product of their squares is 0 in fp32."""
+    t, g = pair(0, -1)
+    tiny = GradientSurgery()
+    names, params = ["a"], [torch.nn.Parameter(torch.zeros(6))]
+    view = GradientView(names, params, [(t * 1e-12).float()])
+    stream = StreamGradient(GradientView(names, params, [(g * 1e-12).float()]), 0.0, 0.0, 1)
+    tiny.gradients_ready(view, {"general": stream})
+    cosine = float(torch.cosine_similarity(t, g, 0))
+    assert tiny.metrics("train") == {"cosine": pytest.approx(cosine, rel=1e-4), "conflicts": 1.0}
 
 
 def test_unknown_methods_are_refused():

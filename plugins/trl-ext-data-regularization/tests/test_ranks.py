@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_worker import CASES, EXACT, FAULTS, SHARDED, TARGET_LOSSES, run
+from rank_worker import CASES, EXACT, FAULTS, NAN_TARGETS, SHARDED, TARGET_LOSSES, run
 from short_runs import model, parameters
 from test_rollout_filter import gradients_of, only_norms
 from test_sft import Reference, layers_of, sharpened
@@ -126,6 +126,14 @@ def test_a_failure_before_an_exchange_on_one_rank_stops_both(hook, on_two_ranks)
         assert f"failed in hook '{hook.partition(',')[0]}' at step" in error
         assert "ArithmeticError: only here" in error
         assert error.endswith("[on rank 1 of 2]")
+
+
+@pytest.mark.parametrize("name", NAN_TARGETS)
+def test_a_target_gradient_of_nan_stops_both_ranks(name, on_two_ranks):
+    for rank in range(2):
+        assert on_two_ranks[rank][f"nan target {name}"].startswith(
+            "NonFiniteError: NaN or infinite loss or gradient at"
+        )
 
 
 # -- resume ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """What cannot work is refused before training, with the option to change; faults have a defined outcome."""
 
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +10,12 @@ from short_runs import GENERAL, TARGET, DataRegularization, model, train
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, OPTConfig
 from trl_ext_data_regularization import solvers
-from trl_ext_data_regularization.layers import find_layers
+from trl_ext_data_regularization.checks import one_pass
+from trl_ext_data_regularization.layers import Layer, find_layers
 from trl_ext_data_regularization.solvers.filter import filter_negative
 
-from trl_ext.errors import ConfigurationError, PluginError
+from trl_ext import hookimpl
+from trl_ext.errors import ConfigurationError, NonFiniteError, PluginError
 from trl_ext.options import check_options
 from trl_ext.records import RunDescription
 
@@ -90,6 +94,126 @@ def test_runs_that_can(options, run):
     DataRegularization(**options).check(run=run)
 
 
+# -- advice: what a refusal says to do leads to a run that is not refused ----------------------------------------------
+
+FSDP2 = {"sharding": "fsdp2", "world": 2}
+DDP = {"sharding": "ddp", "world": 2}
+DERIVATIVE = {"scope": "global", "engine": "derivative"}
+STREAM = {"general": "stream"}
+# The options and the run that are refused, words of the refusal, and what they mean to change of options and run.
+ADVICE = [
+    ({"radius": 2.0}, {}, "set rule=ball", {"rule": "ball"}, {}),
+    ({"radius": 2.0}, {}, "leave it", {"radius": 1.0}, {}),
+    ({"points": 4}, {}, "set scope=global,engine=derivative", DERIVATIVE, {}),
+    ({"sketch_size": 8}, {}, "set engine=sketch", {"engine": "sketch"}, {}),
+    ({"rule": "ball", "with_target": True}, {}, "leave with_target", {"with_target": False}, {}),
+    ({"rule": "cone", "engine": "ghost"}, {}, "use engine=direct or sketch", {"engine": "direct"}, {}),
+    ({"rule": "hull", **DERIVATIVE}, {}, "use engine=direct or sketch", {"engine": "sketch"}, {}),
+    ({"rule": "cone", "precondition": True}, {}, "rule=topk and rule=filter", {"rule": "filter"}, {}),
+    ({"engine": "derivative"}, {}, "set scope=global", {"scope": "global"}, {}),
+    ({"engine": "derivative", **STREAM}, {}, "scope=layer,engine=ghost", {"engine": "ghost"}, {}),
+    ({**DERIVATIVE, **STREAM}, {}, "general=train", {"general": "train"}, {}),
+    ({"scope": "global", **STREAM}, {}, "use scope=layer", {"scope": "layer"}, {}),
+    ({"position_steps": 2, **STREAM}, {}, "leave it", {"position_steps": 0}, {}),
+    ({"passes": "two", **STREAM}, {}, "leave passes", {"passes": "auto"}, {}),
+    ({"scope": "global", "passes": "one"}, {}, "set passes=auto", {"passes": "auto"}, {}),
+    ({**DERIVATIVE, "passes": "one"}, {}, "set passes=auto", {"passes": "auto"}, {}),
+    ({"report_steps": 2}, {}, "set table=true", {"table": True}, {}),
+    ({}, FSDP2, "use scope=global,engine=derivative (FSDP2), or DDP", DERIVATIVE, {}),
+    ({}, FSDP2, "or DDP", {}, DDP),
+    ({}, {**FSDP2, "bf16": True}, "engine=derivative (FSDP2, bf16=False)", DERIVATIVE, {"bf16": False}),
+    (DERIVATIVE, {**FSDP2, "bf16": True}, "set bf16=False", {}, {"bf16": False}),
+    (DERIVATIVE, {**FSDP2, "bf16_full_eval": True}, "set bf16_full_eval=False", {}, {"bf16_full_eval": False}),
+    (DERIVATIVE, {"bf16": True}, "or use engine=ghost", {"engine": "ghost"}, {}),
+    ({"rule": "cone"}, FSDP2, "engine=derivative,rule=topk (FSDP2)", {**DERIVATIVE, "rule": "topk"}, {}),
+    (STREAM, FSDP2, "engine=derivative,general=train", {**DERIVATIVE, "general": "train"}, {}),
+    ({"passes": "one"}, FSDP2, "engine=derivative,passes=auto", {**DERIVATIVE, "passes": "auto"}, {}),
+    ({"engine": "sketch", "sketch_size": 8}, FSDP2, "sketch_size=64", {**DERIVATIVE, "sketch_size": 64}, {}),
+    (
+        {"rule": "ball", "radius": 2.0},
+        FSDP2,
+        "rule=topk,radius=1 (FSDP2)",
+        {**DERIVATIVE, "rule": "topk", "radius": 1.0},
+        {},
+    ),
+    ({}, {**DDP, "average_tokens_across_devices": False}, "=True", {}, {"average_tokens_across_devices": True}),
+    ({"rule": "cone"}, DDP, "use engine=sketch", {"engine": "sketch"}, {}),
+    ({"rule": "cone"}, DDP, "or unit=micro", {"unit": "micro"}, {}),
+    (STREAM, {"streams": ("general", "sft")}, "the one stream 'general'", {}, {"streams": ("general",)}),
+    ({}, {"per_device_train_batch_size": 1}, "or gradient_accumulation_steps", {}, {"gradient_accumulation_steps": 2}),
+    ({}, {"per_device_train_batch_size": 1}, "rule=filter", {"rule": "filter"}, {}),
+    (
+        {"unit": "micro"},
+        {"per_device_train_batch_size": 1},
+        "raise per_device_train_batch_size, or",
+        {},
+        {"per_device_train_batch_size": 2},
+    ),
+    (
+        {"stream_batch_size": 1, **STREAM},
+        {"streams": ("general",)},
+        "raise stream_batch_size",
+        {"stream_batch_size": 2},
+        {},
+    ),
+]
+
+
+def checked(options, run):
+    """What start-up checks, in its order."""
+    plugin = DataRegularization(**options)
+    check_options(plugin)
+    if plugin.general == "stream":
+        run = {"streams": ("general",), **run}
+    plugin.check(run=description(**run))
+
+
+@pytest.mark.parametrize(("options", "run", "advice", "other_options", "other_run"), ADVICE)
+def test_a_refusals_advice_is_accepted(options, run, advice, other_options, other_run):
+    with pytest.raises(ValueError, match=re.escape(advice)):
+        checked(options, run)
+    checked({**options, **other_options}, {**run, **other_run})
+
+
+@pytest.mark.parametrize(
+    ("options", "run", "uses", "advice", "other_options", "other_run", "other_uses"),
+    [
+        ({"passes": "one"}, {"gradient_accumulation_steps": 2}, 1, "set passes=auto", {"passes": "auto"}, {}, 1),
+        ({"passes": "one"}, {"world_size": 2}, 1, "or unit=micro", {"unit": "micro"}, {}, 1),
+        ({"passes": "one"}, {}, 2, "Freeze it", {}, {}, 1),
+        ({"passes": "one"}, {}, 2, "set passes=two", {"passes": "two"}, {}, 2),
+        (STREAM, {}, 2, "set passes=two and general=train", {"passes": "two", "general": "train"}, {}, 2),
+    ],
+)
+def test_advice_on_passes_is_accepted(options, run, uses, advice, other_options, other_run, other_uses):
+    def chosen(options, run, uses):
+        context = SimpleNamespace(**{"gradient_accumulation_steps": 1, "world_size": 1, **run})
+        return one_pass(DataRegularization(**options)._plan, [Layer("tied", 0, None, uses)], context)
+
+    with pytest.raises(ValueError, match=advice):
+        chosen(options, run, uses)
+    chosen({**options, **other_options}, {**run, **other_run}, other_uses)
+
+
+def test_advice_on_layers_that_cannot_be_tapped_is_accepted():
+    """A parameter of no layer: freeze it, or choose globally with forward passes alone."""
+    net = model(layers=1)
+    net.model.steering = nn.Parameter(torch.zeros(16))
+    with pytest.raises(PluginError, match="scope=global,engine=derivative"):
+        train(DataRegularization(), net, max_steps=1)
+    train(DataRegularization(**DERIVATIVE), net, max_steps=1)
+    net.model.steering.requires_grad_(False)
+    train(DataRegularization(), net, max_steps=1)
+
+
+def test_advice_on_weights_in_low_precision_is_accepted():
+    net = model(layers=1).bfloat16()
+    with pytest.raises(PluginError, match=r"load the model in fp32, or use engine=ghost"):
+        train(DataRegularization(**DERIVATIVE), net, max_steps=1)
+    train(DataRegularization(scope="global", engine="ghost"), net, max_steps=1)
+    train(DataRegularization(**DERIVATIVE), net.float(), max_steps=1)
+
+
 def test_deepspeed_is_refused_by_the_core(tmp_path):
     config = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 4}
     with pytest.raises((ConfigurationError, ImportError), match=r"(?i)deepspeed"):
@@ -126,6 +250,54 @@ def test_when_every_weight_is_zero_the_update_is_zero(monkeypatch):
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, start[name]), name
     assert all(log["loss"] == 0.0 for log in trainer.state.log_history if "loss" in log)
+
+
+class NanTarget:
+    """An objective that has no finite gradient on the target."""
+
+    requires_api = "1"
+    trainers = ("sft",)
+
+    @hookimpl
+    def per_token_loss(self, tokens):
+        return -tokens.log_probs * (float("nan") if tokens.stream == "target" else 1.0)
+
+
+NOT_FINITE = {
+    "one pass": {},
+    "two passes": {"passes": "two"},
+    "filter": {"rule": "filter", "passes": "two"},
+    "global": {"scope": "global"},
+    "derivative": {"scope": "global", "engine": "derivative"},
+    "cone": {"rule": "cone"},
+    "sketched span": {"rule": "span", "engine": "sketch", "scope": "global"},
+    "ball": {"rule": "ball"},
+}
+
+
+@pytest.mark.parametrize("case", NOT_FINITE)
+def test_a_target_gradient_of_nan_stops_the_run(case, caplog):
+    """No order of NaN says which samples to keep, so none of them is trained on."""
+    net, start = model(layers=1), model(layers=1).state_dict()
+    net.register_forward_hook(lambda module, args, output: seen.append(module))
+    seen: list[nn.Module] = []
+    with pytest.raises(NonFiniteError, match=r"step 1, .* data-regularization"):
+        train(DataRegularization(**NOT_FINITE[case]), net, beside=[NanTarget()], nonfinite="raise")
+    assert "the scores <g_i, t> are NaN or infinite" in caplog.text
+    for name, value in seen[-1].state_dict().items():
+        assert torch.equal(value, start[name]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"scope": "global", "rule": "cone"}])
+def test_steps_with_a_target_gradient_of_nan_can_be_left_out(options):
+    """The model stays as it was, and what is counted and logged knows nothing of such steps."""
+    plugin = DataRegularization(table=True, **options)
+    trainer = train(plugin, beside=[NanTarget()], nonfinite="skip", max_steps=2)
+    for name, value in model().state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], value), name
+    assert plugin.recorder.seen == {}
+    logged = [key for log in trainer.state.log_history for key in log if key.startswith("data-regularization/kept")]
+    assert logged == []
 
 
 def test_a_target_smaller_than_its_batch_cycles_within_it():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import tempfile
 
 import pytest
@@ -19,6 +20,7 @@ from trl_ext_data_regularization.token_coefficients import (
 
 import trl_ext
 from trl_ext import hookimpl
+from trl_ext.errors import NonFiniteError
 from trl_ext.options import check_options
 from trl_ext.testing import Addition
 
@@ -198,6 +200,23 @@ def test_held_out_prompts_cycle_and_resume_where_they_were(held_out):
     assert other.state_dict() == plugin.state_dict()
 
 
+def endless_reward(prompts, completions, **columns):
+    return [float("inf")] * len(completions)
+
+
+def test_a_target_gradient_of_nan_stops_the_run(held_out, caplog):
+    """No order of NaN says which completions to drop."""
+    with pytest.raises(NonFiniteError, match="rollout-filter"):
+        run([fresh(held_out, reward="test_rollout_filter:endless_reward")], max_steps=1)
+    assert "the scores <g_i, t> are NaN or infinite" in caplog.text
+
+
+def test_the_authors_target_loss_is_the_default():
+    """`val_loss_type: reward` in their RLHF and RLVR code; all negative completions are dropped there too."""
+    assert RolloutFilter().target_loss == "reward"
+    assert RolloutFilter().frac == 1.0
+
+
 def test_evaluation_is_left_alone():
     plugin = RolloutFilter()
     advantages = torch.randn(4)
@@ -227,6 +246,13 @@ def test_token_policy_gradient_of_a_rank_is_its_part_of_that_over_all():
     whole = token_policy_gradient(advantages, mask)
     parts = [token_policy_gradient(advantages[rows], mask[rows]) for rows in (slice(0, 1), slice(1, 2))]
     torch.testing.assert_close(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("function", [train_loss, token_policy_gradient, reward_loss])
+def test_a_target_loss_states_its_shape_its_denominator_and_its_source(function):
+    assert "(N, T)" in function.__doc__
+    assert re.search(r"divide|denominator", function.__doc__)
+    assert re.search(r"arXiv:2605\.07063|TRL's policy loss", function.__doc__)
 
 
 def test_losses_weigh_tokens_as_trl_does():

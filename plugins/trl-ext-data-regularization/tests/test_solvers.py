@@ -1,5 +1,7 @@
 """Properties of the solvers over families of gradients, against brute force and closed forms."""
 
+import importlib
+import re
 from dataclasses import replace
 from itertools import combinations, pairwise
 
@@ -259,6 +261,19 @@ def test_samples_that_are_not_used_weigh_nothing_at_all(name):
     assert (opposed.problem.s < 0).all()
     if name == "cone":
         assert torch.equal(solve(opposed, name).weights, torch.zeros(8, dtype=torch.float64))
+
+
+@rules
+def test_a_rule_states_its_formula_its_shapes_and_its_source(name):
+    """Module first, formula first; extensions say that they are none of the paper's."""
+    module = importlib.import_module(f"trl_ext_data_regularization.solvers.{name.replace('-', '_')}")
+    (function,) = [f for f in vars(module).values() if getattr(f, "__module__", "") == module.__name__ and f.__doc__][
+        -1:
+    ]
+    assert re.search(r"=|min", module.__doc__.partition("\n")[0])
+    assert "arXiv:2605.07063" in function.__doc__ or "An extension, not in the paper" in function.__doc__
+    assert ("[extension]" in module.__doc__) == ("An extension, not in the paper" in function.__doc__)
+    assert re.search(r"token mean|g_i|m_i", function.__doc__), "whose gradients the weights multiply"
 
 
 # -- gradients of very different lengths, as training leaves them ----------------------------------------------------

@@ -88,8 +88,10 @@ def refuse_run(plan: Plan, run: RunDescription) -> None:
     args, rule, engine = run.args, plan.solver, plan.scored_by
     if run.sharding not in ("none", "ddp") and not (run.sharding == "fsdp2" and engine == "derivative"):
         raise ValueError(
-            f"under {run.sharding} no rank sees whole layers, which scope={plan.scope},engine={engine} needs; use DDP, "
-            f"or FSDP2 with {', '.join(_changes_for_fsdp2(plan, run))}"
+            f"under {run.sharding} no rank sees whole layers, which scope={plan.scope},engine={engine} needs; use "
+            f"{','.join(_options_for_fsdp2(plan))} (FSDP2"
+            + "".join(f", {setting}" for setting in _low_precision(run))
+            + "), or DDP"
         )
     if run.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError("samples are weighed over all ranks; set average_tokens_across_devices=True")
@@ -120,8 +122,8 @@ def refuse_run(plan: Plan, run: RunDescription) -> None:
         )
 
 
-def _changes_for_fsdp2(plan: Plan, run: RunDescription) -> list[str]:
-    """The settings with which this run would work on shards: scores by forward passes alone."""
+def _options_for_fsdp2(plan: Plan) -> list[str]:
+    """The options to change for shards: scores by forward passes alone."""
     changes = ["scope=global", "engine=derivative"]
     if plan.solver.needs_gram:
         changes.append("rule=topk")
@@ -133,7 +135,7 @@ def _changes_for_fsdp2(plan: Plan, run: RunDescription) -> list[str]:
         changes.append("sketch_size=64")
     if plan.radius != 1:
         changes.append("radius=1")
-    return changes + _low_precision(run)
+    return changes
 
 
 def _low_precision(run: RunDescription) -> list[str]:

@@ -1,4 +1,4 @@
-"""[extension] Euclidean projection onto a ball around the mean general gradient."""
+"""[extension] Euclidean projection onto a ball around the mean gradient g: w = 1 - a, a = min(1, rho / |t - g|)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def ball(problem: Problem, squared_target_norm: torch.Tensor, radius: float = 1.
     """u = g + min(1, rho / |t - g|) (t - g), g = sum_i g_i, rho = radius x |g|. An extension, not in the paper.
 
     Args:
-        problem: with K.
+        problem: (..., n), with K.
         squared_target_norm: (...) |t|^2.
         radius: radius of the ball relative to the norm of the mean general gradient; 0 is full training.
     """

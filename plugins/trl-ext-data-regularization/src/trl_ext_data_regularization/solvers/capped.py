@@ -1,4 +1,4 @@
-"""[extension] Euclidean projection onto the capped simplex: the relaxation of top-k."""
+"""[extension] Euclidean projection onto the capped simplex, the hull with v_i <= cap_i: the relaxation of top-k."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ def capped(problem: Problem, frac: float = 0.5) -> Solution:
 
     That cap is 1/k for samples of one length. With unequal lengths it is tokens_i / (tokens_i + the k - 1 smallest
     others), the tightest box that holds every k-subset's token mean. An extension, not in the paper.
+
+    Args:
+        problem: (..., n), with K.
+        frac: share of the samples that k counts, in (0, 1].
     """
     tokens = problem.tokens.double()
     order = tokens.sort()

@@ -1,4 +1,4 @@
-"""Full training: the feasible set is one point, the mean general gradient; the target has no say."""
+"""Full training, w = 1: the feasible set is one point, the mean general gradient; the target has no say."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from trl_ext_data_regularization.solvers.problem import Problem, Solution
 
 
 def full(problem: Problem) -> Solution:
-    """w = 1 (arXiv:2605.07063, section on special cases)."""
+    """w_i = 1, so u = sum_i g_i, the gradient of the token mean over all samples (arXiv:2605.07063, special cases)."""
     return Solution(torch.ones_like(problem.s), problem.s.new_zeros(problem.s.shape[:-1]))

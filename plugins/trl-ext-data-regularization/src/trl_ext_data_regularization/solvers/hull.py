@@ -1,4 +1,4 @@
-"""[extension] Euclidean projection onto the convex hull of the samples' mean gradients."""
+"""[extension] Euclidean projection onto the convex hull of the samples' mean gradients m_i = (T_tot / tokens_i) g_i."""
 
 from __future__ import annotations
 
@@ -11,5 +11,8 @@ def hull(problem: Problem) -> Solution:
 
     In weights of shares, w_i = v_i T_tot / tokens_i, so that the plain update (w = 1) and every subset mean are inside
     the hull. An extension, not in the paper.
+
+    Args:
+        problem: (..., n), with K.
     """
     return minimise(problem, upper=None, simplex=True)

@@ -1,4 +1,4 @@
-"""What a solver receives and gives."""
+"""What a solver receives and gives: u = sum_i w_i g_i + a t, for one layer or for L of them, on a leading dimension."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Solution:
-    """The update u = sum_i weights_i g_i + target t."""
+    """The update u = sum_i weights_i g_i + target t. All weights 1 and target 0 are plain training."""
 
     weights: Tensor
     """(..., n) float, in the dtype of `s`."""
