@@ -40,6 +40,13 @@ def gradient(model: Any, loss: Tensor) -> Vector:
     return [g.clone() for g in torch.autograd.grad(loss, list(model.parameters()))]
 
 
+def fp32_error(gradient: Vector) -> float:
+    """How far a gradient may be off whose head works in fp32: each of its entries is made of sums of at most as many
+    terms as a hidden state and the vocabulary have, and each term is rounded by 2^-24 of the largest entry or less."""
+    terms = tiny_llama(hidden=16).config.vocab_size + 16
+    return terms * 2**-24 * max(float(g.abs().max()) for g in gradient)
+
+
 def combine(a: Vector, b: Vector, x: float, y: float) -> Vector:
     return [x * s + y * t for s, t in zip(a, b, strict=True)]
 

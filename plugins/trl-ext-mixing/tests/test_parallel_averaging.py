@@ -54,8 +54,9 @@ def test_fp32_agrees_with_the_branches_and_rates_clipping_and_coefficient_are_ap
     )
     trainer.train()
     expected = two_branches("adamw_torch", seen, 20, (1e-2, 2.5e-3), (0.4, 0.05), c=0.3)
-    # Rounding of the weighted mean only: weights are below 4, one part in 2**23 of that a step, twenty steps.
-    assert largest_difference(seen.weights[-1], expected[-1]) < 1e-6
+    # Rounding of the weighted mean only: three operations a step here and three there, each off by 2^-24 of a weight.
+    largest = max(float(t.abs().max()) for step in seen.weights for t in step)
+    assert largest_difference(seen.weights[-1], expected[-1]) < 20 * 6 * 2**-24 * largest
 
 
 def test_it_is_not_one_optimizer_on_the_mean_gradient(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from mixing_runs import (
     mixed_reward,
     never,
 )
-from oracles import combine, demonstration_nll, gradient, model_at
+from oracles import combine, demonstration_nll, fp32_error, gradient, model_at
 from trl_ext_mixing import ReLIFT
 
 from trl_ext import hookimpl
@@ -45,13 +45,14 @@ def test_relift_steps_on_the_unsolved_prompts_when_the_buffer_is_full(tmp_path: 
             unsolved = not bool(rewards.total[i : i + 4].any())
             buffered += [rollouts.inputs[i]] * unsolved
             solved += not unsolved
-        expected = combine(seen.weights[step], seen.rl[step], 1.0, -1e-2)
+        expected, bound = combine(seen.weights[step], seen.rl[step], 1.0, -1e-2), 1e-14  # fp64, weights below 4
         if len(buffered) >= 3:
             model = model_at(expected)
-            expected = combine(expected, gradient(model, demonstration_nll(model, buffered[:3])), 1.0, -5e-3)
+            sft = gradient(model, demonstration_nll(model, buffered[:3]))
+            expected = combine(expected, sft, 1.0, -5e-3)
             buffered, steps = buffered[3:], steps + 1
-        # Llama's norms work in fp32, where the last bit of the weights in between shows; the SFT step moves by 1e-3.
-        assert largest_difference(seen.weights[step + 1], expected) < 1e-9, step
+            bound = 5e-3 * fp32_error(sft)  # Llama's norms work in fp32, where the last bit of the weights shows
+        assert largest_difference(seen.weights[step + 1], expected) < bound, step
     assert solved > 0
     assert steps > 1
     assert trainer.state.log_history[-2]["relift/sft_steps"] == steps

@@ -12,7 +12,7 @@ import pytest
 import torch
 from branches import largest_difference, two_branches
 from mixing_runs import Recorder
-from oracles import combine, demonstration_nll, gradient, model_at, rl_gradient
+from oracles import combine, demonstration_nll, fp32_error, gradient, model_at, rl_gradient
 from two_ranks import METHODS
 
 pytestmark = pytest.mark.slow
@@ -128,11 +128,13 @@ def test_relift_ranks_share_one_buffer_also_for_a_group_on_both(tmp_path: Path) 
         inputs = joined(ranks, "inputs", step)
         buffered += [inputs[i] for i in range(0, 12, 4) if not rewards[i : i + 4].any()]
         expected = combine(ranks[0]["weights"][step], ranks[0]["rl"][step], 1.0, -1e-2)
+        bound = 1e-14  # fp64, weights below 4
         if len(buffered) >= 2:
             model = model_at(expected)
-            expected = combine(expected, gradient(model, demonstration_nll(model, buffered[:2])), 1.0, -1e-2)
+            sft = gradient(model, demonstration_nll(model, buffered[:2]))
+            expected = combine(expected, sft, 1.0, -1e-2)
             buffered, steps = buffered[2:], steps + 1
-        # Llama's norms work in fp32, where the last bit of the weights in between shows; the SFT step moves by 1e-3.
-        assert largest_difference(ranks[0]["weights"][step + 1], expected) < 1e-9, step
+            bound = 1e-2 * fp32_error(sft)  # Llama's norms work in fp32, where the last bit of the weights shows
+        assert largest_difference(ranks[0]["weights"][step + 1], expected) < bound, step
         assert largest_difference(ranks[0]["weights"][step + 1], ranks[1]["weights"][step + 1]) == 0
     assert steps > 1
