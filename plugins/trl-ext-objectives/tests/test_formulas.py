@@ -162,7 +162,8 @@ def plugin_loss(name: str, batch: Batch, logits: Tensor, record: MakeRecord) -> 
 def test_gradient_equals_full_logits_autograd(name: str, record: MakeRecord) -> None:
     batch = draw_batch(seed=1)
     exact = oracle_gradient(name, batch)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):  # some ten roundings of each precision
+    # The weight of a token multiplies the rounding of log p, at most by |log p| d log w / d log p, some 20 for idft.
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 64 * torch.finfo(torch.float32).eps)):
         logits = batch.logits.to(dtype).requires_grad_()
         (gradient,) = torch.autograd.grad(plugin_loss(name, batch, logits, record).sum(), logits)
         assert (gradient.double() - exact).norm() / exact.norm() < tolerance
@@ -339,8 +340,8 @@ def test_eaft_gate_is_the_papers_on_a_flat_tail(record: MakeRecord) -> None:
     tokens = record(p.log()[None, None], torch.ones(1, 1, dtype=torch.long))
     gates = {gate: EAFT(gate=gate).per_token_loss(tokens) / -tokens.log_probs for gate in ("top", "whole")}
     assert EAFT().gate == "top"
-    assert gates["top"].item() == pytest.approx(0.004, abs=5e-4)
-    assert gates["whole"].item() == pytest.approx(0.362, abs=5e-4)
+    assert gates["top"].item() == pytest.approx(0.0038009, abs=1e-6)
+    assert gates["whole"].item() == pytest.approx(0.3622397, abs=1e-6)
 
 
 def _options() -> list[Any]:
