@@ -1,11 +1,16 @@
 """`pg`: the plain policy gradient, without importance ratio and clipping (arXiv 2603.06957, outcome rewards).
 
-w <- w + eta r grad log p_w(y|x),    so the loss of a token is    L_t = -eta A log p(y_t | x, y_<t)
+For a prompt x and a completion y with the reward r the step is w <- w + eta r grad log p_w(y|x), so that a token has
 
-rewards="binary"    A = 1[R > threshold]           baseline="group"    A <- A - mean of A over the group
-rewards="sign"      A = 2 * 1[R > threshold] - 1    (+1/-1, as in the authors' experiments)
-rewards="raw"       A = R                           R: the weighted sum of the reward functions
-adaptive=true       eta = 1 / (4 + 2 |grad log p(y|x)|²) for each sequence y; otherwise eta = 1
+    L_t = -eta A log p(y_t | x, y_<t),    A = r
+
+where the options say what A and eta are; R is the weighted sum of the reward functions:
+
+    rewards="binary"    A = 1[R > threshold]
+    rewards="sign"      A = 2 * 1[R > threshold] - 1, the +1/-1 of the authors' experiments
+    rewards="raw"       A = R
+    baseline="group"    A <- A - mean of A over the group
+    adaptive=true       eta = 1 / (4 + 2 |grad log p(y|x)|²) for each completion y; otherwise eta = 1
 """
 
 from __future__ import annotations
