@@ -1,0 +1,104 @@
+"""Records of start-up: the run as asked for, as prepared, and its auxiliary data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from trl_ext.records.step import WeightsView
+
+TrainerKind = Literal["sft", "grpo"]
+"""What a run trains with."""
+TRAINERS: tuple[TrainerKind, ...] = get_args(TrainerKind)
+
+
+@dataclass(frozen=True)
+class RunDescription:
+    """The run as asked for, before the model loads (`check`)."""
+
+    trainer: TrainerKind
+    args: Any
+    """The trainer's config (`SFTConfig` or `GRPOConfig`)."""
+    model: Any
+    """What was passed as the model: an id or path, or a model."""
+    plugins: tuple[str, ...]
+    """Names of the active plugins, in order."""
+    streams: tuple[str, ...]
+    """Names of the auxiliary data sets that were given."""
+    columns: tuple[str, ...]
+    """Columns of the training data set; empty where they are not known."""
+    peft: bool
+    world_size: int
+    sharding: Literal["none", "ddp", "fsdp1", "fsdp2", "deepspeed"]
+    rewards: tuple[str, ...] = ()
+    """GRPO: names of the reward functions; empty where they are not known beforehand (new in 1.2)."""
+
+
+@dataclass(frozen=True)
+class SetupContext:
+    """The model as it will be trained, and facts of the run (`setup`)."""
+
+    trainer: TrainerKind
+    model: nn.Module
+    """The unwrapped model; its parameters are DTensors under FSDP2."""
+    weights: WeightsView
+    names: tuple[str, ...]
+    """Names of the trainable parameters, in the order of every view."""
+    device: torch.device
+    rank: int
+    world_size: int
+    sharded: bool
+    """Whether each rank holds a shard of the parameters (FSDP2)."""
+    gradient_accumulation_steps: int
+    max_steps: int
+    output_dir: str
+    resuming: bool
+    """Whether the run continues from a checkpoint; `load_state_dict` follows `setup` then."""
+    tokenizer: Any
+    reference: nn.Module | None = None
+    """GRPO: the unwrapped reference model of the KL term, where the trainer keeps one beside the policy."""
+
+
+@dataclass(frozen=True)
+class StreamRequest:
+    """One auxiliary data set that a plugin wants (`streams`).
+
+    Each optimiser step draws one batch of `batch_size` samples per rank, and hands its gradient to the plugin. `when`
+    is "before" (ready in `sample_weights`) or "after" the main backward (ready in `gradients_ready`). `on_exhausted`:
+    "cycle" reshuffles and starts again, "stop" ends the training after the step, "error" raises.
+    """
+
+    role: str
+    batch_size: int = 8
+    when: Literal["before", "after"] = "after"
+    on_exhausted: Literal["cycle", "stop", "error"] = "cycle"
+    shuffle: bool = True
+    seed: int | None = None
+    """Seed of the order; the trainer's `data_seed` or `seed` where None."""
+    max_length: int | None = None
+    """Longest sequence in tokens; the trainer's `max_length` where None."""
+    optional: bool = False
+    """Whether the run may go on without a data set for this role."""
+    select: Callable[[], Sequence[int]] | None = None
+    """Gives the rows of this rank's next batch, in place of the seeded order; none at all is allowed. For data that
+    belongs to the step, such as demonstrations of the prompts just rolled out. `batch_size` is not used then."""
+    keep: bool = True
+    """With when="before": whether the gradient is still there in `gradients_ready`. Where it is not, its memory is free
+    during the window's own passes (new in 1.1)."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size={self.batch_size}: a stream draws at least one sample per rank")
+        for name, value, allowed in (
+            ("when", self.when, ("before", "after")),
+            ("on_exhausted", self.on_exhausted, ("cycle", "stop", "error")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+        if not self.keep and self.when == "after":
+            raise ValueError("keep=False: a gradient taken after the main backward is there for gradients_ready alone")
