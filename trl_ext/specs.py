@@ -35,8 +35,8 @@ def parse_specs(value: Any) -> list[dict[str, Any]]:
         if registered_name(spec) in taken or (repeated and "label" not in spec):
             labelled = f"plugins: [{spec['name']}:label=first, {spec['name']}:label=second]"
             raise ConfigurationError(
-                f"plugins: {registered_name(spec)!r} comes more than once. Keep one; or, of a plugin that can run beside "
-                f"another of its kind, label each: {labelled}"
+                f"plugins: {registered_name(spec)!r} comes more than once. Keep one; or, of a plugin that can run "
+                f"beside another of its kind, label each: {labelled}"
             )
         taken.add(registered_name(spec))
     return specs

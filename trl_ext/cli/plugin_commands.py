@@ -45,8 +45,9 @@ def info(
 ) -> None:
     """Show a plugin's options, hooks, trainers and citation; imports it."""
     from trl_ext.errors import ConfigurationError
-    from trl_ext.plugins.activation import from_spec, parse_specs
+    from trl_ext.plugins.activation import from_spec
     from trl_ext.plugins.discovery import load_plugin
+    from trl_ext.specs import parse_specs
 
     specs = parse_specs(plugin)
     if len(specs) != 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pluggy
@@ -11,40 +10,16 @@ import pluggy
 from trl_ext.errors import ConfigurationError
 from trl_ext.hookspecs import HOOKS, PROJECT, HookSpecs
 from trl_ext.options import check_options
+from trl_ext.plugins.active import ActivePlugin, class_of
 from trl_ext.plugins.coercion import build_options, check_option_types, resolved_options
-from trl_ext.plugins.declarations import Declarations, read_declarations
+from trl_ext.plugins.declarations import read_declarations
 from trl_ext.plugins.discovery import find_distribution, load_plugin, range_error
 from trl_ext.plugins.implementations import implementations, marked_hooks
 from trl_ext.plugins.relations import refuse_relations
 from trl_ext.records import TrainerKind
 from trl_ext.specs import config_line, parse_specs, registered_name
 
-__all__ = ["ActivePlugin", "PluginSet", "activate", "check_plugin", "from_spec", "parse_specs"]
-
 HookCall = tuple[str, Callable[..., Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class ActivePlugin:
-    """One plugin of a run."""
-
-    name: str
-    """The label, or else the plugin's name; prefixes its metrics and names its state."""
-    instance: Any
-    distribution: str | None
-    """None for an instance of a class that no distribution provides."""
-    version: str | None
-    options: dict[str, Any]
-    """All options with their values, as JSON."""
-    citation: str
-    declared: Declarations
-    line: str
-    """The config line that activates it, for messages."""
-
-    def __str__(self) -> str:
-        if self.distribution is None:
-            return f"{self.name!r} ({_class_of(self.instance)})"
-        return f"{self.name!r} ({self.distribution} {self.version})"
 
 
 class _Registration:
@@ -206,11 +181,11 @@ def _from_instance(instance: Any, before: Sequence[ActivePlugin]) -> ActivePlugi
     if any(plugin.instance is instance for plugin in before):
         raise ConfigurationError(f"{line}: the same instance {instance!r} is given twice; make one for each place")
     if misfit := range_error(getattr(instance, "requires_api", None), getattr(instance, "requires_trl", None)):
-        raise ConfigurationError(f"{line}: {_class_of(instance)} {misfit}")
+        raise ConfigurationError(f"{line}: {class_of(instance)} {misfit}")
     try:
         check_options(instance)
     except ValueError as error:
-        raise ConfigurationError(f"{line}: {_class_of(instance)} refuses its options: {error}") from error
+        raise ConfigurationError(f"{line}: {class_of(instance)} refuses its options: {error}") from error
     info = find_distribution(type(instance))
     own_name = info.name if info else type(instance).__name__
     name = getattr(instance, "label", None) or own_name
@@ -225,13 +200,9 @@ def _from_instance(instance: Any, before: Sequence[ActivePlugin]) -> ActivePlugi
         version=info.version if info else None,
         options=resolved_options(instance),
         citation=getattr(instance, "citation", ""),
-        declared=read_declarations(instance, own_name, str(info or f"{name!r} ({_class_of(instance)})"), line),
+        declared=read_declarations(instance, own_name, str(info or f"{name!r} ({class_of(instance)})"), line),
         line=line,
     )
-
-
-def _class_of(instance: Any) -> str:
-    return f"class {type(instance).__qualname__} of {type(instance).__module__}"
 
 
 def _by_keyword(implementation: pluggy.HookImpl) -> Callable[..., Any]:
