@@ -33,10 +33,13 @@ class ActivePlugin:
     line: str
     """The config line that activates it, for messages."""
 
+    @property
+    def origin(self) -> str:
+        """Its distribution with the version, or else its class."""
+        return f"{self.distribution} {self.version}" if self.distribution else class_of(self.instance)
+
     def __str__(self) -> str:
-        if self.distribution is None:
-            return f"{self.name!r} ({class_of(self.instance)})"
-        return f"{self.name!r} ({self.distribution} {self.version})"
+        return f"{self.name!r} ({self.origin})"
 
 
 class _Registration:

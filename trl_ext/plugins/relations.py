@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from trl_ext.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from trl_ext.plugins.plugin_set import ActivePlugin
+from trl_ext.plugins.plugin_set import ActivePlugin
 
 
 def refuse_relations(plugins: Sequence[ActivePlugin]) -> None:

@@ -33,7 +33,7 @@ def run_facts(kind: str, plugins: PluginSet, streams: Mapping[str, Stream]) -> d
         "plugins": [
             {
                 "name": p.name,
-                "origin": f"{p.distribution} {p.version}" if p.distribution else _class_of(p.instance),
+                "origin": p.origin,
                 "options": p.options,
                 "changed": _changed_options(p.instance, p.options),
                 "cost": getattr(p.instance, "cost", ""),
@@ -56,10 +56,6 @@ def _changed_options(instance: Any, options: Mapping[str, Any]) -> list[str]:
     """The options that a run has chosen otherwise than the plugin's author."""
     fields = option_fields(type(instance)) if options else {}
     return [name for name, value in options.items() if default_of(fields[name], missing=object()) != value]
-
-
-def _class_of(instance: Any) -> str:
-    return f"class {type(instance).__qualname__} of {type(instance).__module__}"
 
 
 def _request(request: Any) -> dict[str, Any]:
@@ -110,8 +106,7 @@ def add_to_model_card(path: Path, plugins: PluginSet) -> None:
     for p in plugins:
         options = ", ".join(f"`{k}={v}`" for k, v in p.options.items()) or "default options"
         cited = f" Source: {p.citation}" if p.citation else ""
-        origin = f"{p.distribution} {p.version}" if p.distribution else _class_of(p.instance)
-        lines.append(f"- **{p.name}** ({origin}), {options}.{cited}")
+        lines.append(f"- **{p.name}** ({p.origin}), {options}.{cited}")
     if (owner := plugins.owner("deployed_weights")) is not None:
         lines += ["", where_weights_are(owner)]
     path.write_text(text.rstrip() + "\n\n" + "\n".join(lines) + "\n")
