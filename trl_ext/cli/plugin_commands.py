@@ -21,7 +21,7 @@ plugins_app = typer.Typer(help="Show and check the installed plugins.", no_args_
 @plugins_app.command("list")
 def list_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the installed plugins, without importing them."""
-    from trl_ext.plugins.discovery import list_plugins
+    from trl_ext.cli.listing import list_plugins
 
     gc.disable()  # the sources' syntax trees are many small objects, and the process is about to end
     infos = list_plugins()
@@ -79,9 +79,9 @@ def check(
     name: Annotated[str | None, typer.Argument(help="The plugin's name; all of them if left out.")] = None,
 ) -> None:
     """Import and validate plugins; exit with 1 if any is BROKEN."""
+    from trl_ext.cli.listing import list_plugins
     from trl_ext.errors import ConfigurationError
     from trl_ext.plugins.activation import check_plugin
-    from trl_ext.plugins.discovery import list_plugins
 
     failures = 0
     for plugin in [name] if name else sorted({info.name for info in list_plugins()}):
