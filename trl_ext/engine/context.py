@@ -48,6 +48,8 @@ class AccumulationWindow:
     """Label tokens of the window over all ranks, as transformers counts them."""
     done: int = 0
     """Micro-steps already done."""
+    tokens: Tensor | None = None
+    """() float: label tokens of the window over all ranks, where an auxiliary loss may need them (GRPO)."""
     sequences: Tensor | None = None
     """() float: samples of the window over all ranks, where an auxiliary loss may need them (SFT)."""
     weights: Sequence[Tensor] | None = None
@@ -56,4 +58,4 @@ class AccumulationWindow:
     def start(self, micro_batches: Sequence[Any], num_items: Tensor | int | None) -> None:
         """Go on to the next window."""
         self.micro_batches, self.num_items, self.done = micro_batches, num_items, 0
-        self.sequences = self.weights = None
+        self.tokens = self.sequences = self.weights = None

@@ -46,6 +46,25 @@ def shaped_advantages(
     return shaped
 
 
+def window_batches(
+    buffer: Sequence[dict[str, Any]], micro_step: int, done: int, accumulation_steps: int, num_iterations: int
+) -> list[dict[str, Any]] | None:
+    """Give the micro-batches of the current accumulation window; None where some of them are still to be generated.
+
+    Args:
+        buffer: TRL's slices of the last generation batch, of which each micro-step takes the next, round and round.
+        micro_step: TRL's count of the run's micro-steps, from 0.
+        done: micro-steps of the window already done.
+        accumulation_steps: micro-steps of the window.
+        num_iterations: how often TRL goes through the buffer before it generates again.
+    """
+    first, period = micro_step - done, len(buffer) * num_iterations
+    last = first + accumulation_steps - 1
+    if first // period != last // period:
+        return None
+    return [buffer[i % len(buffer)] for i in range(first, last + 1)]
+
+
 def pack(buffer: Sequence[Mapping[str, Any]] | None) -> State:
     """The rollouts still to be trained on, flat: TRL does not save them, and a run resumed amid them would differ."""
     return {

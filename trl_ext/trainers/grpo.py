@@ -44,9 +44,14 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             metrics=lambda: self._metrics["train" if self.model.training else "eval"],
             gather=self.accelerator.gather,
             loss_type=self.loss_type,
-            steps_per_generation=self.args.steps_per_generation,
+            window=self.ext_step.window,
+            window_batches=self._ext_window_batches,
         )
         self.ext_order = PromptOrder(self.ext_run.guard, self.ext_gather)
+
+    def _ext_window_batches(self) -> list[dict[str, Any]] | None:
+        done, accumulation = self.ext_step.window.done, self.current_gradient_accumulation_steps
+        return rollouts.window_batches(self._buffered_inputs, self._step, done, accumulation, self.args.num_iterations)
 
     def _ext_sft_head(self) -> Callable[[], AbstractContextManager[None]]:
         outputs, cast = self.ext_run.fused_outputs, self.args.cast_lm_head_to_fp32
