@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import pandas as pd
 import pytest
-from helpers import Plugin, logged, make_grpo
+import torch
+from helpers import Plugin, additions, logged, make_grpo
 
 from trl_ext import hookimpl
 from trl_ext.errors import PluginError
@@ -51,3 +53,37 @@ def test_a_grpo_term_per_token_is_refused_where_the_window_outlasts_its_completi
     with pytest.raises(PluginError, match=message):
         make_grpo(tmp_path / "run", plugins=[Constant()], **sizes).train()
     make_grpo(tmp_path / "run", plugins=[Constant("sequence")], **sizes).train()
+
+
+# -- the table of completions ----------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Ranked(Plugin):
+    """Advantages that count the completions from 0, for each completion or for each token."""
+
+    per_token: bool = False
+
+    @hookimpl
+    def advantages(self, advantages, rollouts):
+        ranked = torch.arange(len(advantages), dtype=advantages.dtype)
+        if not self.per_token:
+            return ranked
+        outside = torch.where(rollouts.mask.bool(), 0.0, 99.0)  # nothing is trained on there
+        return outside + ranked[:, None]
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["completion", "token"])
+def test_the_table_of_completions_shows_the_advantages_trained_on(tmp_path, per_token):
+    files = {"log_completions": True, "num_completions_to_print": 0, "max_steps": 2, "steps_per_generation": 2}
+    trainer = make_grpo(tmp_path / "run", plugins=[Ranked(per_token)], **files)
+    trainer.train()
+    table = pd.read_parquet(tmp_path / "run" / "completions" / "completions_00001.parquet")
+    assert table["advantage"].tolist() == pytest.approx(list(range(8)))
+
+
+def test_evaluation_shows_its_advantages_too(tmp_path):
+    held_out = {"eval_dataset": additions(4, "prompt_only", seed=5)}
+    trainer = make_grpo(tmp_path / "run", plugins=[Ranked()], trainer=held_out)
+    trainer.evaluate()
+    assert list(trainer._logs["advantages"]) == [0, 1, 2, 3]

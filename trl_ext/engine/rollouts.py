@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trl_ext.checkpoints import State
@@ -44,6 +45,19 @@ def shaped_advantages(
     shaped = run.guard.chain("advantages", "advantages", given, check, rollouts=rollouts, rewards=rewards)
     run.guard.agree()  # what follows is collective: streams, the loss of sharded weights
     return shaped
+
+
+def per_completion(advantages: Tensor, output: Mapping[str, Any]) -> Tensor:
+    """(N,) float: the advantages as one number a completion, the mean over the tokens that the loss sees.
+
+    Args:
+        advantages: (N,) or (N, T) float.
+        output: What TRL's `_generate_and_score_completions` returns.
+    """
+    if advantages.dim() == 1:
+        return advantages
+    mask = loss_mask(output).bool()
+    return torch.where(mask, advantages, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
 def window_batches(

@@ -97,7 +97,16 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             generations = self.num_generations if self.model.training else self.num_generations_eval
             shaped = rollouts.shaped_advantages(self.ext_run, output, *self._ext_scored, generations)
             output["advantages"] = shaped
+            self._ext_show_advantages(shaped, output)
         return output
+
+    def _ext_show_advantages(self, advantages: Tensor, output: dict[str, Any]) -> None:
+        """Put the advantages trained on into TRL's table of completions, which holds TRL's own so far. Collective."""
+        shown = self.accelerator.gather(rollouts.per_completion(advantages, output)).tolist()
+        table = self._logs["advantages"]
+        for _ in range(min(len(shown), len(table))):  # it keeps no more than one generation batch
+            table.pop()
+        table.extend(shown)
 
     # -- loss --------------------------------------------------------------------------------------------------------
 
