@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from helpers import Plugin, additions, logged, make_grpo
+from helpers import Plugin, additions, logged, make_grpo, parameters, varied_reward
 
 from trl_ext import hookimpl
-from trl_ext.errors import PluginError
+from trl_ext.errors import NonFiniteError, PluginError
 from trl_ext.records import AuxiliaryLoss
 
 
@@ -49,7 +50,9 @@ def test_a_grpo_term_per_token_is_divided_by_its_own_windows_tokens(tmp_path, ac
 
 def test_a_grpo_term_per_token_is_refused_where_the_window_outlasts_its_completions(tmp_path):
     sizes = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 1}
-    message = r"'Constant'.*'auxiliary_losses' at step 1: ValueError: term 'rows' is per token.*make steps_per_generation"
+    message = (
+        r"'Constant'.*'auxiliary_losses' at step 1: ValueError: term 'rows' is per token.*make steps_per_generation"
+    )
     with pytest.raises(PluginError, match=message):
         make_grpo(tmp_path / "run", plugins=[Constant()], **sizes).train()
     make_grpo(tmp_path / "run", plugins=[Constant("sequence")], **sizes).train()
@@ -63,10 +66,14 @@ class Ranked(Plugin):
     """Advantages that count the completions from 0, for each completion or for each token."""
 
     per_token: bool = False
+    first: float = 0.0
+    calls: int = 0
 
     @hookimpl
     def advantages(self, advantages, rollouts):
+        self.calls += 1
         ranked = torch.arange(len(advantages), dtype=advantages.dtype)
+        ranked[0] = self.first
         if not self.per_token:
             return ranked
         outside = torch.where(rollouts.mask.bool(), 0.0, 99.0)  # nothing is trained on there
@@ -87,3 +94,52 @@ def test_evaluation_shows_its_advantages_too(tmp_path):
     trainer = make_grpo(tmp_path / "run", plugins=[Ranked()], trainer=held_out)
     trainer.evaluate()
     assert list(trainer._logs["advantages"]) == [0, 1, 2, 3]
+
+
+# -- rewards and advantages that are not numbers ---------------------------------------------------------------------
+
+
+def fails_in_step_two(value: float) -> Any:
+    """A reward function whose second call gives `value` for one completion."""
+    calls = 0
+
+    def spoiled(completions: list[str], **columns: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        rewards = varied_reward(completions)
+        return [*rewards[:-1], value] if calls == 2 else rewards
+
+    return spoiled
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_stops_the_run(tmp_path, value):
+    plugin = Ranked()
+    trainer = make_grpo(tmp_path / "run", plugins=[plugin], reward=fails_in_step_two(value))
+    with pytest.raises(
+        NonFiniteError, match=r"at step 2 reward function 'spoiled' gave .* for 1 of 4 .* nonfinite='skip'"
+    ):
+        trainer.train()
+    assert (trainer.state.global_step, plugin.calls) == (1, 1)
+
+
+def test_a_step_with_such_a_reward_is_left_out(tmp_path):
+    trainer = make_grpo(tmp_path / "run", plugins=[Ranked()], reward=fails_in_step_two(math.inf), nonfinite="skip")
+    trainer.train()
+    assert [entry.get("skipped_steps") for entry in logged(trainer)[:4]] == [None, 1, None, None]
+    assert all(p.isfinite().all() for p in parameters(trainer).values())
+
+
+def test_none_is_a_reward_still(tmp_path):
+    trainer = make_grpo(tmp_path / "run", plugins=[Ranked()], reward=fails_in_step_two(None))
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_plugins_advantages_are_numbers(tmp_path, value):
+    trainer = make_grpo(tmp_path / "run", plugins=[Ranked(first=value)])
+    with pytest.raises(
+        PluginError, match=r"'Ranked'.*'advantages' at step 1: .* NaN or infinite for 1 of 4 completions"
+    ):
+        trainer.train()

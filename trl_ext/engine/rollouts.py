@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trl_ext.checkpoints import State
 from trl_ext.engine.context import RunContext
+from trl_ext.engine.finite_rewards import refuse_non_finite_advantages
 from trl_ext.engine.grpo_loss import loss_mask
 from trl_ext.records import Rewards, Rollouts
 
@@ -17,11 +18,17 @@ _PREFIX = "rollouts"
 
 
 def shaped_advantages(
-    run: RunContext, output: Mapping[str, Any], rows: Mapping[str, Any], rewards: Rewards, num_generations: int
+    run: RunContext,
+    output: Mapping[str, Any],
+    rows: Mapping[str, Any],
+    rewards: Rewards,
+    num_generations: int,
+    finite: bool,
 ) -> Tensor:
     """The advantages (N,) or (N, T) of this rank's completions, as the `advantages` hooks leave them. Collective.
 
-    `output` is what TRL's `_generate_and_score_completions` returns, `rows` its inputs, prompts and completions.
+    `output` is what TRL's `_generate_and_score_completions` returns, `rows` its inputs, prompts and completions;
+    `finite` says whether a plugin that returns NaN or infinity fails.
     """
     rollouts = Rollouts(
         **rows,
@@ -40,6 +47,8 @@ def shaped_advantages(
         if not isinstance(result, Tensor) or tuple(result.shape) not in shapes:
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise TypeError(f"returned {got}; expected advantages of shape {shapes[0]} or {shapes[1]}")
+        if finite:
+            refuse_non_finite_advantages(result)
 
     given: Tensor = output["advantages"]
     shaped = run.guard.chain("advantages", "advantages", given, check, rollouts=rollouts, rewards=rewards)
