@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers import Plugin, additions, logged, make_grpo, parameters, varied_reward
+from helpers import MAKE, Idle, Plugin, additions, logged, lora, make_grpo, parameters, tiny_model, varied_reward
+from peft import PeftModel, get_peft_model
 
 from trl_ext import hookimpl
-from trl_ext.errors import NonFiniteError, PluginError
+from trl_ext.errors import ConfigurationError, NonFiniteError, PluginError
 from trl_ext.records import AuxiliaryLoss
 
 
@@ -143,3 +144,22 @@ def test_a_plugins_advantages_are_numbers(tmp_path, value):
         PluginError, match=r"'Ranked'.*'advantages' at step 1: .* NaN or infinite for 1 of 4 completions"
     ):
         trainer.train()
+
+
+# -- nothing to train ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_run_that_trains_nothing_is_refused(tmp_path, kind):
+    """With checkpointing of activations the loss has a gradient, and plain TRL finishes with healthy logs."""
+    get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path / "adapter")
+    for plain in (True, False):
+        model = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=False)
+        ours = {"plain": True} if plain else {"plugins": [Idle()]}
+        config = {"model": model, "activation_checkpointing": True, "max_steps": 1}
+        trainer = MAKE[kind](tmp_path / str(plain) / "run", **config, **ours)
+        if plain:
+            trainer.train()
+            continue
+        with pytest.raises(ConfigurationError, match=r"no parameter of the model is trainable.*is_trainable=True"):
+            trainer.train()

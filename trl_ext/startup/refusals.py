@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -142,6 +142,23 @@ def _refuse_gradients(run: RunDescription, plugins: PluginSet) -> None:
         raise ConfigurationError(f"{where} does not work under FSDP1's flat parameters; set fsdp_version: 2")
     if run.args.fp16:
         raise ConfigurationError(f"{where} would see gradients scaled for fp16; set bf16=True and fp16=False")
+
+
+def refuse_frozen(parameters: Collection[str], peft: bool) -> None:
+    """A run that trains nothing; its logs look healthy where checkpointing of activations gives the loss a gradient.
+
+    Args:
+        parameters: names of those that train.
+        peft: whether the model is under PEFT.
+
+    Raises:
+        ConfigurationError: there are none.
+    """
+    if not parameters:
+        change = "load the adapter with is_trainable=True" if peft else "set requires_grad on those to train"
+        raise ConfigurationError(
+            f"no parameter of the model is trainable, so that the run would change nothing; {change}"
+        )
 
 
 def refuse_wrapped(wrapped: nn.Module, parameters: Iterable[Tensor]) -> None:
