@@ -9,7 +9,20 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers import MAKE, Idle, Plugin, additions, logged, lora, make_grpo, parameters, tiny_model, varied_reward
+from helpers import (
+    MAKE,
+    Idle,
+    Nll,
+    Plugin,
+    additions,
+    logged,
+    lora,
+    make_grpo,
+    make_sft,
+    parameters,
+    tiny_model,
+    varied_reward,
+)
 from peft import PeftModel, get_peft_model
 
 from trl_ext import hookimpl
@@ -163,3 +176,46 @@ def test_a_run_that_trains_nothing_is_refused(tmp_path, kind):
             continue
         with pytest.raises(ConfigurationError, match=r"no parameter of the model is trainable.*is_trainable=True"):
             trainer.train()
+
+
+# -- samples that are not marked -------------------------------------------------------------------------------------
+
+WRAPPED = {"packing": True, "packing_strategy": "wrapped", "max_length": 16, "max_steps": 1}
+LINE = r"packing_strategy='wrapped' cuts and joins samples.*set packing_strategy='bfd'"
+
+
+@dataclass(eq=False)
+class CountsSamples(Plugin):
+    """The NLL, which looks at the samples of each batch."""
+
+    counted: list[int] = field(default_factory=list)
+
+    @hookimpl
+    def per_token_loss(self, tokens):
+        self.counted.append(tokens.num_samples)
+        return -tokens.log_probs
+
+
+@dataclass(eq=False)
+class Evenly(Plugin):
+    @hookimpl
+    def sample_weights(self, window):
+        return torch.ones(window.num_samples)
+
+
+def test_wrapped_packing_is_refused_by_what_is_per_sample(tmp_path):
+    for plugin in (CountsSamples(), Constant("sequence")):
+        with pytest.raises(PluginError, match=LINE):
+            make_sft(tmp_path, plugins=[plugin], **WRAPPED).train()
+    with pytest.raises(ConfigurationError, match="plugin 'Evenly' weighs samples, but " + LINE):
+        make_sft(tmp_path, plugins=[Evenly()], **WRAPPED)
+
+
+def test_wrapped_packing_is_no_matter_per_token_nor_to_what_is_packed_otherwise(tmp_path):
+    make_sft(tmp_path, plugins=[Nll(), Constant()], **WRAPPED).train()
+    plugin = CountsSamples()
+    make_sft(tmp_path, plugins=[plugin], **(WRAPPED | {"packing_strategy": "bfd", "max_length": 32})).train()
+    assert plugin.counted[0] > 4
+    plugin, held_out = CountsSamples(), {"eval_dataset": additions(4, seed=5)}
+    make_sft(tmp_path, plugins=[plugin], trainer=held_out, **WRAPPED, eval_packing=False).evaluate()
+    assert plugin.counted == [4]

@@ -34,6 +34,8 @@ class RunContext:
     """Share of the optimiser steps already done, in [0, 1]."""
     accumulation_steps: Callable[[], int]
     """Micro-batches of the current window; the last window of an epoch may be shorter."""
+    samples_marked: Callable[[], bool] = lambda: True
+    """Whether the batches of the current mode show where a sample ends (SFT)."""
     fused_outputs: tuple[str, ...] = ()
     """Outputs that plugins want of the fused head, beside those that TRL's trainer asks for."""
 

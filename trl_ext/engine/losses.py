@@ -31,6 +31,7 @@ def token_record(
         stream=stream,
         extras={name: outputs[name] for name in run.fused_outputs},
         inputs=inputs,
+        samples_marked=stream is not None or run.samples_marked(),  # streams are not packed
     )
 
 

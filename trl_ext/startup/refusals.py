@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from trl_ext.errors import ConfigurationError
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription
+from trl_ext.records.tokens import UNMARKED
 
 Sharding = Literal["none", "ddp", "fsdp1", "fsdp2", "deepspeed"]
 EXTRA_FUSED_OUTPUTS = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -86,6 +87,9 @@ def _refuse_losses(args: Any, plugins: PluginSet, compute_loss_func: Any) -> Non
             f"plugin '{owner}' owns the per-token loss, but loss_type='{args.loss_type}' asks TRL for another one; "
             "set loss_type='nll' or remove the plugin"
         )
+    weighing = plugins.owner("sample_weights")
+    if weighing is not None and args.packing and args.packing_strategy == "wrapped":
+        raise ConfigurationError(f"plugin '{weighing}' weighs samples, but {UNMARKED}")
     if touching is not None and compute_loss_func is not None:
         raise ConfigurationError(f"compute_loss_func bypasses plugin '{touching}'; pass only one of the two")
     if touching is not None and args.label_smoothing_factor > 0:

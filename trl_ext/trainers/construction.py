@@ -86,8 +86,13 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             step=lambda: self.state.global_step,
             progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
             accumulation_steps=lambda: self.current_gradient_accumulation_steps,
+            samples_marked=self._ext_samples_marked,
             fused_outputs=fused_outputs,
         )
+
+    def _ext_samples_marked(self) -> bool:
+        """Whether the batches of the current mode show where a sample ends."""
+        return True
 
     def _ext_extra_passes(self) -> ExtraPasses:
         return ExtraPasses(
