@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from peft import PeftModel, get_peft_model
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, NonFiniteError, PluginError
-from trl_ext.records import AuxiliaryLoss
+from trl_ext.records import AuxiliaryLoss, StreamRequest
 
 
 @dataclass(eq=False)
@@ -219,3 +220,92 @@ def test_wrapped_packing_is_no_matter_per_token_nor_to_what_is_packed_otherwise(
     plugin, held_out = CountsSamples(), {"eval_dataset": additions(4, seed=5)}
     make_sft(tmp_path, plugins=[plugin], trainer=held_out, **WRAPPED, eval_packing=False).evaluate()
     assert plugin.counted == [4]
+
+
+# -- records are read ------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Scribbles(Plugin):
+    """Edits a tensor of the record that it gets, the way that autograd allows."""
+
+    field: str = "mask"
+
+    def edit(self, record):
+        tensor = getattr(record, self.field)
+        with torch.no_grad():
+            tensor.detach().zero_()
+
+
+class EditsTokens(Scribbles):
+    @hookimpl
+    def per_token_loss(self, tokens):
+        self.edit(tokens)
+        return -tokens.log_probs
+
+
+class EditsInputs(Plugin):
+    @hookimpl
+    def per_token_loss(self, tokens):
+        tokens.inputs["labels"][:, :2] = -100
+        return -tokens.log_probs
+
+
+class EditsWindow(Plugin):
+    @hookimpl
+    def sample_weights(self, window):
+        window.micro_batches[0]["labels"][:, :2] = -100
+
+
+class EditsPolicy(Scribbles):
+    @hookimpl
+    def policy_loss(self, tokens):
+        self.edit(tokens)
+        return -tokens.log_probs
+
+
+class EditsMicroStep(Scribbles):
+    @hookimpl
+    def auxiliary_losses(self, micro_step):
+        self.edit(micro_step)
+        return {}
+
+
+class EditsRewards(Plugin):
+    @hookimpl
+    def advantages(self, advantages, rewards):
+        rewards.per_function.clamp_(max=0)
+        return advantages
+
+
+class EditsStreams(Plugin):
+    @hookimpl
+    def streams(self):
+        return [StreamRequest("general", batch_size=2)]
+
+    @hookimpl
+    def gradients_ready(self, gradients, streams):
+        gradients.axpy_(1.0, streams["general"].gradients.mul_(2.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin", "place"),
+    [
+        ("sft", EditsTokens("mask"), "tokens.mask"),
+        ("sft", EditsTokens("log_probs"), "tokens.log_probs"),
+        ("sft", EditsInputs(), "tokens.inputs.labels"),
+        ("sft", EditsWindow(), "window.micro_batches[0].labels"),
+        ("sft", EditsStreams(), "streams.general.gradients[0]"),
+        ("grpo", EditsPolicy("entropy"), "tokens.entropy"),
+        ("grpo", EditsMicroStep("log_probs"), "micro_step.log_probs"),
+        ("grpo", EditsRewards(), "rewards.per_function"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Plugin) else None,
+)
+def test_an_edit_of_a_record_stops_the_run(tmp_path, kind, plugin, place):
+    general = {"streams": {"general": additions(4)}} if isinstance(plugin, EditsStreams) else {}
+    trainer = MAKE[kind](tmp_path / "run", plugins=[plugin], **general)
+    with pytest.raises(
+        PluginError, match=rf"'{type(plugin).__name__}'.* at step 1: ValueError: edited {re.escape(place)} in place"
+    ):
+        trainer.train()
