@@ -28,7 +28,7 @@ from peft import PeftModel, get_peft_model
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, NonFiniteError, PluginError
-from trl_ext.records import AuxiliaryLoss, StreamRequest
+from trl_ext.records import AuxiliaryLoss
 
 
 @dataclass(eq=False)
@@ -278,16 +278,6 @@ class EditsRewards(Plugin):
         return advantages
 
 
-class EditsStreams(Plugin):
-    @hookimpl
-    def streams(self):
-        return [StreamRequest("general", batch_size=2)]
-
-    @hookimpl
-    def gradients_ready(self, gradients, streams):
-        gradients.axpy_(1.0, streams["general"].gradients.mul_(2.0))
-
-
 @pytest.mark.parametrize(
     ("kind", "plugin", "place"),
     [
@@ -295,7 +285,6 @@ class EditsStreams(Plugin):
         ("sft", EditsTokens("log_probs"), "tokens.log_probs"),
         ("sft", EditsInputs(), "tokens.inputs.labels"),
         ("sft", EditsWindow(), "window.micro_batches[0].labels"),
-        ("sft", EditsStreams(), "streams.general.gradients[0]"),
         ("grpo", EditsPolicy("entropy"), "tokens.entropy"),
         ("grpo", EditsMicroStep("log_probs"), "micro_step.log_probs"),
         ("grpo", EditsRewards(), "rewards.per_function"),
@@ -303,8 +292,7 @@ class EditsStreams(Plugin):
     ids=lambda value: type(value).__name__ if isinstance(value, Plugin) else None,
 )
 def test_an_edit_of_a_record_stops_the_run(tmp_path, kind, plugin, place):
-    general = {"streams": {"general": additions(4)}} if isinstance(plugin, EditsStreams) else {}
-    trainer = MAKE[kind](tmp_path / "run", plugins=[plugin], **general)
+    trainer = MAKE[kind](tmp_path / "run", plugins=[plugin])
     with pytest.raises(
         PluginError, match=rf"'{type(plugin).__name__}'.* at step 1: ValueError: edited {re.escape(place)} in place"
     ):

@@ -7,12 +7,10 @@ change numbers far from the plugin. Not found: what goes around the counters, as
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
 
-from trl_ext.gradients import GradientView
 from trl_ext.records import MicroStep, PolicyTokens, Rewards, Rollouts, TokenRecord, Window
 
 READ_ONLY = (MicroStep, PolicyTokens, Rewards, Rollouts, TokenRecord, Window)
@@ -22,14 +20,18 @@ class Unmodified:
     """The tensors of the records that a hook is called with, as they were before the call.
 
     Args:
-        arguments: The hook's, by name. Some are there to be edited: the window's gradients, and weights.
+        arguments: The hook's, by name. Weights and gradients are there to be edited, those of streams too.
     """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        records = {
-            name: value for name, value in arguments.items() if isinstance(value, READ_ONLY) or name == "streams"
-        }
-        self._before = [(path, tensor, tensor._version) for path, tensor in _tensors("", records)]
+        self._before = [
+            (path, tensor, tensor._version)
+            for name, record in arguments.items()
+            if isinstance(record, READ_ONLY)
+            for field, value in vars(record).items()
+            for path, tensor in _tensors(f"{name}.{field}", value)
+            if not tensor.is_inference()  # such tensors have no version
+        ]
 
     def check(self) -> None:
         """Hold the tensors against what they were.
@@ -45,18 +47,11 @@ class Unmodified:
 
 
 def _tensors(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in a record, a mapping or a sequence, each with where it stands."""
+    """The tensors in a field of a record, be it one, a mapping or a sequence of them; each with where it stands."""
     if isinstance(value, Tensor):
-        if not value.is_inference():  # such tensors have no version
-            yield path, value
-    elif isinstance(value, GradientView):
-        yield from _tensors(path, value.tensors)
+        yield path, value
     elif isinstance(value, Mapping):
-        for name, part in value.items():
-            yield from _tensors(f"{path}.{name}" if path else str(name), part)
-    elif isinstance(value, list | tuple):
+        yield from ((f"{path}.{name}", part) for name, part in value.items() if isinstance(part, Tensor))
+    elif isinstance(value, list | tuple) and value and isinstance(value[0], Tensor | Mapping):
         for i, part in enumerate(value):
             yield from _tensors(f"{path}[{i}]", part)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from _tensors(f"{path}.{field.name}", getattr(value, field.name))
