@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import (
+    COMMON,
     MAKE,
     Idle,
     Nll,
@@ -22,11 +23,13 @@ from helpers import (
     make_sft,
     parameters,
     tiny_model,
+    tokenizer,
     varied_reward,
 )
 from peft import PeftModel, get_peft_model
+from schedulefree import AdamWScheduleFree
 
-from trl_ext import hookimpl
+from trl_ext import SFTConfig, SFTTrainer, hookimpl
 from trl_ext.errors import ConfigurationError, NonFiniteError, PluginError
 from trl_ext.records import AuxiliaryLoss
 
@@ -297,3 +300,30 @@ def test_an_edit_of_a_record_stops_the_run(tmp_path, kind, plugin, place):
         PluginError, match=rf"'{type(plugin).__name__}'.* at step 1: ValueError: edited {re.escape(place)} in place"
     ):
         trainer.train()
+
+
+# -- steps that cannot be left out -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plugins", [[], [Idle()]], ids=["no plugin", "plugin"])
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "apollo_adamw_layerwise", "lomo", "adalomo"])
+def test_skipping_is_refused_where_backward_updates_the_weights(tmp_path, optim, plugins):
+    with pytest.raises(ConfigurationError, match=rf"nonfinite='skip' .*optim='{optim}'.*set nonfinite='raise'"):
+        make_sft(tmp_path, plugins=plugins, optim=optim, nonfinite="skip")
+
+
+def test_skipping_is_refused_where_a_step_without_gradients_counts(tmp_path):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = AdamWScheduleFree([parameter])
+    optimizer.train()
+    optimizer.step()
+    assert optimizer.param_groups[0]["k"] == 1, "such a step leaves no trace any more; allow skipping it"
+    with pytest.raises(ConfigurationError, match=r"nonfinite='skip' .*optim='schedule_free_adamw'"):
+        make_sft(tmp_path, optim="schedule_free_adamw", nonfinite="skip")
+
+
+def test_skipping_is_refused_under_deepspeed(tmp_path, monkeypatch):
+    config = SFTConfig(str(tmp_path), **COMMON, nonfinite="skip")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigurationError, match=r"nonfinite='skip' .*DeepSpeed steps inside of its backward pass"):
+        SFTTrainer(tiny_model(), config, train_dataset=additions(4), processing_class=tokenizer())

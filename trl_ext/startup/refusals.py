@@ -148,6 +148,26 @@ def _refuse_gradients(run: RunDescription, plugins: PluginSet) -> None:
         raise ConfigurationError(f"{where} would see gradients scaled for fp16; set bf16=True and fp16=False")
 
 
+def refuse_skipping(args: Any, sharding: Sharding) -> None:
+    """`nonfinite="skip"` where a step cannot be left out by taking its gradients away right before the optimiser.
+
+    Raises:
+        ConfigurationError: naming what steps on all the same, and the setting to change.
+    """
+    if args.nonfinite != "skip":
+        return
+    optim = getattr(args.optim, "value", args.optim)
+    if sharding == "deepspeed":
+        why = "DeepSpeed steps inside of its backward pass; use DDP or FSDP2"
+    elif optim.endswith(("layerwise", "lomo")):
+        why = f"optim='{optim}' updates the weights inside of the backward pass; choose another one"
+    elif optim.startswith("schedule_free"):
+        why = f"optim='{optim}' moves the weights of its average on without a gradient too; choose another one"
+    else:
+        return
+    raise ConfigurationError(f"nonfinite='skip' cannot leave out a step, since {why}, or set nonfinite='raise'")
+
+
 def refuse_frozen(parameters: Collection[str], peft: bool) -> None:
     """A run that trains nothing; its logs look healthy where checkpointing of activations gives the loss a gradient.
 
