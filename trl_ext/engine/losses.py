@@ -94,7 +94,9 @@ def add_auxiliary_losses(
 
     terms = run.guard.sum("auxiliary_losses", check=check, micro_step=micro_step)
     for name, term in terms.items():
-        value = term.value / denominators[term.per]
+        denominator = denominators[term.per]
+        assert not isinstance(denominator, str), "refused by the check"
+        value = term.value / denominator
         loss = loss + value
         run.tally.add_term(name, value)
     return loss

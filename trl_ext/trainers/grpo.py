@@ -34,6 +34,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
     ext_kind = "grpo"
     ext_config_class = GRPOConfig
 
+    reward_funcs: list[Any]
+    _buffered_inputs: list[dict[str, Any]] | None
     _ext_scored: tuple[dict[str, Any], Rewards]
     """Rows and rewards of the generation batch at hand."""
 
@@ -53,6 +55,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             self.reward_funcs = [nan_as_infinite(function) for function in self.reward_funcs]
 
     def _ext_window_batches(self) -> list[dict[str, Any]] | None:
+        assert self._buffered_inputs is not None, "generated before the window's first loss"
         done, accumulation = self.ext_step.window.done, self.current_gradient_accumulation_steps
         return rollouts.window_batches(self._buffered_inputs, self._step, done, accumulation, self.args.num_iterations)
 
