@@ -79,6 +79,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "padding_free": "whether batches are flattened, set by packing too",
     },
     "grpo": {
+        "_logs": "rows of the table of completions; a generation batch's are the last after it is scored",
         "_metrics": "metrics of the interval, by mode",
         "_tokenizer": "the tokenizer, also where a processor was given",
         "_total_train_tokens": "counter behind `num_tokens`, which TRL does not save",

@@ -17,7 +17,7 @@ from trl_ext.errors import ConfigurationError
 from trl_ext.plugins.activation import activate
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription, TrainerKind
-from trl_ext.startup.refusals import refuse_unsupported, sharding_of
+from trl_ext.startup.refusals import refuse_skipping, refuse_unsupported, sharding_of
 from trl_ext.startup.stream_data import Matched, match_streams
 
 
@@ -52,6 +52,7 @@ def plan_run(
         ConfigurationError: for anything that cannot work; it names the line to change.
     """
     config = _config(kind, config_class, given)
+    refuse_skipping(config, sharding_of(config, given.get("model")))
     plugins = activate(config.plugins, instances, trainer=kind)
     described = config.streams or {}
     datasets = {role: load_dataset_spec(spec, f"streams: {role}") for role, spec in described.items()} | dict(streams)

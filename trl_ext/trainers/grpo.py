@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trl_ext.checkpoints import State
 from trl_ext.config import GRPOConfig
 from trl_ext.engine import rollouts
+from trl_ext.engine.finite_rewards import nan_as_infinite, reward_fault, without_faults
 from trl_ext.engine.grpo_loss import GRPOLoss
 from trl_ext.engine.passes import sft_head
 from trl_ext.engine.prompt_order import PromptOrder, PromptSampler
@@ -33,6 +34,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
     ext_kind = "grpo"
     ext_config_class = GRPOConfig
 
+    reward_funcs: list[Any]
+    _buffered_inputs: list[dict[str, Any]] | None
     _ext_scored: tuple[dict[str, Any], Rewards]
     """Rows and rewards of the generation batch at hand."""
 
@@ -44,9 +47,17 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             metrics=lambda: self._metrics["train" if self.model.training else "eval"],
             gather=self.accelerator.gather,
             loss_type=self.loss_type,
-            steps_per_generation=self.args.steps_per_generation,
+            window=self.ext_step.window,
+            window_batches=self._ext_window_batches,
         )
         self.ext_order = PromptOrder(self.ext_run.guard, self.ext_gather)
+        if self.ext_step.nonfinite != "ignore":
+            self.reward_funcs = [nan_as_infinite(function) for function in self.reward_funcs]
+
+    def _ext_window_batches(self) -> list[dict[str, Any]] | None:
+        assert self._buffered_inputs is not None, "generated before the window's first loss"
+        done, accumulation = self.ext_step.window.done, self.current_gradient_accumulation_steps
+        return rollouts.window_batches(self._buffered_inputs, self._step, done, accumulation, self.args.num_iterations)
 
     def _ext_sft_head(self) -> Callable[[], AbstractContextManager[None]]:
         outputs, cast = self.ext_run.fused_outputs, self.args.cast_lm_head_to_fp32
@@ -88,11 +99,27 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self.ext_plugins.implements("advantages"):
+        nonfinite = self.ext_step.nonfinite
+        rows, rewards = self._ext_scored
+        fault = None if nonfinite == "ignore" else reward_fault(rewards.per_function, rewards.names, self.reward_funcs)
+        if fault is not None:  # no plugin learns from such rewards either
+            skip, step = nonfinite == "skip", self.ext_run.step() + 1
+            output["advantages"] = without_faults(output["advantages"], fault, skip, step)
+        elif self.ext_plugins.implements("advantages"):
             generations = self.num_generations if self.model.training else self.num_generations_eval
-            shaped = rollouts.shaped_advantages(self.ext_run, output, *self._ext_scored, generations)
+            finite = nonfinite == "raise"
+            shaped = rollouts.shaped_advantages(self.ext_run, output, rows, rewards, generations, finite)
             output["advantages"] = shaped
+            self._ext_show_advantages(shaped, output)
         return output
+
+    def _ext_show_advantages(self, advantages: Tensor, output: dict[str, Any]) -> None:
+        """Put the advantages trained on into TRL's table of completions, which holds TRL's own so far. Collective."""
+        shown = self.accelerator.gather(rollouts.per_completion(advantages, output)).tolist()
+        table = self._logs["advantages"]
+        for _ in range(min(len(shown), len(table))):  # it keeps no more than one generation batch
+            table.pop()
+        table.extend(shown)
 
     # -- loss --------------------------------------------------------------------------------------------------------
 
