@@ -38,6 +38,7 @@ OVERRIDDEN: dict[str, str] = {
     f"{HF}.predict": "forwards without calling `evaluate`",
     f"{HF}.save_model": "`_internal_call=True` is a checkpoint, False a save; FSDP is saved whole if FULL_STATE_DICT",
     f"{HF}.push_to_hub": "saves again, as an internal call",
+    f"{HF}._run_epoch": "one pass; a step is micro-steps, clipping, norm, optimiser, on_optimizer_step, counters",
     f"{HF}.train": "takes a checkpoint's path, True for the newest, or nothing",
     f"{HF}._save_rng_state": "the last file before trainer_state.json, on every rank",
     f"{HF}._load_best_model": "loads weights from `state.best_model_checkpoint`, after the last step",
@@ -45,7 +46,6 @@ OVERRIDDEN: dict[str, str] = {
 }
 
 READ: dict[str, str] = {
-    f"{HF}._run_epoch": "order of a step: micro-steps, clipping, norm, optimiser, on_optimizer_step, counters",
     f"{HF}._maybe_log_save_evaluate": "a loss summed over an interval's steps; the log is before evaluation and save",
     f"{HF}._get_num_items_in_batch": "counts the window's shifted labels, over all ranks where they are averaged",
     f"{HF}.training_step": "divides the loss by the accumulation steps only where no token count was handed on",

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from trl_ext.checkpoints import State, completeness, manifest, plugin_state, run_record
 from trl_ext.checkpoints.run_record import Changes
 from trl_ext.errors import CheckpointError
-from trl_ext.trainers.base import Opened
+from trl_ext.trainers.positions import PositionMixin
 
 logger = logging.getLogger(__name__)
 _RESET = "set reset_plugin_state=True to take its weights and start the plugins afresh"
 
 
-class ResumingMixin(Opened):
+class ResumingMixin(PositionMixin):
     """Wraps what TRL and transformers do to resume."""
 
     _ext_changes: Changes = Changes()
@@ -56,7 +56,7 @@ class ResumingMixin(Opened):
         # A checkpoint with plugin state is checked without active plugins too: dropping it is a decision to be stated.
         elif checkpoint and (self.ext_plugins or Path(checkpoint, manifest.FOLDER).is_dir()):
             self._ext_refuse_damage(Path(checkpoint))
-        self._ext_changes = Changes()
+        self._ext_changes, self._ext_resumed = Changes(), None
         if checkpoint and (self.ext_plugins or Path(checkpoint, manifest.FOLDER).is_dir()):
             self._ext_changes = self.ext_of_main(partial(self._ext_refuse_changes, Path(checkpoint)))
         return super().train(checkpoint, *args, **kwargs)
@@ -80,8 +80,8 @@ class ResumingMixin(Opened):
             reason = completeness.corruption(checkpoint, rank, self.ext_gather, plugin_state=not reset)
         if reason is not None:
             raise CheckpointError(
-                f"{checkpoint} is incomplete: {reason}; resume from another checkpoint, pass "
-                f"resume_from_checkpoint=True for the newest complete one or, if only a plugin's state is damaged, {_RESET}"
+                f"{checkpoint} is incomplete: {reason}; resume from another checkpoint, pass resume_from_checkpoint="
+                f"True for the newest complete one or, if only a plugin's state is damaged, {_RESET}"
             )
 
     # -- the run -----------------------------------------------------------------------------------------------------
@@ -137,6 +137,7 @@ class ResumingMixin(Opened):
     def ext_load_rank_state(self, rank_state: State) -> None:
         """The reverse of `ext_rank_state`."""
         self._total_train_tokens = rank_state["total_train_tokens"]
+        self.ext_load_position(rank_state["position"])
         for role, stream in self.ext_streams.items():
             if role not in self._ext_changes.fresh_streams and not self.args.reset_plugin_state:
                 stream.load_state_dict(rank_state["streams"][role])

@@ -64,6 +64,7 @@ class CheckpointMixin(ResumingMixin):
         return {
             "streams": {role: stream.state_dict() for role, stream in self.ext_streams.items()},
             "total_train_tokens": self._total_train_tokens,
+            "position": self.ext_position(),
         }
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
