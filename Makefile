@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-all test-gpu lint format types clean
+.PHONY: help setup demo test test-all test-gpu soak lint format types clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -43,6 +43,9 @@ test-all: setup  ## Run the slow tests too
 
 test-gpu: setup  ## Run the tests that need a CUDA device
 	$(PYTEST) -m gpu
+
+soak: setup  ## Kill runs at random times, resume them and compare every byte (ARGS="--kills 60")
+	$(BIN)/python tests/soak/soak.py $(ARGS)
 
 lint: setup  ## Check style, formatting, and which module imports which
 	$(BIN)/ruff check .
