@@ -89,7 +89,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "replaced under its label": (
         {"names": [{"name": "dft", "label": "power"}, "ema:decay=0.9"]},
-        r"plugin 'power' is Dft of trl-ext-objectives \(checkpoint: Power of trl-ext-objectives\)",
+        r"plugin 'power' is DFT of trl-ext-objectives \(checkpoint: Power of trl-ext-objectives\)",
     ),
     "option": ({"names": ["power:alpha=5", "ema:decay=0.9"]}, r"plugin 'power' has alpha=5.0 \(checkpoint: 0.5\)"),
     "option of one with state": (

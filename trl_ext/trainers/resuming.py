@@ -24,6 +24,8 @@ class ResumingMixin(PositionMixin):
 
     _ext_changes: Changes = Changes()
     """How this run differs from the one that wrote the checkpoint that it resumes from."""
+    _ext_record: dict[str, Any] | None = None
+    """What the manifest keeps of this run, once it has been asked for."""
 
     def ext_gather(self, value: Any) -> list[Any]:
         """Every rank's object, on every rank; a barrier too."""
@@ -50,6 +52,7 @@ class ResumingMixin(PositionMixin):
     # -- the checkpoint ----------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._ext_record = None
         checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
         if checkpoint in ("True", "true"):  # a flag, also as the command line gives it
             checkpoint = str(self.ext_of_main(self._ext_newest_checkpoint))
@@ -87,8 +90,10 @@ class ResumingMixin(PositionMixin):
     # -- the run -----------------------------------------------------------------------------------------------------
 
     def ext_run_record(self) -> dict[str, Any]:
-        """What the manifest keeps of this run's config, data and streams."""
-        return run_record.run_record(self.args, self.train_dataset, self.ext_streams)
+        """What the manifest keeps of this run's config, data and streams; the data is read once a training."""
+        if self._ext_record is None:
+            self._ext_record = run_record.run_record(self.args, self.train_dataset, self.ext_streams)
+        return self._ext_record
 
     def _ext_refuse_changes(self, checkpoint: Path) -> Changes:
         saved = manifest.read_manifest(checkpoint)
