@@ -222,7 +222,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="how many kills in all")
     parser.add_argument("--seed", type=int, default=0, help="of the times at which runs are killed")
+    parser.add_argument("--minutes", type=float, default=60, help="when to stop with fewer")
     options = parser.parse_args()
+    until = time.monotonic() + 60 * options.minutes
     chance, root = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="soak-"))
     tallies = {(kind, ranks): Tally() for ranks in (1, 2) for kind in ("sft", "grpo")}
     for (kind, ranks), tally in tallies.items():
@@ -230,13 +232,15 @@ def main() -> int:
         tally.seconds = to_the_end(kind, ranks, folder)
         tally.expected = result(kind, folder)
     number = 0
-    while sum(tally.kills for tally in tallies.values()) < options.kills:
+    while sum(tally.kills for tally in tallies.values()) < options.kills and time.monotonic() < until:
         (kind, ranks), tally = list(tallies.items())[number % len(tallies)]
         folder = root / f"trial-{number}"
-        trial(kind, ranks, folder, chance, tally, kills=chance.choice([1, 1, 2, 3]))
+        trial(kind, ranks, folder, chance, tally, kills=chance.choice([1, 2, 4, 6]))
         if not tally.failed and not tally.different:
             shutil.rmtree(folder)
         number += 1
+        kills = sum(tally.kills for tally in tallies.values())
+        print(f"trial {number} ({kind}, {ranks} ranks) is over, {kills} kills so far", flush=True)
     return report(tallies, root)
 
 
