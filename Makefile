@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup demo test test-all test-gpu margins lint format types clean
+.PHONY: help setup demo test test-all test-gpu margins soak lint format types clean
 
 help:  ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | expand -t 12
@@ -46,6 +46,9 @@ test-gpu: setup  ## Run the tests that need a CUDA device
 
 margins: setup  ## Show how near each fast test comes to its tolerance (ARGS=tests/test_gradients.py for some)
 	PYTHONPATH=tests $(PYTEST) -p margins -m "not slow and not gpu" -n $(WORKERS) --dist worksteal
+
+soak: setup  ## Kill runs at random times, resume them and compare every byte (ARGS="--kills 60")
+	$(BIN)/python tests/soak/soak.py $(ARGS)
 
 lint: setup  ## Check style, formatting, and which module imports which
 	$(BIN)/ruff check .

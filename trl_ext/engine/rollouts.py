@@ -98,6 +98,12 @@ def pack(buffer: Sequence[Mapping[str, Any]] | None) -> State:
     }
 
 
+def changed_schedule(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Where the schedule that rollouts were drawn for differs from the one at hand, in words; empty if nowhere."""
+    names = [name for name in now if saved.get(name) != now[name]]
+    return ", ".join(f"{name} is {now[name]} and was {saved.get(name)}" for name in names)
+
+
 def unpack(state: State, to_device: Callable[[Any], Any]) -> list[dict[str, Any]] | None:
     """The reverse of `pack`, out of a state with other names in it too; None where it holds no rollouts."""
     batches: dict[int, dict[str, Any]] = {}

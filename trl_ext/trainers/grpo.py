@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -21,6 +22,8 @@ from trl_ext.engine.prompt_order import PromptOrder, PromptSampler
 from trl_ext.records import Rewards
 from trl_ext.startup.plan import RunPlan
 from trl_ext.trainers.construction import TrainerMixin
+
+logger = logging.getLogger(__name__)
 
 
 class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
@@ -132,8 +135,9 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
     def ext_rank_state(self) -> State:
-        """The rollouts still to be trained on and the order of prompts too."""
-        state = super().ext_rank_state() | {"grpo_step": self._step} | rollouts.pack(self._buffered_inputs)
+        """The rollouts still to be trained on with their schedule, and the order of prompts too."""
+        state = super().ext_rank_state() | {"grpo_step": self._step, "grpo_schedule": self._ext_schedule()}
+        state |= rollouts.pack(self._buffered_inputs)
         if self.ext_order.chosen is not None:
             epoch, order = self.ext_order.chosen
             state |= {"prompt_epoch": epoch, "prompt_order": torch.tensor(order)}
@@ -141,10 +145,31 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
 
     def ext_load_rank_state(self, rank_state: State) -> None:
         super().ext_load_rank_state(rank_state)
-        self._step = rank_state["grpo_step"]
         if "prompt_order" in rank_state and not self.args.reset_plugin_state:
             self.ext_order.chosen = rank_state["prompt_epoch"], rank_state["prompt_order"].tolist()
-        self._buffered_inputs = rollouts.unpack(rank_state, self._prepare_input)
+        changed = rollouts.changed_schedule(rank_state["grpo_schedule"], self._ext_schedule())
+        if changed:
+            # As TRL resumes: rollouts of the prompts that its sampler is at, and from there a whole round of them.
+            self._step, self._buffered_inputs = 0, None
+            logger.warning("The rollouts of the checkpoint are dropped and new ones drawn: %s", changed)
+        else:
+            self._step = rank_state["grpo_step"]
+            self._buffered_inputs = rollouts.unpack(rank_state, self._prepare_input)
+
+    def _ext_schedule(self) -> dict[str, Any]:
+        """What decides how rollouts are cut into micro-batches, how often they are used, and what is kept of them."""
+        args = self.args
+        return {
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "steps_per_generation": args.steps_per_generation,
+            "num_generations": args.num_generations,
+            "num_iterations": args.num_iterations,
+            "world_size": self.accelerator.num_processes,
+            "beta > 0": args.beta != 0,
+            "use_vllm": args.use_vllm,
+            "vllm_importance_sampling_correction": args.vllm_importance_sampling_correction,
+        }
 
 
 __all__ = ["GRPOTrainer"]
