@@ -25,7 +25,7 @@ from trl_ext.engine.tally import LossTally
 from trl_ext.engine.weight_swaps import WeightSwaps
 from trl_ext.gradients import trainable_parameters
 from trl_ext.records import SetupContext, WeightsView
-from trl_ext.startup.plan import RunPlan, plan_run
+from trl_ext.startup.plan import RunPlan, check_loaded, plan_run
 from trl_ext.startup.refusals import refuse_wrapped
 from trl_ext.startup.report import report_run
 from trl_ext.startup.stream_data import TextForm, prepare_stream
@@ -43,7 +43,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         streams: role to auxiliary `datasets.Dataset`, in addition to those that `args.streams` names.
 
     Raises:
-        ConfigurationError: before the model loads, for anything that cannot work.
+        ConfigurationError: for anything that cannot work, before the model loads wherever that can be known.
     """
 
     _ext_optimizer: torch.optim.Optimizer | None = None
@@ -55,6 +55,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         plan = plan_run(self.ext_kind, self.ext_config_class, given, plugins or (), streams or {})
         self.ext_plugins = plan.plugins
         super().__init__(**plan.arguments)
+        check_loaded(plan, self.accelerator, self.model)
         self._ext_open(plan)
 
     # -- records for the engine --------------------------------------------------------------------------------------
