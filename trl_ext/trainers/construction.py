@@ -23,7 +23,7 @@ from trl_ext.engine.passes import ExtraPasses
 from trl_ext.engine.step import OptimizerStep
 from trl_ext.engine.tally import LossTally
 from trl_ext.engine.weight_swaps import WeightSwaps
-from trl_ext.gradients import trainable_parameters
+from trl_ext.gradients import trainable_parameters, unwrapped_name
 from trl_ext.records import SetupContext, WeightsView
 from trl_ext.startup.plan import RunPlan, check_loaded, plan_run
 from trl_ext.startup.refusals import refuse_wrapped
@@ -153,7 +153,8 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         if self.ext_streams or self.ext_plugins.implements("sample_weights"):
             refuse_wrapped(self.model_wrapped, named.values())
         sharded = any(isinstance(p, DTensor) for p in named.values())
-        weights = WeightsView(tuple(named), tuple(named.values()), dict(model.named_buffers()), sharded)
+        buffers = {unwrapped_name(name): buffer for name, buffer in model.named_buffers()}
+        weights = WeightsView(tuple(named), tuple(named.values()), buffers, sharded)
         self.ext_weights = weights
         reference = getattr(self, "ref_model", None)
         context = SetupContext(
