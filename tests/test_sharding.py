@@ -49,7 +49,7 @@ def test_layers_split_over_ranks_are_refused_before_the_model_loads(tmp_path, as
 
 def test_parallelism_that_the_launcher_asks_for_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
-    with pytest.raises(ConfigurationError, match="parallelism_config .*or from that of accelerate"):
+    with pytest.raises(ConfigurationError, match=r"parallelism_config .*or from that of accelerate"):
         make_sft(tmp_path, plugins=[Idle()])
 
 

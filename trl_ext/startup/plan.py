@@ -18,6 +18,7 @@ from trl_ext.errors import ConfigurationError
 from trl_ext.plugins.activation import activate
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription, TrainerKind
+from trl_ext.startup.agreement import agreed
 from trl_ext.startup.refusals import refuse_unsupported
 from trl_ext.startup.sharding import sharding_of, sharding_of_loaded
 from trl_ext.startup.stream_data import Matched, match_streams
@@ -53,9 +54,17 @@ def plan_run(
     `given` are the arguments of TRL's constructor, `instances` and `streams` what the caller passed beside the config.
 
     Raises:
-        ConfigurationError: for anything that cannot work; it names the line to change.
+        ConfigurationError: for anything that cannot work, on every rank; it names the line to change.
     """
     config = _config(kind, config_class, given)
+    _ = config.world_size  # connects the ranks
+    with agreed():
+        return _plan(kind, config, given, instances, streams)
+
+
+def _plan(
+    kind: TrainerKind, config: Any, given: Mapping[str, Any], instances: Sequence[Any], streams: Mapping[str, Any]
+) -> RunPlan:
     plugins = activate(config.plugins, instances, trainer=kind)
     described = config.streams or {}
     datasets = {role: load_dataset_spec(spec, f"streams: {role}") for role, spec in described.items()} | dict(streams)
@@ -80,9 +89,10 @@ def check_loaded(plan: RunPlan, accelerator: Accelerator, model: nn.Module) -> N
     if plan.run is None:
         return
     loaded = replace(plan.run, model=model, sharding=sharding_of_loaded(accelerator, model))
-    _refuse(loaded, plan.plugins, plan.arguments)
-    if loaded.sharding != plan.run.sharding:
-        _check(loaded, plan.plugins)
+    with agreed():
+        _refuse(loaded, plan.plugins, plan.arguments)
+        if loaded.sharding != plan.run.sharding:
+            _check(loaded, plan.plugins)
 
 
 def _refuse(run: RunDescription, plugins: PluginSet, arguments: Mapping[str, Any]) -> None:
