@@ -156,6 +156,13 @@ def test_the_logged_value_is_the_mean_over_the_steps_of_the_interval(tmp_path):
     assert shown == pytest.approx([sum(values[:2]) / 2, sum(values[2:]) / 2], rel=1e-5)
 
 
+def test_a_term_is_logged_with_its_value_where_nonfinite_is_ignored(tmp_path):
+    plugin = Term("batch")
+    trainer = make_sft(tmp_path, plugins=[plugin], max_steps=1, learning_rate=0.0, nonfinite="ignore")
+    trainer.train()
+    assert logged(trainer)[0]["Term/squares"] == pytest.approx(0.1 * plugin.values[0][0], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -29,7 +29,7 @@ from helpers import (
 
 from trl_ext import SFTConfig, SFTTrainer, hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
-from trl_ext.records import StreamRequest
+from trl_ext.records import AuxiliaryLoss, StreamRequest
 
 # -- hooks that raise ------------------------------------------------------------------------------------------------
 
@@ -104,6 +104,38 @@ def test_a_hook_that_raises_stops_the_run_and_is_named(tmp_path, kind, hook):
     with pytest.raises(PluginError, match=match) as caught:
         trainer.train()
     assert isinstance(caught.value.__cause__, Boom)
+
+
+UNTRAINABLE = {
+    "detached": (lambda loss: loss.detach(), "returned a loss that is detached from the model"),
+    "integer": (lambda loss: loss.long(), "returned a loss of torch.int64; compute it in a floating-point dtype"),
+}
+
+
+@pytest.mark.parametrize("fault", UNTRAINABLE)
+@pytest.mark.parametrize("hook", ["per_token_loss", "policy_loss", "auxiliary_losses"])
+def test_a_loss_that_nothing_can_be_trained_on_is_named(tmp_path, hook, fault):
+    spoil, message = UNTRAINABLE[fault]
+
+    class PerToken(Plugin):
+        @hookimpl
+        def per_token_loss(self, tokens):
+            return spoil(-tokens.log_probs)
+
+    class Policy(Plugin):
+        @hookimpl
+        def policy_loss(self, tokens):
+            return spoil(-tokens.log_probs * tokens.advantages)
+
+    class Term(Plugin):
+        @hookimpl
+        def auxiliary_losses(self, micro_step):
+            return {"term": AuxiliaryLoss(spoil(micro_step.log_probs.sum()), "token")}
+
+    plugin = {"per_token_loss": PerToken, "policy_loss": Policy, "auxiliary_losses": Term}[hook]()
+    trainer = MAKE["grpo" if hook == "policy_loss" else "sft"](tmp_path / "run", plugins=[plugin])
+    with pytest.raises(PluginError, match=f"failed in hook '{hook}' at step 1: TypeError: {message}"):
+        trainer.train()
 
 
 def test_deployed_weights_that_raise_stop_the_evaluation(tmp_path):

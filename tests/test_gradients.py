@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MAKE, Nll, Plugin, additions, lora, make_sft, parameters, tiny_model
+from helpers import MAKE, Nll, Plugin, additions, assert_equal_bits, lora, make_sft, parameters, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from trl_ext import hookimpl
-from trl_ext.gradients import GradientView, conflict_weight, pcgrad_weights, trainable_parameters
+from trl_ext.gradients import GradientView, conflict_weight, named_parameters, pcgrad_weights, trainable_parameters
 
 SHAPES = [(3, 4), (5,), (), (2, 1, 3)]
 FP32 = {"rtol": 1e-5, "atol": 1e-6}  # sums of about 25 fp32 numbers of size 1
@@ -294,3 +295,36 @@ def test_frozen_parameters_are_not_in_the_view(tmp_path):
     trainer.train()
     assert look.names == tuple(trainable_parameters(model))
     assert "model.embed_tokens.weight" not in look.names
+
+
+# -- wrappers --------------------------------------------------------------------------------------------------------
+
+
+def checkpointed(model: Any) -> Any:
+    """As FSDP's activation checkpointing has it: a wrapper around each layer, whose name enters those of parameters."""
+    model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+    return model
+
+
+def compiled(model: Any) -> Any:
+    model.model.layers[0].mlp = torch.compile(model.model.layers[0].mlp)
+    return torch.compile(model)
+
+
+@pytest.mark.parametrize("wrap", [checkpointed, compiled, nn.DataParallel], ids=["checkpointing", "compile", "data"])
+def test_names_are_those_of_the_bare_model_whatever_wraps_it(wrap):
+    model = tiny_model()
+    names = [name for name, _ in model.named_parameters()]
+    wrapped = wrap(model)
+    assert [name for name, _ in wrapped.named_parameters()] != names
+    assert list(named_parameters(wrapped)) == names
+
+
+def test_state_saved_without_activation_checkpointing_resumes_with_it(tmp_path):
+    finals = []
+    for model, checkpoint in ((tiny_model(), None), (checkpointed(tiny_model()), str(tmp_path / "run/checkpoint-2"))):
+        config = {"names": ["ema:decay=0.5"], "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+        trainer = make_sft(tmp_path / "run", model=model, **config)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        finals.append(dict(zip(trainer.ext_weights.names, trainer.ext_weights.local(), strict=True)))
+    assert_equal_bits(finals[1], finals[0])

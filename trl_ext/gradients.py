@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -19,9 +20,25 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Attributes under which torch.compile, FSDP1 and activation checkpointing keep the module that they wrap."""
+
+
+def unwrapped_name(name: str) -> str:
+    """The name that a module, parameter or buffer has in the model without wrappers around any of its modules."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name to parameter, in the model's order, tied weights once; the same names whatever the model is wrapped in."""
+    if isinstance(model, DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    return {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name to parameter for all that require a gradient, in the model's order; tied weights once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Those of `named_parameters` that require a gradient."""
+    return {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
 
 
 def sum_over_shards(partial: Tensor, parameters: Sequence[Tensor], agree: Callable[[], None] | None = None) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_ext.engine.context import AccumulationWindow, RunContext
-from trl_ext.engine.losses import add_auxiliary_losses, same_shape
+from trl_ext.engine.losses import add_auxiliary_losses, token_loss_check
 from trl_ext.records import MicroStep, PolicyTokens
 
 Inputs = dict[str, Any]
@@ -67,7 +67,7 @@ class GRPOLoss:
         with self.policy_term_alone():
             weights = _token_weights(compute_loss, inputs, tap)
         tokens = self._record(inputs, tap)
-        check = same_shape(tokens.log_probs)
+        check = token_loss_check(tokens.log_probs)
         loss = self.run.guard.exclusive("policy_loss", -tokens.log_probs, check=check, tokens=tokens)
         term = (weights * torch.where(tokens.mask, loss, torch.zeros_like(loss))).sum()
         self._correct_metrics(term.detach())

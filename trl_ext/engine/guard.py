@@ -54,6 +54,7 @@ class Guard:
         call: Callable[..., T],
         fallback: T,
         check: Callable[[T], None] | None = None,
+        always: bool = False,
         **arguments: Any,
     ) -> T:
         """Call something of one plugin. A failure raises at once on one rank, and at the next `agree` on several.
@@ -64,12 +65,13 @@ class Guard:
             call: what to call.
             fallback: the result where it fails, with which the step goes on until the ranks agree.
             check: raises on a wrong result, which counts as the plugin's failure.
+            always: call it after a failure too, as what restores something has to be.
             **arguments: what to call it with.
 
         Raises:
             PluginError: naming plugin, distribution, hook and step.
         """
-        if self._failure is not None:
+        if self._failure is not None and not always:
             return fallback
         if hook in HOOKS and HOOKS[hook].touches_update:
             self.last_touched = f"{plugin}.{hook}"
@@ -90,7 +92,7 @@ class Guard:
                 raise failure from error
             logger.exception(str(failure))
             failure.__cause__ = error
-            self._failure = failure
+            self._failure = self._failure or failure
             return fallback
 
     def run_all(self, hook: str, **arguments: Any) -> None:
@@ -114,7 +116,8 @@ class Guard:
         for i, (plugin, call) in enumerate(self.plugins.calls(hook)):
             if i:
                 self.agree()
-            value = self.run(hook, plugin, call, value, check, **{argument: value}, **arguments)
+            given: dict[str, Any] = {argument: value, **arguments}
+            value = self.run(hook, plugin, call, value, check, **given)
         return value
 
     def exclusive(self, hook: str, fallback: T, *, check: Callable[[T], None] | None = None, **arguments: Any) -> T:
@@ -149,6 +152,8 @@ class Guard:
         """Gather the named numbers of all plugins under `<plugin>/<name>`.
 
         They are for the log alone, so a plugin that raises is logged and switched off: it must not end the training.
+        Every rank gets the numbers of rank 0, so that all choose the same best checkpoint by them. Collective if any
+        plugin has the hook.
         """
         collected: dict[str, float] = {}
         for plugin, call in self.plugins.calls(hook):
@@ -159,7 +164,23 @@ class Guard:
             except Exception:
                 self._silenced.add((hook, plugin))
                 logger.exception("%s; it is switched off from here on", self.failure(hook, plugin, "it raised"))
-        return collected
+        return self._of_rank_zero(hook, collected) if self.plugins.implements(hook) else collected
+
+    def replicated_states(self) -> dict[str, dict[str, Any]]:
+        """The state of each plugin that keeps one, but for those that declare it different on each rank. Collective."""
+        states: dict[str, dict[str, Any]] = {}
+        for plugin in self.plugins:
+            if hasattr(plugin.instance, "state_dict") and not getattr(plugin.instance, "state_per_rank", False):
+                states[plugin.name] = self.run("state_dict", plugin.name, plugin.instance.state_dict, {})
+        self.agree()
+        return states
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's object, on every rank. Collective."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def failure(self, hook: str, plugin: str, reason: str) -> PluginError:
         """The error for a plugin's fault, with all that is needed to find it."""
@@ -205,10 +226,23 @@ class Guard:
         return bool(any_flag)
 
     def _raise_everywhere(self) -> None:
-        messages: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(messages, None if self._failure is None else str(self._failure))
+        messages = self.gather(None if self._failure is None else str(self._failure))
         rank, message = next((r, m) for r, m in enumerate(messages) if m is not None)
         raise AgreedError(f"{message} [on rank {rank} of {self.world_size}]") from self._failure
+
+    def _of_rank_zero(self, hook: str, numbers: dict[str, float]) -> dict[str, float]:
+        """The numbers of rank 0; what differs elsewhere is warned of, once."""
+        ranks = self.gather(numbers)
+        for name in ranks[0]:
+            shown = [str(other.get(name, "nothing")) for other in ranks]
+            if len(set(shown)) > 1 and (hook, name) not in self._silenced:
+                self._silenced.add((hook, name))
+                logger.warning(
+                    "hook '%s' gives the ranks different numbers '%s' (%s); that of rank 0 is logged. Reduce it over "
+                    "ranks in the hook",
+                    *(hook, name, ", ".join(shown)),
+                )
+        return ranks[0]
 
 
 def _nothing_returned(result: Any) -> None:

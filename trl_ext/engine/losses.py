@@ -48,20 +48,34 @@ def per_token_loss(run: RunContext, tokens: TokenRecord) -> Tensor:
     nll = -tokens.log_probs
     if not run.plugins.implements("per_token_loss"):
         return nll
-    loss = run.guard.exclusive("per_token_loss", nll, check=same_shape(nll), tokens=tokens)
+    loss = run.guard.exclusive("per_token_loss", nll, check=token_loss_check(nll), tokens=tokens)
     # `where`, not a product: a loss may be infinite at masked positions, where the log-probability reads 0.
     return torch.where(tokens.mask, loss, torch.zeros_like(loss))
 
 
-def same_shape(log_probs: Tensor) -> Callable[[Any], None]:
-    """A check that a loss hook has returned one number per token."""
+def token_loss_check(log_probs: Tensor) -> Callable[[Any], None]:
+    """A check that a loss hook has returned one number per token, which can be trained on where `log_probs` can."""
 
     def check(loss: Any) -> None:
         if not isinstance(loss, Tensor) or loss.shape != log_probs.shape:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"returned {got}; expected a loss of shape {tuple(log_probs.shape)}")
+        _refuse_untrainable(loss, log_probs)
 
     return check
+
+
+def _refuse_untrainable(loss: Tensor, log_probs: Tensor) -> None:
+    """Raise for a loss that autograd, or the sum with TRL's own loss, could not take."""
+    if not loss.is_floating_point():
+        raise TypeError(f"returned a loss of {loss.dtype}; compute it in a floating-point dtype")
+    if loss.device != log_probs.device:
+        raise TypeError(f"returned a loss on {loss.device}; the model's log-probabilities are on {log_probs.device}")
+    if log_probs.requires_grad and not loss.requires_grad:
+        raise TypeError(
+            "returned a loss that is detached from the model, so nothing would be trained; compute it from log_probs "
+            "without detach(), item() or no_grad(), and where it has to be zero, return 0 * log_probs"
+        )
 
 
 def add_auxiliary_losses(
@@ -80,17 +94,19 @@ def add_auxiliary_losses(
     place of a denominator says why this run does not know it, and what to change.
 
     Raises:
-        PluginError: a plugin returns anything but a mapping of names to scalar `AuxiliaryLoss`, or a term per something
-            that is not known.
+        PluginError: a plugin returns anything but a mapping of names to scalar `AuxiliaryLoss` with a gradient, or a
+            term per something that is not known.
     """
     denominators = {"token": per_token, "sequence": per_sequence, "batch": per_batch}
 
     def check(terms: Mapping[str, AuxiliaryLoss]) -> None:
         for name, term in terms.items():
-            if not isinstance(term, AuxiliaryLoss) or term.value.ndim or term.per not in denominators:
+            scalar = isinstance(term, AuxiliaryLoss) and isinstance(term.value, Tensor) and not term.value.ndim
+            if not scalar or term.per not in denominators:
                 raise TypeError(f"term '{name}' is {term!r}; expected AuxiliaryLoss(scalar, per)")
             if isinstance(reason := denominators[term.per], str):
                 raise ValueError(f"term '{name}' is per {term.per}, but {reason}")
+            _refuse_untrainable(term.value, micro_step.log_probs)
 
     terms = run.guard.sum("auxiliary_losses", check=check, micro_step=micro_step)
     for name, term in terms.items():

@@ -17,6 +17,7 @@ The overrides of trainers/stepping.py call these methods in this order.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,6 +33,8 @@ from trl_ext.engine.sample_weights import SampleWeighting
 from trl_ext.engine.streams import Stream, stream_gradient
 from trl_ext.gradients import GradientView, trainable_parameters
 from trl_ext.records import StreamGradient
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,6 +56,7 @@ class OptimizerStep:
     """Whether this step is left out because its loss or gradient was not finite."""
     _before: dict[str, StreamGradient] = field(default_factory=dict)
     _finite: Tensor | None = None
+    _told_of_shards: bool = False
 
     def take_window(self, micro_batches: Sequence[Any], num_items: Tensor | int | None) -> None:
         """Note the next window. Nothing more: on resume this runs before the random state is restored."""
@@ -100,6 +104,7 @@ class OptimizerStep:
         if self.nonfinite == "ignore":
             if self.run.plugins:
                 self.run.guard.agree()
+            self.run.tally.end_step(skipped=False)
             return
         assert self._finite is not None, "noted at each micro-step"
         norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
@@ -121,8 +126,17 @@ class OptimizerStep:
     def end(self) -> None:
         """After the step is counted: raises on every rank if what should be replicated differs. Collective."""
         run, every = self.run, self.rank_check_steps
-        if every and run.world_size > 1 and run.step() % every == 0:
-            compare_ranks(trainable_parameters(self.passes.unwrapped()), run.plugins, run.device, run.step())
+        if not every or run.world_size == 1 or run.step() % every:
+            return
+        parameters = trainable_parameters(self.passes.unwrapped())
+        alone = compare_ranks(parameters, run.guard.replicated_states(), run.guard.gather, run.step())
+        if alone and not self._told_of_shards:
+            self._told_of_shards = True
+            logger.warning(
+                "rank_check_steps: %d of %d parameters are shards that one rank alone holds, such as '%s'; they cannot "
+                "be compared. What plugins keep beside them is, unless it is declared state_per_rank",
+                *(len(alone), len(parameters), alone[0]),
+            )
 
     @property
     def out_of_data(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,7 +69,15 @@ class LossTally:
             self._in_run += one_step
         self._step_loss.zero_()
 
-    def write(self, logs: dict[str, float], mode: str, accelerator: Accelerator, *, nll: bool) -> None:
+    def write(
+        self,
+        logs: dict[str, float],
+        mode: str,
+        accelerator: Accelerator,
+        *,
+        nll: bool,
+        gather: Callable[[list[str]], list[list[str]]] | None = None,
+    ) -> None:
         """Put the numbers into TRL's logs and start the next interval. Collective.
 
         Args:
@@ -76,6 +85,8 @@ class LossTally:
             mode: "train" or "eval".
             accelerator: sums over ranks.
             nll: whether to add the NLL, which plain TRL does not log.
+            gather: gives every rank's object, on every rank; wanted where there may be auxiliary losses, since a rank
+                may have had no term under a name. It counts as zero there, as it does in the gradient.
         """
 
         def reduce(tensor: Tensor) -> Tensor:
@@ -92,8 +103,10 @@ class LossTally:
             return
         logs.update({f"{role}_stream/nll": sum(values) / len(values) for role, values in self._streams.items()})
         self._streams.clear()
-        for name in sorted(self._terms):
-            logs[name] = (reduce(self._terms[name]) / (accelerator.num_processes * self._steps_since_log)).item()
+        names = [list(self._terms)] if gather is None else gather(list(self._terms))
+        for name in sorted({name for of_rank in names for name in of_rank}):
+            term = self._terms.get(name, torch.zeros((), device=self._device))
+            logs[name] = (reduce(term) / (accelerator.num_processes * self._steps_since_log)).item()
         self._terms.clear()
         self._steps_since_log = 0
         if self._skipped_since_log:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from trl_ext.engine.context import RunContext
 from trl_ext.records import WeightsView
@@ -28,9 +29,11 @@ class WeightSwaps:
         weights = self.weights()
         if weights is None or self.swapped or not self.run.plugins.implements("deployed_weights"):
             return {"": nullcontext()}
-        contexts = self.run.guard.exclusive("deployed_weights", nullcontext(), weights=weights)
+        given = self.run.guard.exclusive("deployed_weights", nullcontext(), weights=weights)
+        contexts = dict(given) if isinstance(given, Mapping) else {"": given}
         self.run.guard.agree()
-        return dict(contexts) if isinstance(contexts, Mapping) else {"": contexts}
+        self._refuse_other_names(list(contexts))
+        return contexts
 
     def to_save(self) -> Context:
         """The context to predict and to save under."""
@@ -42,19 +45,43 @@ class WeightSwaps:
             return nullcontext()
         context: Context | None = self.run.guard.exclusive("sampling_weights", None, weights=self.weights())
         self.run.guard.agree()
-        return nullcontext() if context is None else self.enter(context)
+        return nullcontext() if context is None else self.enter(context, "sampling_weights")
 
     @contextmanager
-    def enter(self, context: Context) -> Iterator[None]:
-        """Enter a context; inside, nothing is swapped again (`evaluate` calls itself for several sets)."""
+    def enter(self, context: Context, hook: str = "deployed_weights") -> Iterator[None]:
+        """Enter a context; inside, nothing is swapped again (`evaluate` calls itself for several sets).
+
+        Raises:
+            PluginError: on every rank, where the context of any of them cannot be entered or left.
+        """
         before, self.swapped = self.swapped, True
-        swaps = not isinstance(context, nullcontext)
         try:
-            with context:
-                if swaps:
-                    self.changed()
+            if isinstance(context, nullcontext):
                 yield
+            else:
+                with self._in_place(context, hook):
+                    yield
         finally:
             self.swapped = before
-            if swaps:
-                self.changed()
+
+    @contextmanager
+    def _in_place(self, context: Context, hook: str) -> Iterator[None]:
+        guard, owner = self.run.guard, self.run.plugins.owner(hook)
+        assert owner is not None, "it gave the context"
+        entered = ExitStack()
+        try:
+            guard.run(hook, owner, partial(entered.enter_context, context), None)
+            guard.agree()  # a rank without these weights would be missed in what comes
+            self.changed()
+            yield
+        finally:
+            guard.run(hook, owner, entered.close, None, always=True)
+            self.changed()
+        guard.agree()
+
+    def _refuse_other_names(self, names: list[str]) -> None:
+        """Each name is one evaluation, in which ranks wait for one another."""
+        guard, owner = self.run.guard, self.run.plugins.owner("deployed_weights")
+        ranks = guard.gather(names)
+        if owner is not None and any(other != ranks[0] for other in ranks):
+            raise guard.failure("deployed_weights", owner, f"it gives the ranks different names: {ranks}")

@@ -19,13 +19,13 @@ TRAINERS: tuple[TrainerKind, ...] = get_args(TrainerKind)
 
 @dataclass(frozen=True)
 class RunDescription:
-    """The run as asked for, before the model loads (`check`)."""
+    """The run as asked for, before the model loads; once more as it is where the loaded model is sharded (`check`)."""
 
     trainer: TrainerKind
     args: Any
     """The trainer's config (`SFTConfig` or `GRPOConfig`)."""
     model: Any
-    """What was passed as the model: an id or path, or a model."""
+    """What was passed as the model, an id or path, or a model; the loaded one in a second check."""
     plugins: tuple[str, ...]
     """Names of the active plugins, in order."""
     streams: tuple[str, ...]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
 from torch import nn
@@ -17,7 +18,9 @@ from trl_ext.errors import ConfigurationError
 from trl_ext.plugins.activation import activate
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription, TrainerKind
-from trl_ext.startup.refusals import refuse_skipping, refuse_unsupported, sharding_of
+from trl_ext.startup.agreement import agreed
+from trl_ext.startup.refusals import refuse_skipping, refuse_unsupported
+from trl_ext.startup.sharding import sharding_of, sharding_of_loaded
 from trl_ext.startup.stream_data import Matched, match_streams
 
 
@@ -30,6 +33,8 @@ class RunPlan:
     plugins: PluginSet
     streams: Matched
     """The auxiliary data sets to prepare."""
+    run: RunDescription | None = None
+    """What the refusals and the `check` hooks were asked about; None where nothing is active."""
 
     @property
     def fused_outputs(self) -> tuple[str, ...]:
@@ -49,9 +54,17 @@ def plan_run(
     `given` are the arguments of TRL's constructor, `instances` and `streams` what the caller passed beside the config.
 
     Raises:
-        ConfigurationError: for anything that cannot work; it names the line to change.
+        ConfigurationError: for anything that cannot work, on every rank; it names the line to change.
     """
     config = _config(kind, config_class, given)
+    _ = config.world_size  # connects the ranks
+    with agreed():
+        return _plan(kind, config, given, instances, streams)
+
+
+def _plan(
+    kind: TrainerKind, config: Any, given: Mapping[str, Any], instances: Sequence[Any], streams: Mapping[str, Any]
+) -> RunPlan:
     refuse_skipping(config, sharding_of(config, given.get("model")))
     plugins = activate(config.plugins, instances, trainer=kind)
     described = config.streams or {}
@@ -63,14 +76,37 @@ def plan_run(
     if not plugins and not datasets:
         return RunPlan(arguments, plugins, {})
     run = _description(kind, config, arguments, plugins, datasets)
+    _refuse(run, plugins, arguments)
+    _check(run, plugins)
+    return RunPlan(arguments, plugins, _streams(kind, plugins, datasets), run)
+
+
+def check_loaded(plan: RunPlan, accelerator: Accelerator, model: nn.Module) -> None:
+    """Refuse again, now that the model is there: it may be sharded in ways that no setting has shown.
+
+    Raises:
+        ConfigurationError: as `plan_run`.
+    """
+    if plan.run is None:
+        return
+    loaded = replace(plan.run, model=model, sharding=sharding_of_loaded(accelerator, model))
+    with agreed():
+        _refuse(loaded, plan.plugins, plan.arguments)
+        if loaded.sharding != plan.run.sharding:
+            _check(loaded, plan.plugins)
+
+
+def _refuse(run: RunDescription, plugins: PluginSet, arguments: Mapping[str, Any]) -> None:
     streaming = isinstance(arguments.get("train_dataset"), IterableDataset)
     refuse_unsupported(run, plugins, arguments.get("compute_loss_func"), streaming=streaming)
+
+
+def _check(run: RunDescription, plugins: PluginSet) -> None:
     for plugin, call in plugins.calls("check"):
         try:
             call(run=run)
         except Exception as error:
             raise ConfigurationError(f"plugin '{plugin}' refuses this run: {error}") from error
-    return RunPlan(arguments, plugins, _streams(kind, plugins, datasets))
 
 
 def _config(kind: TrainerKind, config_class: type[Any], given: Mapping[str, Any]) -> Any:

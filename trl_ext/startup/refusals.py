@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Collection, Iterable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -15,22 +14,9 @@ from trl_ext.errors import ConfigurationError
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription
 from trl_ext.records.tokens import UNMARKED
+from trl_ext.startup.sharding import Sharding, refuse_dimensions
 
-Sharding = Literal["none", "ddp", "fsdp1", "fsdp2", "deepspeed"]
 EXTRA_FUSED_OUTPUTS = ("log_sum_sq_probs", "mean_logits", "is_top1")
-
-
-def sharding_of(args: Any, model: Any) -> Sharding:
-    """How the run spreads over ranks, as far as the arguments, the launcher's environment and the model say."""
-    if getattr(args, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
-        return "deepspeed"
-    if getattr(getattr(model, "config", None), "distributed_config", None) is not None:
-        return "fsdp2"
-    if getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
-        config = getattr(args, "fsdp_config", None) or {}
-        version = config.get("fsdp_version", config.get("version", os.environ.get("FSDP_VERSION", 2)))
-        return "fsdp1" if str(version) == "1" else "fsdp2"
-    return "ddp" if args.world_size > 1 else "none"
 
 
 def refuse_unsupported(
@@ -59,11 +45,7 @@ def refuse_unsupported(
         raise ConfigurationError(
             "auto_find_batch_size=True restarts the training loop under the plugins' feet; set the batch size yourself"
         )
-    if getattr(args, "parallelism_config", None) is not None:
-        raise ConfigurationError(
-            "parallelism_config (tensor, context or sequence parallelism) is not supported with plugins: it splits "
-            "the sequence that hooks see; remove it from the config"
-        )
+    refuse_dimensions(args, run.model)
     if run.trainer == "sft":
         _refuse_losses(args, plugins, compute_loss_func)
     else:

@@ -23,9 +23,9 @@ from trl_ext.engine.passes import ExtraPasses
 from trl_ext.engine.step import OptimizerStep
 from trl_ext.engine.tally import LossTally
 from trl_ext.engine.weight_swaps import WeightSwaps
-from trl_ext.gradients import trainable_parameters
+from trl_ext.gradients import trainable_parameters, unwrapped_name
 from trl_ext.records import SetupContext, WeightsView
-from trl_ext.startup.plan import RunPlan, plan_run
+from trl_ext.startup.plan import RunPlan, check_loaded, plan_run
 from trl_ext.startup.refusals import refuse_frozen, refuse_wrapped
 from trl_ext.startup.report import report_run
 from trl_ext.startup.stream_data import TextForm, prepare_stream
@@ -43,7 +43,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         streams: role to auxiliary `datasets.Dataset`, in addition to those that `args.streams` names.
 
     Raises:
-        ConfigurationError: before the model loads, for anything that cannot work.
+        ConfigurationError: for anything that cannot work, before the model loads wherever that can be known.
     """
 
     _ext_optimizer: torch.optim.Optimizer | None = None
@@ -55,6 +55,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         plan = plan_run(self.ext_kind, self.ext_config_class, given, plugins or (), streams or {})
         self.ext_plugins = plan.plugins
         super().__init__(**plan.arguments)
+        check_loaded(plan, self.accelerator, self.model)
         self._ext_open(plan)
 
     # -- records for the engine --------------------------------------------------------------------------------------
@@ -158,7 +159,8 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         if self.ext_streams or self.ext_plugins.implements("sample_weights"):
             refuse_wrapped(self.model_wrapped, named.values())
         sharded = any(isinstance(p, DTensor) for p in named.values())
-        weights = WeightsView(tuple(named), tuple(named.values()), dict(model.named_buffers()), sharded)
+        buffers = {unwrapped_name(name): buffer for name, buffer in model.named_buffers()}
+        weights = WeightsView(tuple(named), tuple(named.values()), buffers, sharded)
         self.ext_weights = weights
         reference = getattr(self, "ref_model", None)
         context = SetupContext(

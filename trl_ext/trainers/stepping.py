@@ -32,7 +32,8 @@ class SteppingMixin(Opened):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.ext_plugins or self.ext_step.nonfinite != "ignore":
             mode = "train" if self.model.training else "eval"
-            self.ext_run.tally.write(logs, mode, self.accelerator, nll=bool(self.ext_plugins))
+            gather = self.ext_run.guard.gather if self.ext_plugins.implements("auxiliary_losses") else None
+            self.ext_run.tally.write(logs, mode, self.accelerator, nll=bool(self.ext_plugins), gather=gather)
             name = f"{self.ext_metric_name}_" if self.ext_metric_name else ""
             if name:  # TRL puts "eval_" in front of its own metrics, whatever is evaluated
                 self._metrics[mode] = defaultdict(list, {name + k: v for k, v in self._metrics[mode].items()})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
-from trl_ext.gradients import local_tensor
+from trl_ext.gradients import local_tensor, named_parameters
 from trl_ext.options import Range
 from trl_ext.records import RunDescription, SetupContext
 from trl_ext_averaging.online import OnlineAverage
@@ -98,11 +98,10 @@ class Ema(OnlineAverage):
     def _reference_tensors(self, context: SetupContext) -> list[Tensor]:
         """The reference's counterparts of the averaged parameters: in its own model, or in PEFT's adapter "ref"."""
         if context.reference is not None:
-            found = dict(context.reference.named_parameters())
+            found = named_parameters(context.reference)
         else:
-            found = {
-                name.replace(".ref.", ".default."): p for name, p in context.model.named_parameters() if ".ref." in name
-            }
+            own = named_parameters(context.model)
+            found = {name.replace(".ref.", ".default."): p for name, p in own.items() if ".ref." in name}
         missing = [name for name in self._shadows.names if name not in found]
         if missing:
             raise ConfigurationError(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from trl_ext.errors import ConfigurationError
+from trl_ext.gradients import named_parameters, unwrapped_name
 
 Kind = Literal["linear", "embedding", "scale", "head"]
 
@@ -91,13 +92,15 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[list[Layer], li
     Raises:
         ConfigurationError: a trainable parameter that no layer covers would silently keep the full batch's gradient.
     """
-    position = {id(p): i for i, p in enumerate(dict(model.named_parameters())[name] for name in names)}
+    known = named_parameters(model)
+    position = {id(known[name]): i for i, name in enumerate(names)}
     head = _head(model)
     layers: list[Layer] = []
     uses: list[Use] = []
     by_weight: dict[int, int] = {}
     untapped: set[int] = set()
-    for name, module in model.named_modules():
+    for place, module in model.named_modules():
+        name = unwrapped_name(place)
         kind = "head" if module is head else _kind(module)
         weight = getattr(module, "weight", None)
         if kind is None:

@@ -1,0 +1,102 @@
+"""Two real ranks do other things: each hears of it, in the same words, and none waits for the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_multi_rank import launch
+
+from trl_ext.engine.rank_comparison import compare_ranks
+from trl_ext.errors import PluginError
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    return launch("disagreeing.py", tmp_path_factory.mktemp("disagreeing"))
+
+
+def messages(ranks: list[dict[str, Any]], name: str) -> set[str]:
+    assert all(rank[name]["error"] is not None for rank in ranks)
+    return {rank[name]["error"]["message"] for rank in ranks}
+
+
+def test_a_loss_without_a_gradient_on_one_rank_stops_both(ranks):
+    (message,) = messages(ranks, "a loss without a gradient")
+    assert "plugin 'DetachedLoss'" in message
+    assert "failed in hook 'per_token_loss' at step 2: TypeError: returned a loss that is detached" in message
+    assert message.endswith("[on rank 1 of 2]")
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "step"),
+    [
+        ("entering deployed weights", "deployed_weights", 3),
+        ("leaving deployed weights", "deployed_weights", 3),
+        ("entering sampling weights", "sampling_weights", 2),
+    ],
+)
+def test_weights_that_one_rank_cannot_put_in_place_stop_both(ranks, name, hook, step):
+    (message,) = messages(ranks, name)
+    assert f"failed in hook '{hook}' at step {step}: RuntimeError: only here [on rank 1 of 2]" in message
+
+
+def test_other_evaluations_on_one_rank_are_refused_on_both(ranks):
+    (message,) = messages(ranks, "other deployed weights")
+    assert message.endswith("it gives the ranks different names: [[''], ['', 'more']]")
+    assert "plugin 'OtherWeights'" in message
+
+
+def test_a_run_that_one_rank_refuses_starts_on_none(ranks):
+    first, second = (rank["check"]["error"]["message"] for rank in ranks)
+    assert first == f"{second} [on rank 1 of 2]"
+    assert second == "plugin 'Checks' refuses this run: only here"
+
+
+def test_terms_under_other_names_are_each_logged_with_their_mean_over_ranks(ranks):
+    for rank in ranks:
+        for step in rank["other terms"]["logs"][:4]:
+            assert step["OtherNames/one"] == pytest.approx(0.5)
+            assert step["OtherNames/hundred"] == pytest.approx(50)
+        assert [step["NoTermThere/one"] for step in rank["no term"]["logs"][:4]] == pytest.approx([0.5] * 4)
+
+
+def test_metrics_that_differ_are_those_of_rank_0_on_all_ranks_and_warned_of_once(ranks):
+    for rank in ranks:
+        assert [step["OtherNumbers/rank"] for step in rank["other metrics"]["logs"][:4]] == [0] * 4
+        told = [text for text in rank["other metrics"]["warnings"] if "hook 'metrics'" in text]
+        assert len(told) == 1
+        assert "different numbers 'OtherNumbers/rank' (0.0, 1.0)" in told[0]
+
+
+def test_states_of_other_tensors_are_named(ranks):
+    (message,) = messages(ranks, "other tensors")
+    assert "ranks 0 and 1 hold different values of 'OtherTensors: more' after step 2: nothing and torch" in message
+
+
+def test_under_fsdp2_what_is_replicated_is_compared_and_the_rest_is_said(ranks):
+    (message,) = messages(ranks, "another value, FSDP2")
+    assert "ranks 0 and 1 hold different values of 'OtherValue: count' after step 2" in message
+    for rank in ranks:
+        assert rank["the same, FSDP2"]["error"] is None
+        told = [text for text in rank["the same, FSDP2"]["warnings"] if "rank_check_steps" in text]
+        assert len(told) == 1
+        assert "are shards that one rank alone holds, such as 'model." in told[0]
+
+
+def test_a_model_that_turns_out_to_be_sharded_is_checked_again(ranks):
+    (message,) = messages(ranks, "sharded by hand")
+    assert message == "plugin 'OnlyUnsharded' refuses this run: sharding=fsdp2"
+
+
+def test_shards_are_compared_with_their_replicas():
+    """Four ranks of two replicas by two shards: ranks 0 and 2 hold the one shard, 1 and 3 the other."""
+
+    def gather(mine: Any) -> list[Any]:
+        (name, held), *_ = mine.items()
+        at = [type(held)((shard,), held.form, bits) for shard, bits in ((0, 5), (1, 7), (0, 5), (1, 8))]
+        return [{name: fingerprint} for fingerprint in at]
+
+    with pytest.raises(PluginError, match="ranks 1 and 3 hold different values of 'weight' after step 9"):
+        compare_ranks({"weight": torch.nn.Parameter(torch.ones(2))}, {}, gather, 9)
