@@ -23,7 +23,8 @@ def methods() -> str:
     """A table for each distribution: what its plugins do, when to take them, and what they cost."""
     advice = yaml.safe_load((DOCS / "methods" / "methods.yaml").read_text())
     return "\n\n".join(
-        f"## {distribution}\n\n{_table(METHOD_COLUMNS, rows)}" for distribution, rows in _methods_by_distribution(advice)
+        f"## {distribution}\n\n{_table(METHOD_COLUMNS, rows)}"
+        for distribution, rows in _methods_by_distribution(advice)
     )
 
 

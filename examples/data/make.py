@@ -1,6 +1,6 @@
 """Write the data files of this folder: short word problems with worked solutions, and general text.
 
-    python examples/data/make.py
+python examples/data/make.py
 """
 
 from __future__ import annotations

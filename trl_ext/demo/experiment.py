@@ -46,7 +46,8 @@ class Experiment:
     def fine_tune(self, name: str, plugins: list[str], seed: int) -> tuple[float, dict[int, float]]:
         """Fine-tune the base model; give held-out exact match of the model that was saved, and held-out NLL by step.
 
-        Both are of the weights that the run deploys, which are the average's with `ema`. The seed decides the demonstrations, which of them are wrong, and their order; runs of one seed share all three.
+        Both are of the weights that the run deploys, which are the average's with `ema`. The seed decides the
+        demonstrations, which of them are wrong, and their order; runs of one seed share all three.
         """
         s = self.settings
         run = f"{name.replace(' + ', '-')}-seed{seed}"

@@ -59,10 +59,10 @@ def _draw_held_out_nll(axes: Axes, runs: dict[str, Any]) -> None:
         values = list(run["held_out_nll"].values())
         mean = [statistics.mean(seeds) for seeds in values]
         axes.plot(steps, mean, line, color=color)
-        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.12, linewidth=0)
-        axes.annotate(
-            name, (steps[-1], mean[-1]), xytext=(4, 0), textcoords="offset points", va="center", color=color
+        axes.fill_between(
+            steps, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.12, linewidth=0
         )
+        axes.annotate(name, (steps[-1], mean[-1]), xytext=(4, 0), textcoords="offset points", va="center", color=color)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("held-out NLL, nats per token (band: all seeds)")
     axes.margins(x=0.02)

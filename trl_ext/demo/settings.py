@@ -32,4 +32,6 @@ class Settings:
     held_out: int = 500
 
 
-QUICK = Settings(seeds=1, hidden=16, base_rows=256, base_steps=4, demonstrations=64, epochs=1, eval_steps=1, held_out=32)
+QUICK = Settings(
+    seeds=1, hidden=16, base_rows=256, base_steps=4, demonstrations=64, epochs=1, eval_steps=1, held_out=32
+)
