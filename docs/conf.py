@@ -25,6 +25,7 @@ suppress_warnings = ["myst.xref_ambiguous"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 
+smartquotes_action = "qe"  # no dashes: `--flag` in a sentence stays one
 default_role = "code"  # docstrings write `name` as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -121,7 +121,7 @@ def snippets(document: Path) -> list[CodeType]:
 
 
 def python_snippets() -> list[Any]:
-    """Each Python block of the documents but those of hooks.md, which share their imports; slow but for the README's."""
+    """The Python blocks of the documents but hooks.md, whose blocks share their imports; slow but for the README's."""
     return [
         pytest.param(
             snippet,
