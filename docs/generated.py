@@ -31,7 +31,7 @@ def methods() -> str:
 METHOD_COLUMNS = ("method", "source", "when", "when not", "trainers", "cost", "measured here")
 
 
-def _methods_by_distribution(advice: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+def _methods_by_distribution(advice: dict[str, Any]) -> Iterator[tuple[str, str, list[tuple[str, ...]]]]:
     from trl_ext.plugins.discovery import load_plugin
 
     points = sorted(metadata.entry_points(group="trl_ext"), key=lambda point: point.name)
@@ -41,11 +41,11 @@ def _methods_by_distribution(advice: dict[str, Any]) -> Iterator[tuple[str, list
         for point in points:
             if point.dist is not None and point.dist.name == distribution:
                 plugin, _ = load_plugin(point.name)
-                rows.append(_method_row(point.name, plugin, about, card))
-        yield f"[{distribution}]({card}.md)", rows
+                rows.append(_method_row(point.name, plugin, about))
+        yield f"[{distribution}]({card}.md)", f"[Measured here](../results/{card}.md): {about['measured']}.", rows
 
 
-def _method_row(name: str, plugin: type, about: dict[str, Any], card: str) -> tuple[str, ...]:
+def _method_row(name: str, plugin: type, about: dict[str, Any]) -> tuple[str, ...]:
     from trl_ext.plugins.declarations import read_declarations
 
     say = about["plugins"][name]
@@ -57,7 +57,6 @@ def _method_row(name: str, plugin: type, about: dict[str, Any], card: str) -> tu
         say["when not"],
         ", ".join(trainer.upper() for trainer in trainers),
         say.get("cost", about["cost"]),
-        f"[{say.get('measured', about['measured'])}](../results/{card}.md)",
     )
 
 
@@ -67,7 +66,9 @@ def _first_sentence(documented: object) -> str:
 
 
 def _linked(citation: str) -> str:
-    return re.sub(r"arXiv[: ](\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", citation)
+    """The papers of a citation as links; its text where it names none."""
+    papers = re.findall(r"\d{4}\.\d{4,5}", citation)
+    return ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers) or citation
 
 
 def configuration() -> str:

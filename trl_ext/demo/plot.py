@@ -45,9 +45,9 @@ def _draw_exact_match(axes: Axes, results: dict[str, Any]) -> None:
         axes.plot([place] * len(scores), scores, "o", color=STYLES[name][0], alpha=0.6, markeredgewidth=0)
         axes.hlines(statistics.mean(scores), place - 0.25, place + 0.25, color=STYLES[name][0], linewidth=2)
     axes.axhline(results["base"], color=GREY, linestyle=":")
-    axes.annotate("base model", (len(results["runs"]) - 0.5, results["base"]), ha="right", va="bottom", color=GREY)
+    axes.annotate("base model", (-0.45, results["base"]), xytext=(0, 3), textcoords="offset points", color=GREY)
     axes.set_xticks(range(len(results["runs"])), results["runs"])
-    axes.set(ylim=(0, 1.05), xlim=(-0.5, len(results["runs"]) - 0.5))
+    axes.set(ylim=(0, 1.1), xlim=(-0.5, len(results["runs"]) - 0.5))
     axes.set_ylabel("held-out exact match (dots: seeds, line: mean)")
 
 
