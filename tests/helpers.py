@@ -183,6 +183,12 @@ def file_digests(folder: Path) -> dict[str, str]:
             # It holds the folder of the run.
             state["best_model_checkpoint"] = os.path.basename(state["best_model_checkpoint"] or "")
             content = json.dumps(state).encode()
+        if path.name == "manifest.json":  # the checksums of what is left out here differ too
+            manifest = json.loads(content)
+            del manifest["checksum"]
+            for name in (PICKLED_CONFIG, "trainer_state.json"):
+                del manifest["files"][name]
+            content = json.dumps(manifest).encode()
         digests[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
     return digests
 

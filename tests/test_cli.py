@@ -208,7 +208,7 @@ HELPS = [
     ["-h"],
     *([*command.split(), "--help"] for command in ("plugins", "probe", "run", "demo", "doctor", "validate")),
 ]
-COMMANDS = ["probe passk", "probe drift", "probe excursions", "probe reachability", "probe from-scratch"]
+COMMANDS = ["average", "probe passk", "probe drift", "probe excursions", "probe reachability", "probe from-scratch"]
 
 
 @pytest.mark.parametrize(

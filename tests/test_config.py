@@ -14,7 +14,10 @@ from trl_ext.config import GRPOConfig, SFTConfig, upgrade_config
 from trl_ext.errors import ConfigurationError
 
 PAIRS = [(SFTConfig, trl.SFTConfig), (GRPOConfig, trl.GRPOConfig)]
-ADDED = ["plugins", "streams", "dataset_columns", "nonfinite", "rank_check_steps", "reset_plugin_state"]
+ADDED = [
+    *("plugins", "streams", "dataset_columns", "nonfinite", "rank_check_steps"),
+    *("reset_plugin_state", "resume_changes", "verify_checkpoint"),
+]
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 CANONICAL = [{"name": "power", "alpha": "10"}, {"name": "ema", "decay": 0.9}]
 
@@ -62,6 +65,8 @@ def test_without_settings_of_ours_all_values_are_trl_s(ours, theirs):
         "nonfinite": None,
         "rank_check_steps": 0,
         "reset_plugin_state": False,
+        "resume_changes": "refuse",
+        "verify_checkpoint": True,
     }
 
 
@@ -176,6 +181,8 @@ FULL = {
     "nonfinite": "skip",
     "rank_check_steps": 3,
     "reset_plugin_state": True,
+    "resume_changes": "warn",
+    "verify_checkpoint": False,
 }
 
 

@@ -9,8 +9,9 @@ from textwrap import dedent
 import pytest
 
 from trl_ext import API_VERSION
+from trl_ext.cli.listing import list_plugins
 from trl_ext.errors import ConfigurationError
-from trl_ext.plugins.discovery import PluginInfo, find_distribution, list_plugins, load_plugin
+from trl_ext.plugins.discovery import PluginInfo, find_distribution, load_plugin
 
 GOOD = dedent('''
     from dataclasses import dataclass
@@ -65,7 +66,7 @@ def test_listing_imports_no_plugin_and_no_torch(site):
     add_plugin(site, "import fake_dependency_pkg\nimport torch\n" + GOOD)
     site.add("dependency", files={"fake_dependency_pkg.py": EXPLODES})
     script = (
-        "import sys; from trl_ext.plugins.discovery import list_plugins\n"
+        "import sys; from trl_ext.cli.listing import list_plugins\n"
         "assert [i.error for i in list_plugins() if i.name == 'fake'] == [None]\n"
         "print({'fake_pkg', 'fake_dependency_pkg', 'torch', 'trl', 'typer'} & set(sys.modules) or '')"
     )
@@ -162,7 +163,7 @@ def test_an_editable_install_is_followed_to_its_sources(site, tmp_path):
     site.add("trl-ext-fake", plugins={"fake": "fake_pkg:Plugin"})
     (site.root / "fake.pth").write_text(f"{elsewhere.parent}\n")
     script = (
-        f"import site; site.addsitedir({str(site.root)!r}); from trl_ext.plugins.discovery import list_plugins\n"
+        f"import site; site.addsitedir({str(site.root)!r}); from trl_ext.cli.listing import list_plugins\n"
         "print([i.error for i in list_plugins() if i.name == 'fake'])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
-import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator
@@ -20,10 +22,18 @@ import yaml
 
 from trl_ext.hookspecs import HOOKS, HookSpecs, Kind
 from trl_ext.records import TRAINERS
-from trl_ext.testing import Addition, Copy, save_model, tiny_qwen2, tiny_tokenizer
+from trl_ext.testing import save_model, tiny_qwen2, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "examples" / "data" / "README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "plugins").glob("*/README.md")),
+]
+RECIPES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.name != "excursions.yaml")
+MODEL = "HuggingFaceTB/SmolLM2-135M"
 
 
 def blocks(document: Path, *languages: str) -> Iterator[tuple[int, str]]:
@@ -95,12 +105,10 @@ def test_every_kind_is_explained() -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which the names that the documents use mean something: a model under a hub id, and data files."""
+    """A folder that looks like a clone, in which the names that the documents use mean something small."""
     monkeypatch.chdir(tmp_path)
-    save_model(tiny_qwen2(), tiny_tokenizer(), tmp_path / "Qwen" / "Qwen3-0.6B")
-    for name, task in (("train.jsonl", Addition()), ("general.jsonl", Copy())):
-        rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in task.dataset(64)]
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save_model(tiny_qwen2(), tiny_tokenizer(), tmp_path / MODEL)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     return tmp_path
 
 
@@ -112,12 +120,35 @@ def snippets(document: Path) -> list[CodeType]:
     ]
 
 
-@having("python", but="hooks.md")
-def test_python_snippets_run(document: Path, workplace: Path) -> None:
-    """In order, in one namespace a document."""
-    namespace: dict[str, Any] = {"__name__": "__main__"}
-    for snippet in snippets(document):
-        exec(snippet, namespace)
+def python_snippets() -> list[Any]:
+    """The Python blocks of the documents but hooks.md, whose blocks share their imports; slow but for the README's."""
+    return [
+        pytest.param(
+            snippet,
+            id=f"{document.relative_to(ROOT)}:{snippet.co_firstlineno}",
+            marks=[] if document == ROOT / "README.md" else pytest.mark.slow,
+        )
+        for document in DOCUMENTS
+        if document.name != "hooks.md"
+        for snippet in snippets(document)
+    ]
+
+
+@pytest.mark.parametrize("snippet", python_snippets())
+def test_a_python_snippet_runs_alone(snippet: CodeType, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    if "adapters.md" in snippet.co_filename:
+        save_adapter(workplace / "runs" / "adapter")
+    exec(snippet, {"__name__": "__main__"})
+
+
+def save_adapter(folder: Path) -> None:
+    """An adapter of the documents' model, as `trl-ext average` would leave it."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), config).save_pretrained(folder)
 
 
 def test_each_hook_s_snippet_runs_alone_and_the_last_trains_with_all(workplace: Path) -> None:
@@ -130,6 +161,19 @@ def test_each_hook_s_snippet_runs_alone_and_the_last_trains_with_all(workplace: 
         exec(snippet, alone)
         together |= alone
     exec(run, together)
+
+
+# -- links -----------------------------------------------------------------------------------------------------------
+
+
+def test_links_lead_to_files_of_the_repository() -> None:
+    broken = [
+        f"{document.relative_to(ROOT)}: {target}"
+        for document in DOCUMENTS
+        for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", document.read_text())
+        if not (document.parent / target).exists() and document.parent.name != "methods"
+    ]
+    assert not broken
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
@@ -213,6 +257,84 @@ def test_yaml_keys_are_settings_of_a_trainer(document: Path) -> None:
     for line, text in blocks(document, "yaml"):
         unknown = set(yaml.safe_load(text)) - known
         assert not unknown, f"{document.name}, block at line {line}: no such setting {sorted(unknown)}"
+
+
+def test_yaml_snippets_name_plugins_and_options_that_exist() -> None:
+    from trl_ext.plugins.activation import from_spec
+    from trl_ext.specs import parse_specs
+
+    specs = [
+        spec
+        for document in DOCUMENTS
+        for _, text in blocks(document, "yaml")
+        for spec in parse_specs(yaml.safe_load(text).get("plugins"))
+    ]
+    assert specs
+    for spec in specs:
+        from_spec(spec)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "examples")))
+def test_recipes_hold_settings_and_plugins_that_exist(recipe: Path) -> None:
+    from trl_ext.plugins.activation import from_spec
+    from trl_ext.specs import parse_specs
+
+    settings = yaml.safe_load(recipe.read_text())
+    assert set(settings) <= known_settings("sft") | known_settings("grpo")
+    assert settings["model_name_or_path"] == MODEL
+    assert (ROOT / settings["dataset_name"]).is_file()
+    for spec in parse_specs(settings.get("plugins")):
+        from_spec(spec)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "examples")))
+def test_recipes_pass_a_dry_run(recipe: Path, workplace: Path, process: None) -> None:
+    from trl_ext.cli.validate import validate_command
+
+    small = "--use_cpu --bf16 false --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --report_to none"
+    settings = yaml.safe_load(recipe.read_text())
+    if settings.get("load_in_4bit"):
+        pytest.skip("4-bit models need a CUDA device; the settings are checked above")
+    if settings.get("use_peft"):
+        pytest.importorskip("peft")
+    short = ["--max_completion_length", "4"] if "reward_funcs" in settings else []
+    validate_command(["--config", str(recipe), *small.split(), *short])
+
+
+@pytest.mark.slow
+def test_the_tutorial_ends_with_a_plugin_that_passes_its_tests(site: Any, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "write" / "tutorial.md").read_text()
+    files = dict(re.findall(r"^```{code-block} \w+\n:caption: (\S+)\n\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    assert set(files) == {"pyproject.toml", "src/my_focal/__init__.py", "tests/test_focal.py"}
+    project = tomllib.loads(files["pyproject.toml"])["project"]
+    plugins = project["entry-points"]["trl_ext"]
+    site.add(project["name"], plugins=plugins, files={"my_focal/__init__.py": files["src/my_focal/__init__.py"]})
+    tests = tmp_path / "test_focal.py"
+    tests.write_text(files["tests/test_focal.py"])
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)],
+        env={**os.environ, "PYTHONPATH": str(site.root)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert "4 passed" in result.stdout
+
+
+def test_every_method_has_advice_and_every_card_is_short() -> None:
+    """The site's tables are made from entry points; this is what would leave a row empty or a card too long."""
+    advice = yaml.safe_load((ROOT / "docs" / "methods" / "methods.yaml").read_text())
+    metadata = {path.parent.name: tomllib.loads(path.read_text()) for path in ROOT.glob("plugins/*/pyproject.toml")}
+    assert set(advice) == set(metadata)
+    for distribution, project in metadata.items():
+        rows = advice[distribution]["plugins"]
+        assert set(rows) == set(project["project"]["entry-points"]["trl_ext"])
+        assert all(row["when"] and row["when not"] for row in rows.values())
+        card = ROOT / "plugins" / distribution / "README.md"
+        assert len(card.read_text().split()) < 700, card
 
 
 def test_readme_names_every_plugin_and_command_of_the_repository() -> None:

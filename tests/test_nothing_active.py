@@ -87,6 +87,8 @@ def test_no_arguments_mean_trl_defaults(tmp_path, monkeypatch, kind):
         "nonfinite",
         "rank_check_steps",
         "reset_plugin_state",
+        "resume_changes",
+        "verify_checkpoint",
     }
     assert {k: v for k, v in ours.items() if k not in own_fields} == theirs
     assert isinstance(trainers[1].args, trl_ext.SFTConfig if kind == "sft" else trl_ext.GRPOConfig)

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from helpers import (
-    Idle,
     Plugin,
     additions,
     assert_equal_bits,
@@ -30,7 +29,7 @@ from safetensors.torch import load_file
 from trl_ext import hookimpl
 from trl_ext.checkpoints import newest_complete
 from trl_ext.checkpoints.completeness import incompleteness
-from trl_ext.errors import CheckpointError, ConfigurationError
+from trl_ext.errors import CheckpointError
 from trl_ext.records import StreamRequest
 
 
@@ -152,20 +151,6 @@ def test_state_of_every_kind_comes_back(finished, tmp_path):
     assert counter.count == 6
 
 
-def test_state_that_is_neither_tensor_nor_json_is_refused(tmp_path):
-    @dataclass(eq=False)
-    class Odd(Idle):
-        def state_dict(self) -> dict[str, Any]:
-            return {"x": object()}
-
-        def load_state_dict(self, state: dict[str, Any]) -> None:
-            pass
-
-    trainer = make_sft(tmp_path, plugins=[Odd()], save_strategy="steps", save_steps=2)
-    with pytest.raises(CheckpointError, match="'Odd' holds what is neither tensor nor JSON"):
-        trainer.train()
-
-
 # -- not whole -------------------------------------------------------------------------------------------------------
 
 
@@ -278,7 +263,7 @@ def saved(folder: Path, **options: Any) -> Path:
 
 def test_state_that_is_missing_is_refused(tmp_path):
     folder = saved(tmp_path / "run")
-    match = r"holds no state for the active plugin\(s\) ema; set reset_plugin_state=True"
+    match = r"written by another run: plugin 'ema' is new. Set .*reset_plugin_state=True"
     with pytest.raises(CheckpointError, match=match):
         resume(folder, names=["ema"])
     assert resume(folder, names=["ema"], reset_plugin_state=True).state.global_step == 4
@@ -287,30 +272,20 @@ def test_state_that_is_missing_is_refused(tmp_path):
 @pytest.mark.parametrize("names", [None, ["power"]], ids=["no plugins", "others"])
 def test_state_of_plugins_that_are_not_active_is_refused(tmp_path, names):
     folder = saved(tmp_path / "run", names=["ema"])
-    match = "holds state of plugin.s. that are not active: ema; add them to `plugins`, .*reset_plugin_state=True"
+    match = r"written by another run: plugin 'ema' is no longer active.*reset_plugin_state=True"
     with pytest.raises(CheckpointError, match=match):
         resume(folder, names=names)
     assert resume(folder, names=names, reset_plugin_state=True).state.global_step == 4
 
 
-@pytest.mark.parametrize("file", ["Counter/state.safetensors", "Counter/state.json", "rank-00000.json"])
-def test_corrupt_state_is_refused(tmp_path, file):
+def test_corrupt_state_of_a_plugin_is_refused_and_can_be_left_out(tmp_path):
     """One byte changed, none lost: sizes agree, checksums do not."""
     folder = saved(tmp_path / "run", plugins=[Counter()])
-    path = folder / "checkpoint-2" / "trl_ext" / file
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(bytes(content))
-    match = rf"{file} is missing or corrupt .its checksum differs from the manifest.*reset_plugin_state=True"
-    with pytest.raises(CheckpointError, match=match):
+    path = folder / "checkpoint-2" / "trl_ext" / "Counter" / "state.json"
+    path.write_bytes(path.read_bytes().replace(b'"a"', b'"b"'))
+    with pytest.raises(CheckpointError, match=r"trl_ext/Counter/state.json is corrupt.*reset_plugin_state=True"):
         resume(folder, plugins=(Counter(),))
-
-
-def test_a_corrupt_manifest_is_refused(tmp_path):
-    folder = saved(tmp_path / "run", plugins=[Counter()])
-    (folder / "checkpoint-2" / "trl_ext" / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"manifest.json is corrupt"):
-        resume(folder, plugins=(Counter(),))
+    assert resume(folder, plugins=(Counter(),), reset_plugin_state=True).state.global_step == 4
 
 
 def test_a_corrupt_manifest_does_not_keep_older_checkpoints_from_being_found(finished, tmp_path):
@@ -323,19 +298,12 @@ def test_a_corrupt_manifest_does_not_keep_older_checkpoints_from_being_found(fin
 def test_state_of_a_later_version_is_refused_and_of_an_earlier_one_is_the_plugins_affair(tmp_path):
     folder = saved(tmp_path / "run", plugins=[Counter()])
 
-    @dataclass(eq=False)
-    class Older(Counter):
-        label: str = "Counter"
-        state_version: ClassVar[int] = 0
-
-    @dataclass(eq=False)
-    class Newer(Counter):
-        label: str = "Counter"
-        state_version: ClassVar[int] = 2
+    def counter(version: int) -> Counter:
+        return type("Counter", (Counter,), {"state_version": version})()
 
     with pytest.raises(CheckpointError, match=r"'Counter' has version 1, plugin .* reads up to 0; upgrade"):
-        resume(folder, plugins=(Older(),))
-    newer = Newer()
+        resume(folder, plugins=(counter(0),))
+    newer = counter(2)
     resume(folder, plugins=(newer,))
     assert newer.loaded["count"] == 2
 
@@ -367,8 +335,8 @@ def test_a_reset_starts_plugins_and_streams_afresh_from_the_same_weights(tmp_pat
 def test_a_stream_of_other_data_is_refused(tmp_path):
     folder = saved(tmp_path / "run", plugins=[Mix()], streams={"general": additions(7)})
     trainer = make_sft(folder, plugins=[Mix()], streams={"general": additions(8)}, max_steps=4)
-    match = "stream 'general': the checkpoint was written with samples=7, this run has 8.*reset_plugin_state=True"
-    with pytest.raises(ConfigurationError, match=match):
+    match = "stream 'general' has rows=8 .checkpoint: 7.*reset_plugin_state=True"
+    with pytest.raises(CheckpointError, match=match):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 
 

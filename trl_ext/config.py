@@ -15,6 +15,7 @@ from trl_ext.errors import ConfigurationError
 from trl_ext.specs import PLUGINS_VARIABLE, parse_specs
 
 NONFINITE = ("raise", "skip", "ignore")
+RESUME_CHANGES = ("refuse", "warn")
 
 # No `from __future__ import annotations` here: TRL's parser reads the annotations of these fields.
 
@@ -68,6 +69,23 @@ class _PluginSettings:
             "plugins, instead of refusing to resume."
         },
     )
+    resume_changes: str = field(
+        default="refuse",
+        metadata={
+            "help": "What to do when a run that resumes differs from the one that wrote the checkpoint in what changes "
+            "its course: its plugins, their options or order, its training data or the order of it, its streams. "
+            "`refuse` stops before anything is trained, `warn` says so and goes on. Another learning rate or batch "
+            "size is only reported.",
+            "choices": list(RESUME_CHANGES),
+        },
+    )
+    verify_checkpoint: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether to compare the checksum of every file of a checkpoint that plugins were active in before "
+            "resuming from it. It takes about as long as reading the files."
+        },
+    )
 
     def __post_init__(self) -> None:
         self._read_plugin_settings()
@@ -82,6 +100,10 @@ class _PluginSettings:
         self.dataset_columns = parse_columns(self.dataset_columns)
         if self.nonfinite is not None and self.nonfinite not in NONFINITE:
             raise ConfigurationError(f"nonfinite: {self.nonfinite!r} is not one of {', '.join(NONFINITE)}")
+        if self.resume_changes not in RESUME_CHANGES:
+            raise ConfigurationError(
+                f"resume_changes: {self.resume_changes!r} is not one of {', '.join(RESUME_CHANGES)}"
+            )
         if self.rank_check_steps < 0:
             raise ConfigurationError(
                 f"rank_check_steps: {self.rank_check_steps} is negative; 0 switches the comparison off"

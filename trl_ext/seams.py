@@ -18,6 +18,7 @@ OVERRIDDEN: dict[str, str] = {
     f"{SFT}.compute_loss": "sums -log_probs over the window's tokens; calls what it is given as `model`, once, fused",
     f"{SFT}.evaluate": "recurses over dict data sets, under one swap of the deployed weights",
     f"{SFT}.training_step": "accepts what transformers passes; activation offloading is around it",
+    f"{SFT}._save_checkpoint": "writes the model card, then the checkpoint",
     f"{SFT}.log": "adds TRL's metrics to the logs that ours are in",
     f"{GRPO}.__init__": "as for SFT",
     f"{GRPO}._get_train_sampler": "a RepeatSampler over the rows of a map-style data set",
@@ -27,6 +28,7 @@ OVERRIDDEN: dict[str, str] = {
     f"{GRPO}._get_per_token_logps_and_entropies": "the one forward of the loss; returns log-probs, entropies, MoE loss",
     f"{GRPO}._compute_loss": "linear in advantages on policy; masks, reduction, KL, bonus and metrics are in it",
     f"{GRPO}.training_step": "advances `_step` once a micro-step, after the backward",
+    f"{GRPO}._save_checkpoint": "writes the model card, then the checkpoint, then the state of the entropy bonus",
     f"{GRPO}.log": "adds TRL's metrics to the logs that ours are in",
     f"{HF}.get_batch_samples": "hands over a whole accumulation window before its first micro-step",
     f"{HF}.create_optimizer": "returns the optimiser and keeps it in `optimizer`; called again by a second `train()`",
@@ -36,6 +38,7 @@ OVERRIDDEN: dict[str, str] = {
     f"{HF}.predict": "forwards without calling `evaluate`",
     f"{HF}.save_model": "`_internal_call=True` is a checkpoint, False a save; FSDP is saved whole if FULL_STATE_DICT",
     f"{HF}.push_to_hub": "saves again, as an internal call",
+    f"{HF}._run_epoch": "one pass; a step is micro-steps, clipping, norm, optimiser, on_optimizer_step, counters",
     f"{HF}.train": "takes a checkpoint's path, True for the newest, or nothing",
     f"{HF}._save_rng_state": "the last file before trainer_state.json, on every rank",
     f"{HF}._load_best_model": "loads weights from `state.best_model_checkpoint`, after the last step",
@@ -43,11 +46,10 @@ OVERRIDDEN: dict[str, str] = {
 }
 
 READ: dict[str, str] = {
-    f"{HF}._run_epoch": "order of a step: micro-steps, clipping, norm, optimiser, on_optimizer_step, counters",
     f"{HF}._maybe_log_save_evaluate": "a loss summed over an interval's steps; the log is before evaluation and save",
     f"{HF}._get_num_items_in_batch": "counts the window's shifted labels, over all ranks where they are averaged",
     f"{HF}.training_step": "divides the loss by the accumulation steps only where no token count was handed on",
-    f"{HF}._save_checkpoint": "model, optimiser, random state, trainer state, then rotation",
+    f"{HF}._save_checkpoint": "model, optimiser, random state, `state.save_to_json` by the saving rank, then rotation",
     f"{HF}._load_rng_state": "runs after the first window of a resumed epoch was drawn",
     f"{HF}._prepare_input": "moves nested tensors to the device",
     f"{HF}._prepare_inputs": "SFT: only moves tensors; a window's batches go through it once more",
@@ -79,6 +81,7 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
         "padding_free": "whether batches are flattened, set by packing too",
     },
     "grpo": {
+        "_logs": "rows of the table of completions; a generation batch's are the last after it is scored",
         "_metrics": "metrics of the interval, by mode",
         "_tokenizer": "the tokenizer, also where a processor was given",
         "_total_train_tokens": "counter behind `num_tokens`, which TRL does not save",

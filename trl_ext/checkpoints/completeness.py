@@ -1,18 +1,20 @@
 """Is a checkpoint complete? An incomplete one is told from the files, never resumed from, and set aside.
 
-TRL writes `trainer_state.json` after the folder of trl_ext and rotates old checkpoints after that. So a checkpoint is
-complete when `trainer_state.json` can be read and every file of the manifest is there with its size, and an old one is
-deleted only once its successor is complete.
+A run with plugins writes its manifest last, before old checkpoints are deleted: such a checkpoint is complete when
+every file of the manifest is there with its size and, unless that is switched off, its checksum. One of plain TRL is
+complete when `trainer_state.json`, which is its last file, can be read and the parts that TRL needs are there.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl_ext.checkpoints.plugin_state import FOLDER, read_manifest
+from trl_ext.checkpoints.files import Gather, read_json
+from trl_ext.checkpoints.manifest import read_manifest, wrong_content, wrong_size
 from trl_ext.errors import CheckpointError
 
 # What a checkpoint of plain TRL has; DeepSpeed keeps all of it in a folder of its own.
@@ -22,35 +24,45 @@ _PARTS = {
     "scheduler state": ("scheduler*", "global_step*"),
     "random state": ("rng_state*",),
 }
+_FOLDER_NAME = re.compile(rf"{re.escape(PREFIX_CHECKPOINT_DIR)}-([0-9]+)")
+_STATE_SHAPE = {"global_step": int, "max_steps": int, "log_history": list, "stateful_callbacks": dict}
 
 
 def incompleteness(checkpoint: Path, model_only: bool = False) -> str | None:
-    """Why a checkpoint cannot be resumed from, or None if it is complete.
+    """Why a checkpoint cannot be resumed from, or None if all of it is there. Contents are not compared here.
 
     Args:
         checkpoint: its folder.
         model_only: whether the run saves no optimiser (`save_only_model`), so that none is missed.
     """
     try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        state["global_step"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"trainer_state.json, which is written last, is missing or cut off ({type(error).__name__})"
-    folder = checkpoint / FOLDER
-    if folder.is_dir():
-        try:
-            manifest = read_manifest(checkpoint)
-        except CheckpointError as error:
-            return str(error)
-        if manifest is None:
-            return f"{FOLDER}/manifest.json is missing"
-        for relative, size in manifest["sizes"].items():
-            path = checkpoint / relative
-            if not path.is_file():
-                return f"{relative} is missing"
-            if path.stat().st_size != size:
-                return f"{relative} has {path.stat().st_size} bytes instead of {size}"
-        return None
+        manifest = read_manifest(checkpoint)
+        if manifest is not None and (reason := wrong_size(checkpoint, manifest)):
+            return reason
+        _read_trainer_state(checkpoint / "trainer_state.json")
+    except CheckpointError as error:
+        return str(error)
+    return _missing_part(checkpoint, model_only) if manifest is None else None
+
+
+def corruption(checkpoint: Path, rank: int, gather: Gather, plugin_state: bool = True) -> str | None:
+    """Which files of a complete checkpoint differ from their checksums; None if there is none. Collective.
+
+    Without `plugin_state`, the files of single plugins are left out.
+    """
+    manifest = read_manifest(checkpoint)
+    return None if manifest is None else wrong_content(checkpoint, manifest, rank, gather, plugin_state)
+
+
+def _read_trainer_state(path: Path) -> None:
+    content = read_json(path, _STATE_SHAPE)
+    try:
+        TrainerState(**content)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is corrupt: it holds no state of a trainer ({error})") from error
+
+
+def _missing_part(checkpoint: Path, model_only: bool) -> str | None:
     for part, patterns in _PARTS.items():
         needed = part == "model" or not model_only
         if needed and not any(next(checkpoint.glob(pattern), None) for pattern in patterns):
@@ -58,20 +70,30 @@ def incompleteness(checkpoint: Path, model_only: bool = False) -> str | None:
     return None
 
 
-def newest_complete(output_dir: Path, model_only: bool = False) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The complete checkpoint with the highest step, and the incomplete ones with the reason."""
-    found = []
-    for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if path.is_dir() and step.isdigit():
-            found.append((int(step), path))
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    found = [(_FOLDER_NAME.fullmatch(path.name), path) for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    steps = [(int(match[1]), path) for match, path in found if match and path.is_dir()]
+    return [path for _, path in sorted(steps, reverse=True)]
+
+
+def newest_complete(
+    output_dir: Path, model_only: bool = False, verify: bool = True
+) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The complete checkpoint with the highest step, and the incomplete ones with the reason, newest first.
+
+    Checksums are compared, where `verify` asks for it, from the newest checkpoint on until one is intact: older ones
+    are not read.
+    """
     complete, incomplete = None, []
-    for _, path in sorted(found):
+    for path in checkpoints(output_dir):
         reason = incompleteness(path, model_only)
-        if reason is None:
-            complete = path
-        else:
+        if reason is None and complete is None and verify:
+            reason = corruption(path, 0, lambda value: [value])
+        if reason is not None:
             incomplete.append((path, reason))
+        elif complete is None:
+            complete = path
     return complete, incomplete
 
 

@@ -1,194 +1,147 @@
-"""Plugin state in checkpoints: saved with checksums, verified before anything loads, and given back.
+"""Plugin state in checkpoints: written by each rank, and given back.
 
 checkpoint-30/trl_ext/manifest.json                      written last, lists every file of the checkpoint
-                      <plugin>/state.json                 JSON values and the state's version
+                      <plugin>/state.json                 JSON values
                       <plugin>/state.safetensors          tensors; `state-00001.safetensors` a rank, if they differ
                       rank-00000.json, .safetensors       what the trainer itself keeps on each rank
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trl_ext.checkpoints.files import Gather, read_json
+from trl_ext.checkpoints.manifest import FOLDER
 from trl_ext.errors import CheckpointError
 
-FOLDER = "trl_ext"
-FORMAT = 1
 State = dict[str, Any]
 """Flat: names to tensors and JSON values."""
+_RESERVED = "__metadata__"
+"""The one name that a tensor in a safetensors file cannot have."""
 
 
 def save_state(
-    checkpoint: Path,
-    plugins: Iterable[Any],
-    rank_state: State,
-    *,
-    rank: int,
-    world_size: int,
-    gather: Callable[[Any], list[Any]],
+    checkpoint: Path, plugins: Iterable[Any], rank_state: Callable[[], State], *, rank: int, gather: Gather
 ) -> None:
-    """Write the plugins' and the trainer's state, then the manifest. Collective.
+    """Write the plugins' and the trainer's state. Collective.
 
     Args:
-        checkpoint: the checkpoint's folder, in which model, optimiser, scheduler and random states are already written.
+        checkpoint: the checkpoint's folder.
         plugins: the active plugins (`ActivePlugin`).
-        rank_state: what the trainer keeps on this rank.
-        rank, world_size: of this process.
+        rank_state: gives what the trainer keeps on this rank.
+        rank: of this process.
         gather: gives the list of every rank's object, on every rank.
+
+    Raises:
+        CheckpointError: on every rank, where a state on any of them cannot be given or written. It names the plugin.
     """
-    folder = checkpoint / FOLDER
-    records: dict[str, Any] = {}
+    failure = None
+    try:
+        _save(checkpoint / FOLDER, plugins, rank_state, rank)
+    except CheckpointError as error:
+        failure = str(error)
+    failures = [text for text in gather(failure) if text is not None]
+    if failures:
+        raise CheckpointError(failures[0])
+
+
+def _save(folder: Path, plugins: Iterable[Any], rank_state: Callable[[], State], rank: int) -> None:
     for plugin in plugins:
-        if not hasattr(plugin.instance, "state_dict"):
-            continue
         per_rank = bool(getattr(plugin.instance, "state_per_rank", False))
-        if rank == 0 or per_rank:
-            state = plugin.instance.state_dict()
-            _write(folder / plugin.name, f"state-{rank:05d}" if per_rank else "state", state, plugin.name)
-        records[plugin.name] = {
-            "distribution": plugin.distribution,
-            "distribution_version": plugin.version,
-            "state_version": getattr(plugin.instance, "state_version", 1),
-            "per_rank": per_rank,
-        }
-    _write(folder, f"rank-{rank:05d}", rank_state, "trainer")
-    # Gathering is the barrier too: after it, every rank has written its part, and rank 0 knows all checksums.
-    mine = [folder.joinpath(*parts) for parts in _written_by(records, rank)]
-    checksums: dict[str, str] = {}
-    for part in gather({str(p.relative_to(checkpoint)): _sha256(p) for p in mine}):
-        checksums.update(part)
-    if rank == 0:
-        sizes = {
-            str(p.relative_to(checkpoint)): p.stat().st_size
-            for p in sorted(checkpoint.rglob("*"))
-            if p.is_file() and p.name not in ("trainer_state.json", "manifest.json")
-        }
-        manifest = {
-            "format": FORMAT,
-            "world_size": world_size,
-            "plugins": records,
-            "sha256": checksums,
-            "sizes": sizes,
-        }
-        temporary = folder / "manifest.json.tmp"
-        temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True))
-        os.replace(temporary, folder / "manifest.json")
-    gather(None)
+        if hasattr(plugin.instance, "state_dict") and (rank == 0 or per_rank):
+            _write(folder / plugin.name, _stem(per_rank, rank), _state_of(plugin), f"plugin {plugin}")
+    _write(folder, f"rank-{rank:05d}", rank_state(), "the trainer")
 
 
-def _written_by(records: Mapping[str, Any], rank: int) -> Iterable[tuple[str, ...]]:
-    for name, record in records.items():
-        if rank == 0 or record["per_rank"]:
-            stem = f"state-{rank:05d}" if record["per_rank"] else "state"
-            yield name, f"{stem}.json"
-            yield name, f"{stem}.safetensors"
-    yield (f"rank-{rank:05d}.json",)
-    yield (f"rank-{rank:05d}.safetensors",)
+def _state_of(plugin: Any) -> State:
+    try:
+        state: State = plugin.instance.state_dict()
+    except Exception as error:
+        raise CheckpointError(f"plugin {plugin} failed in state_dict(): {type(error).__name__}: {error}") from error
+    return state
+
+
+def _stem(per_rank: bool, rank: int) -> str:
+    return f"state-{rank:05d}" if per_rank else "state"
 
 
 def _write(folder: Path, stem: str, state: State, owner: str) -> None:
+    _refuse_names(state, owner)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items() if isinstance(v, Tensor)}
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     values = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
     try:
         text = json.dumps(values, indent=2, sort_keys=True)
-    except TypeError as error:
-        raise CheckpointError(f"the state of '{owner}' holds what is neither tensor nor JSON: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"the state of {owner} holds what is neither tensor nor JSON: {error}") from error
     (folder / f"{stem}.json").write_text(text)
-    # Shared storage would be refused by safetensors; a state may well hold views of one buffer.
-    save_file({k: v.clone() for k, v in tensors.items()}, folder / f"{stem}.safetensors")
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
-    """The manifest of a checkpoint, or None where trl_ext wrote nothing.
-
-    Raises:
-        CheckpointError: unreadable, or of a later format.
-    """
-    path = checkpoint / FOLDER / "manifest.json"
-    if not path.is_file():
-        return None
     try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is corrupt: {error}") from error
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.get('format')}, this version of trl_ext reads {FORMAT}")
-    return manifest
+        # Shared storage would be refused by safetensors; a state may well hold views of one buffer.
+        copies = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        save_file(copies, folder / f"{stem}.safetensors")
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"the state of {owner} holds a tensor that cannot be saved: {error}") from error
 
 
-def verify_plugins(checkpoint: Path, plugins: Iterable[Any], world_size: int) -> None:
-    """Check, before anything loads, that a checkpoint's plugin state fits the active plugins.
+def _refuse_names(state: Any, owner: str) -> None:
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"the state of {owner} is a {type(state).__name__} instead of a dictionary")
+    for name in state:
+        if not isinstance(name, str) or name == _RESERVED:
+            why = "safetensors reserves it" if name == _RESERVED else "names in a state are texts"
+            raise CheckpointError(f"the state of {owner} has the name {name!r}: {why}; rename it in state_dict()")
+
+
+def refuse_states(checkpoint: Path, manifest: Mapping[str, Any], plugins: Iterable[Any], world_size: int) -> None:
+    """Refuse state that the active plugins cannot read.
 
     Raises:
-        CheckpointError: state that is missing, foreign, of another version or number of ranks, or corrupt.
+        CheckpointError: state of a later version, or in the shards of another number of ranks.
     """
-    manifest = read_manifest(checkpoint)
+    saved = {record["name"]: record for record in manifest["plugins"] if record["stateful"]}
     reset = "; set reset_plugin_state=True to start the plugins afresh from this checkpoint's weights"
-    stateful = {p.name: p for p in plugins if hasattr(p.instance, "load_state_dict")}
-    saved = {} if manifest is None else manifest["plugins"]
-    missing = sorted(set(stateful) - set(saved))
-    if missing:
-        raise CheckpointError(f"{checkpoint} holds no state for the active plugin(s) {', '.join(missing)}{reset}")
-    foreign = sorted(set(saved) - set(stateful))
-    if foreign:
-        raise CheckpointError(
-            f"{checkpoint} holds state of plugin(s) that are not active: {', '.join(foreign)}; add them to `plugins`, "
-            f"or drop that state{reset}"
-        )
-    if manifest is None:
-        return
-    for name, plugin in stateful.items():
-        version = getattr(plugin.instance, "state_version", 1)
-        if saved[name]["state_version"] > version:
+    for plugin in plugins:
+        if plugin.name not in saved:
+            continue
+        record, version = saved[plugin.name], getattr(plugin.instance, "state_version", 1)
+        if record["state_version"] > version:
             raise CheckpointError(
-                f"{checkpoint}: the state of plugin '{name}' has version {saved[name]['state_version']}, "
+                f"{checkpoint}: the state of plugin '{plugin.name}' has version {record['state_version']}, "
                 f"plugin {plugin} reads up to {version}; upgrade its distribution{reset}"
             )
-        if saved[name]["per_rank"] and manifest["world_size"] != world_size:
+        if record["per_rank"] and manifest["world_size"] != world_size:
             raise CheckpointError(
-                f"{checkpoint}: plugin '{name}' was saved in shards by {manifest['world_size']} ranks, "
-                f"this run has {world_size}{reset}"
+                f"{checkpoint}: plugin '{plugin.name}' was saved in shards by {manifest['world_size']} ranks, and this "
+                f"run has {world_size}: only the plugin knows how its shards fit together{reset}"
             )
-    for relative, checksum in manifest["sha256"].items():
-        path = checkpoint / relative
-        if not path.is_file() or _sha256(path) != checksum:
-            raise CheckpointError(f"{path} is missing or corrupt (its checksum differs from the manifest){reset}")
 
 
-def load_plugin(checkpoint: Path, plugin: Any, rank: int) -> None:
+def load_plugin(checkpoint: Path, plugin: Any, per_rank: bool, rank: int) -> None:
     """Give a plugin its state back; its `load_state_dict` decides what an older version means."""
-    if not hasattr(plugin.instance, "load_state_dict"):
-        return
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None, "verify_plugins comes first"
-    per_rank = manifest["plugins"][plugin.name]["per_rank"]
-    stem = f"state-{rank:05d}" if per_rank else "state"
-    plugin.instance.load_state_dict(_read(checkpoint / FOLDER / plugin.name, stem))
+    plugin.instance.load_state_dict(_read(checkpoint / FOLDER / plugin.name, _stem(per_rank, rank)))
 
 
-def load_rank_state(checkpoint: Path, rank: int, world_size: int) -> State | None:
-    """What the trainer kept on this rank; None where the checkpoint has none or another number of ranks wrote it."""
-    manifest = read_manifest(checkpoint)
-    if manifest is None or manifest["world_size"] != world_size:
-        return None
+def load_rank_state(checkpoint: Path, rank: int) -> State:
+    """What the trainer kept on a rank.
+
+    Raises:
+        CheckpointError: it is missing or corrupt.
+    """
     return _read(checkpoint / FOLDER, f"rank-{rank:05d}")
 
 
 def _read(folder: Path, stem: str) -> State:
-    state: State = json.loads((folder / f"{stem}.json").read_text())
-    state.update(load_file(folder / f"{stem}.safetensors"))
+    state = read_json(folder / f"{stem}.json", {})
+    path = folder / f"{stem}.safetensors"
+    try:
+        state.update(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is missing or corrupt: {error}") from error
     return state
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,8 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from trl_ext.cli.sources import SourceInspector, StaticError
 from trl_ext.errors import ConfigurationError, did_you_mean
-from trl_ext.plugins.sources import SourceInspector, StaticError
 
 
 class LightGroup(TyperGroup):

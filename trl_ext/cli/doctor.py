@@ -35,7 +35,7 @@ def doctor_command(as_json: bool) -> None:
 
 def diagnose() -> dict[str, Any]:
     """Versions, devices, distributions of plugins, what is supported here, and problems, as JSON."""
-    from trl_ext.plugins.discovery import list_plugins
+    from trl_ext.cli.listing import list_plugins
 
     plugins = list_plugins()
     distributions = {f"{plugin.distribution} {plugin.version}": 0 for plugin in plugins}

@@ -21,7 +21,7 @@ plugins_app = typer.Typer(help="Show and check the installed plugins.", no_args_
 @plugins_app.command("list")
 def list_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the installed plugins, without importing them."""
-    from trl_ext.plugins.discovery import list_plugins
+    from trl_ext.cli.listing import list_plugins
 
     gc.disable()  # the sources' syntax trees are many small objects, and the process is about to end
     infos = list_plugins()
@@ -42,6 +42,7 @@ def list_command(as_json: Annotated[bool, typer.Option("--json", help="Print JSO
 def info(
     plugin: Annotated[str, typer.Argument(help="Its name, or with options as in a config: power:alpha=10.")],
     draw: Annotated[Path | None, typer.Option(help="Draw what it does, with these options, into this image.")] = None,
+    as_bibtex: Annotated[bool, typer.Option("--bibtex", help="Print its source as BibTeX.")] = False,
 ) -> None:
     """Show a plugin's options, hooks, trainers and citation; imports it."""
     from trl_ext.errors import ConfigurationError
@@ -54,6 +55,9 @@ def info(
         raise ConfigurationError(f"{plugin!r} names {len(specs)} plugins; give one")
     name = specs[0]["name"]
     plugin_class, found = load_plugin(name)
+    if as_bibtex:
+        _print_bibtex(name, plugin_class)
+        return
     active = from_spec(specs[0]) if draw or len(specs[0]) > 1 else None
     if draw and active:
         if not hasattr(active.instance, "draw"):
@@ -79,9 +83,9 @@ def check(
     name: Annotated[str | None, typer.Argument(help="The plugin's name; all of them if left out.")] = None,
 ) -> None:
     """Import and validate plugins; exit with 1 if any is BROKEN."""
+    from trl_ext.cli.listing import list_plugins
     from trl_ext.errors import ConfigurationError
     from trl_ext.plugins.activation import check_plugin
-    from trl_ext.plugins.discovery import list_plugins
 
     failures = 0
     for plugin in [name] if name else sorted({info.name for info in list_plugins()}):
@@ -94,6 +98,16 @@ def check(
             print(f"ok      {plugin}")
     if failures:
         raise typer.Exit(1)
+
+
+def _print_bibtex(name: str, plugin_class: type) -> None:
+    from trl_ext.cli.bibtex import bibtex
+    from trl_ext.errors import ConfigurationError
+
+    citation = getattr(plugin_class, "citation", "")
+    if not citation:
+        raise ConfigurationError(f"plugin {name} declares no citation; leave out --bibtex")
+    print(bibtex(name, citation))
 
 
 def _describe(plugin_class: type, info: PluginInfo) -> list[str]:

@@ -44,9 +44,10 @@ class Experiment:
         return exact_match(model, self.tokenizer, self.held_out)
 
     def fine_tune(self, name: str, plugins: list[str], seed: int) -> tuple[float, dict[int, float]]:
-        """Fine-tune the base model; give held-out exact match of the model that was saved, and training NLL by step.
+        """Fine-tune the base model; give held-out exact match of the model that was saved, and held-out NLL by step.
 
-        The seed decides the demonstrations, which of them are wrong, and their order; runs of one seed share all three.
+        Both are of the weights that the run deploys, which are the average's with `ema`. The seed decides the
+        demonstrations, which of them are wrong, and their order; runs of one seed share all three.
         """
         s = self.settings
         run = f"{name.replace(' + ', '-')}-seed{seed}"
@@ -60,14 +61,21 @@ class Experiment:
             learning_rate=s.learning_rate,
             lr_scheduler_type="constant",
             seed=seed,
+            eval_dataset=self.held_out,
+            eval_strategy="steps",
+            eval_steps=s.eval_steps,
+            per_device_eval_batch_size=s.held_out,
         )
         # The saved model, since that is what a user gets: with `ema` it has the averaged weights.
         saved = AutoModelForCausalLM.from_pretrained(self.folder / run)
         # Without plugins the loss is the NLL, and a run logs nothing that plain TRL does not.
-        nll = {row["step"]: row.get("nll", row["loss"]) for row in trainer.state.log_history if "loss" in row}
+        log = trainer.state.log_history
+        nll = {row["step"]: row.get("eval_nll", row["eval_loss"]) for row in log if "eval_loss" in row}
         return exact_match(saved, self.tokenizer, self.held_out), nll
 
-    def _train(self, run: str, model: PreTrainedModel, dataset: Dataset, **config: Any) -> SFTTrainer:
+    def _train(
+        self, run: str, model: PreTrainedModel, dataset: Dataset, eval_dataset: Dataset | None = None, **config: Any
+    ) -> SFTTrainer:
         folder = self.folder / run
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -79,11 +87,16 @@ class Experiment:
             save_strategy="no",
             gradient_checkpointing=False,
             disable_tqdm=True,
-            logging_steps=self.settings.log_steps,
             **config,
         )
         with (folder / "train.log").open("w") as log, contextlib.redirect_stdout(log):
-            trainer = SFTTrainer(model, args=args, train_dataset=dataset, processing_class=self.tokenizer)
+            trainer = SFTTrainer(
+                model,
+                args=args,
+                train_dataset=dataset,
+                eval_dataset=eval_dataset,
+                processing_class=self.tokenizer,
+            )
             trainer.train()
             trainer.save_model()
         return trainer

@@ -28,8 +28,10 @@ class Settings:
     epochs: int = 24
     batch_size: int = 32
     learning_rate: float = 1e-3
-    log_steps: int = 8
+    eval_steps: int = 16
     held_out: int = 500
 
 
-QUICK = Settings(seeds=1, hidden=16, base_rows=256, base_steps=4, demonstrations=64, epochs=1, log_steps=1, held_out=32)
+QUICK = Settings(
+    seeds=1, hidden=16, base_rows=256, base_steps=4, demonstrations=64, epochs=1, eval_steps=1, held_out=32
+)

@@ -34,6 +34,8 @@ class RunContext:
     """Share of the optimiser steps already done, in [0, 1]."""
     accumulation_steps: Callable[[], int]
     """Micro-batches of the current window; the last window of an epoch may be shorter."""
+    samples_marked: Callable[[], bool] = lambda: True
+    """Whether the batches of the current mode show where a sample ends (SFT)."""
     fused_outputs: tuple[str, ...] = ()
     """Outputs that plugins want of the fused head, beside those that TRL's trainer asks for."""
 
@@ -48,6 +50,8 @@ class AccumulationWindow:
     """Label tokens of the window over all ranks, as transformers counts them."""
     done: int = 0
     """Micro-steps already done."""
+    tokens: Tensor | None = None
+    """() float: label tokens of the window over all ranks, where an auxiliary loss may need them (GRPO)."""
     sequences: Tensor | None = None
     """() float: samples of the window over all ranks, where an auxiliary loss may need them (SFT)."""
     weights: Sequence[Tensor] | None = None
@@ -56,4 +60,4 @@ class AccumulationWindow:
     def start(self, micro_batches: Sequence[Any], num_items: Tensor | int | None) -> None:
         """Go on to the next window."""
         self.micro_batches, self.num_items, self.done = micro_batches, num_items, 0
-        self.sequences = self.weights = None
+        self.tokens = self.sequences = self.weights = None

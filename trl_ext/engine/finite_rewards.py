@@ -64,23 +64,21 @@ def reward_fault(per_function: Tensor, names: Sequence[str], functions: Sequence
     return None
 
 
-def without_faults(advantages: Tensor, fault: str | None, nonfinite: str, step: int) -> Tensor:
-    """Give the advantages to go on with: as they are, or NaN where a reward is at fault and the step is to be skipped.
+def without_faults(advantages: Tensor, fault: str, skip: bool, step: int) -> Tensor:
+    """Give NaN in place of the advantages of a generation batch whose rewards are at fault, if its steps are skipped.
 
     NaN makes the loss NaN, and the agreement before the optimiser then leaves out the step on all ranks alike.
 
     Args:
         advantages: (N,) float, TRL's.
         fault: From `reward_fault`.
-        nonfinite: The config's: "raise", "skip" or "ignore".
+        skip: Whether the run skips such steps; else it stops.
         step: Number of the optimiser step, from 1.
 
     Raises:
-        NonFiniteError: There is a fault, and `nonfinite` is "raise".
+        NonFiniteError: The run does not skip such steps.
     """
-    if fault is None or nonfinite == "ignore":
-        return advantages
-    if nonfinite == "raise":
+    if not skip:
         raise NonFiniteError(
             f"at step {step} {fault}. Mend the function, or set nonfinite='skip' to leave out steps with such rewards"
         )

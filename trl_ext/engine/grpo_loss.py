@@ -11,7 +11,7 @@ policy and with advantages of -1, the policy term's derivative at the leaf is ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl_ext.engine.context import RunContext
+from trl_ext.engine.context import AccumulationWindow, RunContext
 from trl_ext.engine.losses import add_auxiliary_losses, token_loss_check
 from trl_ext.records import MicroStep, PolicyTokens
 
@@ -39,7 +39,9 @@ class GRPOLoss:
     """TRL's metrics of the interval, in the current mode."""
     gather: Callable[[Tensor], Tensor]
     loss_type: str
-    steps_per_generation: int
+    window: AccumulationWindow
+    window_batches: Callable[[], Sequence[Inputs] | None]
+    """Gives the micro-batches of the current window; None where some of them are still to be generated."""
     _tap: _LogProbs | None = None
 
     def log_probs(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -97,16 +99,30 @@ class GRPOLoss:
     def _with_auxiliary(self, loss: Tensor, inputs: Inputs, tap: _LogProbs) -> Tensor:
         run, accumulation = self.run, self.run.accumulation_steps()
         mask = loss_mask(inputs).bool()
-        # TRL counts the tokens of a whole generation batch; one accumulation window has its share of them.
-        tokens = inputs["num_items_in_batch"].clamp(min=1) / run.world_size
         return add_auxiliary_losses(
             run,
             loss,
             MicroStep(inputs, tap.log_probs, tap.entropy, mask, run.step(), run.progress()),
-            per_token=tokens * accumulation / self.steps_per_generation,
+            per_token=self._window_tokens(),
             per_sequence=len(inputs["completion_ids"]) * accumulation,
             per_batch=accumulation,
         )
+
+    def _window_tokens(self) -> Tensor | str:
+        """() float: the window's label tokens as seen from one rank, or why they are not known. Collective.
+
+        TRL counts those of a generation batch, of which a window has a share that differs from window to window.
+        """
+        if self.window.tokens is None:
+            batches = self.window_batches()
+            if batches is None:
+                return (
+                    "a window's label tokens are not known before its last completions are generated; make "
+                    "steps_per_generation a multiple of gradient_accumulation_steps"
+                )
+            tokens = torch.stack([loss_mask(batch).sum() for batch in batches]).sum()
+            self.window.tokens = self.run.sum_over_ranks(tokens.float()).clamp(min=1)
+        return self.window.tokens / self.run.world_size
 
 
 class _LogProbs:

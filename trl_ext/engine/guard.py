@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trl_ext.engine.unmodified import Unmodified
 from trl_ext.engine.watchdog import watched
 from trl_ext.errors import NonFiniteError, OnAllRanksError, PluginError
 from trl_ext.hookspecs import HOOKS
@@ -76,9 +77,11 @@ class Guard:
             return fallback
         if hook in HOOKS and HOOKS[hook].touches_update:
             self.last_touched = f"{plugin}.{hook}"
+        unmodified = Unmodified(arguments)
         try:
             with self._watched(f"hook '{hook}' of plugin {self._origin[plugin]} at step {self.step() + 1}"):
                 result = call(**arguments)
+            unmodified.check()
             if check is not None:
                 check(result)
             return result

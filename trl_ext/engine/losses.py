@@ -31,6 +31,7 @@ def token_record(
         stream=stream,
         extras={name: outputs[name] for name in run.fused_outputs},
         inputs=inputs,
+        samples_marked=stream is not None or run.samples_marked(),  # streams are not packed
     )
 
 
@@ -82,17 +83,19 @@ def add_auxiliary_losses(
     loss: Tensor,
     micro_step: MicroStep,
     *,
-    per_token: Tensor | float,
-    per_sequence: Tensor | float,
+    per_token: Tensor | float | str,
+    per_sequence: Tensor | float | str,
     per_batch: float,
 ) -> Tensor:
     """Add every plugin's named terms to a micro-step's loss, and note their values for the log.
 
     The denominators are those seen from one rank: after averaging over ranks and adding over the window, a term is the
-    mean over the window's label tokens or samples on all ranks, or the mean of the micro-batches' values.
+    mean over the window's label tokens or samples on all ranks, or the mean of the micro-batches' values. A text in
+    place of a denominator says why this run does not know it, and what to change.
 
     Raises:
-        PluginError: a plugin returns anything but a mapping of names to scalar `AuxiliaryLoss` with a gradient.
+        PluginError: a plugin returns anything but a mapping of names to scalar `AuxiliaryLoss` with a gradient, or a
+            term per something that is not known.
     """
     denominators = {"token": per_token, "sequence": per_sequence, "batch": per_batch}
 
@@ -101,11 +104,15 @@ def add_auxiliary_losses(
             scalar = isinstance(term, AuxiliaryLoss) and isinstance(term.value, Tensor) and not term.value.ndim
             if not scalar or term.per not in denominators:
                 raise TypeError(f"term '{name}' is {term!r}; expected AuxiliaryLoss(scalar, per)")
+            if isinstance(reason := denominators[term.per], str):
+                raise ValueError(f"term '{name}' is per {term.per}, but {reason}")
             _refuse_untrainable(term.value, micro_step.log_probs)
 
     terms = run.guard.sum("auxiliary_losses", check=check, micro_step=micro_step)
     for name, term in terms.items():
-        value = term.value / denominators[term.per]
+        denominator = denominators[term.per]
+        assert not isinstance(denominator, str), "refused by the check"
+        value = term.value / denominator
         loss = loss + value
         run.tally.add_term(name, value)
     return loss

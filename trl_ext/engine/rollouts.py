@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trl_ext.checkpoints import State
 from trl_ext.engine.context import RunContext
+from trl_ext.engine.finite_rewards import refuse_non_finite_advantages
 from trl_ext.engine.grpo_loss import loss_mask
 from trl_ext.records import Rewards, Rollouts
 
@@ -16,11 +18,17 @@ _PREFIX = "rollouts"
 
 
 def shaped_advantages(
-    run: RunContext, output: Mapping[str, Any], rows: Mapping[str, Any], rewards: Rewards, num_generations: int
+    run: RunContext,
+    output: Mapping[str, Any],
+    rows: Mapping[str, Any],
+    rewards: Rewards,
+    num_generations: int,
+    finite: bool,
 ) -> Tensor:
     """The advantages (N,) or (N, T) of this rank's completions, as the `advantages` hooks leave them. Collective.
 
-    `output` is what TRL's `_generate_and_score_completions` returns, `rows` its inputs, prompts and completions.
+    `output` is what TRL's `_generate_and_score_completions` returns, `rows` its inputs, prompts and completions;
+    `finite` says whether a plugin that returns NaN or infinity fails.
     """
     rollouts = Rollouts(
         **rows,
@@ -39,11 +47,45 @@ def shaped_advantages(
         if not isinstance(result, Tensor) or tuple(result.shape) not in shapes:
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
             raise TypeError(f"returned {got}; expected advantages of shape {shapes[0]} or {shapes[1]}")
+        if finite:
+            refuse_non_finite_advantages(result)
 
     given: Tensor = output["advantages"]
     shaped = run.guard.chain("advantages", "advantages", given, check, rollouts=rollouts, rewards=rewards)
     run.guard.agree()  # what follows is collective: streams, the loss of sharded weights
     return shaped
+
+
+def per_completion(advantages: Tensor, output: Mapping[str, Any]) -> Tensor:
+    """(N,) float: the advantages as one number a completion, the mean over the tokens that the loss sees.
+
+    Args:
+        advantages: (N,) or (N, T) float.
+        output: What TRL's `_generate_and_score_completions` returns.
+    """
+    if advantages.dim() == 1:
+        return advantages
+    mask = loss_mask(output).bool()
+    return torch.where(mask, advantages, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+
+
+def window_batches(
+    buffer: Sequence[dict[str, Any]], micro_step: int, done: int, accumulation_steps: int, num_iterations: int
+) -> list[dict[str, Any]] | None:
+    """Give the micro-batches of the current accumulation window; None where some of them are still to be generated.
+
+    Args:
+        buffer: TRL's slices of the last generation batch, of which each micro-step takes the next, round and round.
+        micro_step: TRL's count of the run's micro-steps, from 0.
+        done: micro-steps of the window already done.
+        accumulation_steps: micro-steps of the window.
+        num_iterations: how often TRL goes through the buffer before it generates again.
+    """
+    first, period = micro_step - done, len(buffer) * num_iterations
+    last = first + accumulation_steps - 1
+    if first // period != last // period:
+        return None
+    return [buffer[i % len(buffer)] for i in range(first, last + 1)]
 
 
 def pack(buffer: Sequence[Mapping[str, Any]] | None) -> State:
@@ -54,6 +96,12 @@ def pack(buffer: Sequence[Mapping[str, Any]] | None) -> State:
         for key, value in batch.items()
         if value is not None
     }
+
+
+def changed_schedule(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Where the schedule that rollouts were drawn for differs from the one at hand, in words; empty if nowhere."""
+    names = [name for name in now if saved.get(name) != now[name]]
+    return ", ".join(f"{name} is {now[name]} and was {saved.get(name)}" for name in names)
 
 
 def unpack(state: State, to_device: Callable[[Any], Any]) -> list[dict[str, Any]] | None:

@@ -37,6 +37,8 @@ class SampleWeighting:
         weighs = self.run.plugins.implements("sample_weights")
         if not weighs and not self.run.plugins.implements("auxiliary_losses"):
             return
+        if not self.run.samples_marked():
+            return  # refused at start-up if a plugin weighs samples, and by auxiliary losses per sample
         batches = [self.prepare(dict(batch)) for batch in window.micro_batches]
         index = sample_index(batches)
         samples = int(max(int(i.max()) for i in index)) + 1

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from trl_ext.engine.context import AccumulationWindow, RunContext
 from trl_ext.engine.losses import add_auxiliary_losses, label_tokens, per_token_loss, token_record
 from trl_ext.records import MicroStep, TokenRecord
+from trl_ext.records.tokens import UNMARKED
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,13 @@ class SFTLoss:
     ) -> Tensor:
         run, later = self.run, self._divided_later(num_items)
         micro_step = MicroStep(inputs, tokens.log_probs, tokens.entropy, tokens.mask, run.step(), run.progress())
-        assert self.window.sequences is not None, "counted at the window's first micro-step"
+        sequences = self.window.sequences
         return add_auxiliary_losses(
             run,
             loss,
             micro_step,
             per_token=tokens.denominator / later,
-            per_sequence=self.window.sequences / run.world_size / later,
+            per_sequence=UNMARKED if sequences is None else sequences / run.world_size / later,
             per_batch=run.accumulation_steps() / later,
         )
 

@@ -1,6 +1,19 @@
 """From the names in a config to checked, ordered and bound calls of plugins. `activate` is public."""
 
-from trl_ext.plugins.activation import activate
-from trl_ext.plugins.plugin_set import PluginSet
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl_ext.plugins.activation import activate
+    from trl_ext.plugins.plugin_set import PluginSet
 
 __all__ = ["PluginSet", "activate"]
+
+_HOMES = {"activate": "trl_ext.plugins.activation", "PluginSet": "trl_ext.plugins.plugin_set"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what is asked for: help and listings read sources alone."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

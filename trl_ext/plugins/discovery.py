@@ -1,4 +1,4 @@
-"""Which plugins are installed, read from metadata and sources alone; importing one is `load_plugin`'s business only.
+"""Which plugins are installed, read from metadata alone; importing one is `load_plugin`'s business only.
 
 A plugin is an entry point of the group `trl_ext`: its name is the plugin's name, its value a dataclass. Installed is
 not active: nothing here runs a plugin.
@@ -20,7 +20,6 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from trl_ext.errors import ConfigurationError, did_you_mean
 from trl_ext.hookspecs import API_VERSION
-from trl_ext.plugins.sources import Facts, SourceInspector, StaticError
 from trl_ext.specs import is_name
 
 ENTRY_POINT_GROUP = "trl_ext"
@@ -42,12 +41,6 @@ class PluginInfo:
         return f"{self.name!r} ({self.distribution} {self.version})"
 
 
-def list_plugins() -> list[PluginInfo]:
-    """All installed plugins, sorted by name, without importing any of them."""
-    installed = _Installation()
-    return [installed.inspect(entry_point) for entry_point in installed.entry_points]
-
-
 def load_plugin(name: str) -> tuple[type, PluginInfo]:
     """Import one plugin's class.
 
@@ -55,7 +48,7 @@ def load_plugin(name: str) -> tuple[type, PluginInfo]:
         ConfigurationError: There is no such plugin, it does not fit what is installed, or its import fails (the
             original error is the cause).
     """
-    installed = _Installation()
+    installed = Installation()
     entry_point = next(iter(installed.claims(name)), None)
     if entry_point is None:
         names = sorted({entry_point.name for entry_point in installed.entry_points})
@@ -86,7 +79,7 @@ def load_plugin(name: str) -> tuple[type, PluginInfo]:
 
 def find_distribution(plugin_class: type) -> PluginInfo | None:
     """The installed plugin whose entry point names this class or a module that exports it; None for a local class."""
-    installed = _Installation()
+    installed = Installation()
     for entry_point in installed.entry_points:
         module, _, attribute = entry_point.value.partition(":")
         # What exports the class is imported already, or else not where it came from.
@@ -125,14 +118,13 @@ def range_error(
     return None
 
 
-class _Installation:
+class Installation:
     """A snapshot of what is installed. Listing has to answer at once, so each piece of metadata is parsed once."""
 
     def __init__(self) -> None:
         self._origins: dict[metadata.Distribution | None, tuple[str, str, str]] = {None: ("unknown", "unknown", "")}
         self._problems: dict[metadata.Distribution | None, str | None] = {None: None}
         self._versions: dict[str, str | None] = {}
-        self._sources = SourceInspector()
         found = metadata.entry_points(group=ENTRY_POINT_GROUP)
         self.entry_points = sorted(found, key=lambda entry_point: (entry_point.name, self._origin(entry_point.dist)))
         self._claims: defaultdict[str, list[metadata.EntryPoint]] = defaultdict(list)
@@ -147,18 +139,6 @@ class _Installation:
         """What metadata says of a plugin."""
         distribution, version, summary = self._origin(entry_point.dist)
         return PluginInfo(entry_point.name, distribution, version, entry_point.value, summary)
-
-    def inspect(self, entry_point: metadata.EntryPoint) -> PluginInfo:
-        """What metadata and sources say of a plugin."""
-        facts, error = Facts(), self.problem(entry_point)
-        if error is None:
-            try:
-                facts = self._sources.inspect(entry_point.module, entry_point.attr)
-                error = range_error(facts.requires_api, facts.requires_trl, self._version)
-            except StaticError as found:
-                error = str(found)
-        info = self.describe(entry_point)
-        return dataclasses.replace(info, summary=facts.summary or info.summary, error=error)
 
     def problem(self, entry_point: metadata.EntryPoint) -> str | None:
         """Why the metadata alone rules a plugin out: its name, its value, another claimant, an unmet requirement."""
@@ -181,7 +161,8 @@ class _Installation:
             self._origins[distribution] = (fields["Name"], fields["Version"], fields["Summary"] or "")
         return self._origins[distribution]
 
-    def _version(self, distribution: str) -> str | None:
+    def version(self, distribution: str) -> str | None:
+        """The version of an installed distribution; None where there is none."""
         if distribution not in self._versions:
             self._versions[distribution] = installed_version(distribution)
         return self._versions[distribution]
@@ -195,7 +176,7 @@ class _Installation:
                 return f"its metadata holds an invalid requirement {text!r}"
             if requirement.marker and not requirement.marker.evaluate(environment):
                 continue
-            present = self._version(requirement.name)
+            present = self.version(requirement.name)
             if present is None or not requirement.specifier.contains(present, prereleases=True):
                 return f"it requires {text}, but {present or 'none'} is installed"
         return None

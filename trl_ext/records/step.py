@@ -17,7 +17,9 @@ class AuxiliaryLoss:
     """A term to add to the loss (`auxiliary_losses`): a numerator on this rank, and what it is per.
 
     The core divides so that the window's total is the mean per label token ("token") or per sample ("sequence") over
-    all ranks, or the mean of the micro-batches' values ("batch").
+    all ranks, or the mean of the micro-batches' values ("batch"). A window's label tokens are not known while some of
+    its completions are still to be generated: a GRPO run whose `steps_per_generation` is no multiple of
+    `gradient_accumulation_steps` refuses "token".
     """
 
     value: Tensor

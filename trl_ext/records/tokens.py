@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from trl_ext.records.step import StreamGradient
 
 
+UNMARKED = (
+    "packing_strategy='wrapped' cuts and joins samples, so that a row is not one; set packing_strategy='bfd', or "
+    "packing=False"
+)
+"""Why a run does not know which token belongs to which sample, and what to change."""
+
+
 @dataclass(frozen=True)
 class TokenRecord:
     """The label tokens of one SFT micro-batch or stream batch (`per_token_loss`)."""
@@ -42,6 +49,8 @@ class TokenRecord:
     an objective asks a reference of its own where this is None."""
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     """The micro-batch as the model received it."""
+    samples_marked: bool = True
+    """Whether the batch shows where a sample ends; not where packing_strategy="wrapped" has cut and joined them."""
 
     @cached_property
     def probs(self) -> Tensor:
@@ -61,9 +70,14 @@ class TokenRecord:
 
         Rows are samples, except under padding-free training, where a position id of 0 starts the next sample; zeros at
         the very end are padding and count with the last one.
+
+        Raises:
+            ValueError: the samples are not marked.
         """
         import torch
 
+        if not self.samples_marked:
+            raise ValueError(UNMARKED)
         rows, width = self.log_probs.shape
         position_ids = self.inputs.get("position_ids")
         if position_ids is None or "attention_mask" in self.inputs:

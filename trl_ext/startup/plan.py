@@ -19,7 +19,7 @@ from trl_ext.plugins.activation import activate
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription, TrainerKind
 from trl_ext.startup.agreement import agreed
-from trl_ext.startup.refusals import refuse_unsupported
+from trl_ext.startup.refusals import refuse_skipping, refuse_unsupported
 from trl_ext.startup.sharding import sharding_of, sharding_of_loaded
 from trl_ext.startup.stream_data import Matched, match_streams
 
@@ -65,6 +65,7 @@ def plan_run(
 def _plan(
     kind: TrainerKind, config: Any, given: Mapping[str, Any], instances: Sequence[Any], streams: Mapping[str, Any]
 ) -> RunPlan:
+    refuse_skipping(config, sharding_of(config, given.get("model")))
     plugins = activate(config.plugins, instances, trainer=kind)
     described = config.streams or {}
     datasets = {role: load_dataset_spec(spec, f"streams: {role}") for role, spec in described.items()} | dict(streams)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from trl_ext.errors import ConfigurationError
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription
-from trl_ext.startup.sharding import refuse_dimensions
+from trl_ext.records.tokens import UNMARKED
+from trl_ext.startup.sharding import Sharding, refuse_dimensions
 
 EXTRA_FUSED_OUTPUTS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -68,6 +69,9 @@ def _refuse_losses(args: Any, plugins: PluginSet, compute_loss_func: Any) -> Non
             f"plugin '{owner}' owns the per-token loss, but loss_type='{args.loss_type}' asks TRL for another one; "
             "set loss_type='nll' or remove the plugin"
         )
+    weighing = plugins.owner("sample_weights")
+    if weighing is not None and args.packing and args.packing_strategy == "wrapped":
+        raise ConfigurationError(f"plugin '{weighing}' weighs samples, but {UNMARKED}")
     if touching is not None and compute_loss_func is not None:
         raise ConfigurationError(f"compute_loss_func bypasses plugin '{touching}'; pass only one of the two")
     if touching is not None and args.label_smoothing_factor > 0:
@@ -124,6 +128,43 @@ def _refuse_gradients(run: RunDescription, plugins: PluginSet) -> None:
         raise ConfigurationError(f"{where} does not work under FSDP1's flat parameters; set fsdp_version: 2")
     if run.args.fp16:
         raise ConfigurationError(f"{where} would see gradients scaled for fp16; set bf16=True and fp16=False")
+
+
+def refuse_skipping(args: Any, sharding: Sharding) -> None:
+    """`nonfinite="skip"` where a step cannot be left out by taking its gradients away right before the optimiser.
+
+    Raises:
+        ConfigurationError: naming what steps on all the same, and the setting to change.
+    """
+    if args.nonfinite != "skip":
+        return
+    optim = getattr(args.optim, "value", args.optim)
+    if sharding == "deepspeed":
+        why = "DeepSpeed steps inside of its backward pass; use DDP or FSDP2"
+    elif optim.endswith(("layerwise", "lomo")):
+        why = f"optim='{optim}' updates the weights inside of the backward pass; choose another one"
+    elif optim.startswith("schedule_free"):
+        why = f"optim='{optim}' moves the weights of its average on without a gradient too; choose another one"
+    else:
+        return
+    raise ConfigurationError(f"nonfinite='skip' cannot leave out a step, since {why}, or set nonfinite='raise'")
+
+
+def refuse_frozen(parameters: Collection[str], peft: bool) -> None:
+    """A run that trains nothing; its logs look healthy where checkpointing of activations gives the loss a gradient.
+
+    Args:
+        parameters: names of those that train.
+        peft: whether the model is under PEFT.
+
+    Raises:
+        ConfigurationError: there are none.
+    """
+    if not parameters:
+        change = "load the adapter with is_trainable=True" if peft else "set requires_grad on those to train"
+        raise ConfigurationError(
+            f"no parameter of the model is trainable, so that the run would change nothing; {change}"
+        )
 
 
 def refuse_wrapped(wrapped: nn.Module, parameters: Iterable[Tensor]) -> None:

@@ -26,7 +26,7 @@ from trl_ext.engine.weight_swaps import WeightSwaps
 from trl_ext.gradients import trainable_parameters, unwrapped_name
 from trl_ext.records import SetupContext, WeightsView
 from trl_ext.startup.plan import RunPlan, check_loaded, plan_run
-from trl_ext.startup.refusals import refuse_wrapped
+from trl_ext.startup.refusals import refuse_frozen, refuse_wrapped
 from trl_ext.startup.report import report_run
 from trl_ext.startup.run_folder import owned_run_folder
 from trl_ext.startup.stream_data import TextForm, prepare_stream
@@ -88,8 +88,13 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             step=lambda: self.state.global_step,
             progress=lambda: self.state.global_step / max(self.state.max_steps, 1),
             accumulation_steps=lambda: self.current_gradient_accumulation_steps,
+            samples_marked=self._ext_samples_marked,
             fused_outputs=fused_outputs,
         )
+
+    def _ext_samples_marked(self) -> bool:
+        """Whether the batches of the current mode show where a sample ends."""
+        return True
 
     def _ext_extra_passes(self) -> ExtraPasses:
         return ExtraPasses(
@@ -159,6 +164,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
     def _ext_setup(self, max_steps: int, checkpoint: str | None) -> None:
         model = self.accelerator.unwrap_model(self.model_wrapped, keep_torch_compile=False)
         named = trainable_parameters(model)
+        refuse_frozen(named, is_peft_model(model))
         if self.ext_streams or self.ext_plugins.implements("sample_weights"):
             refuse_wrapped(self.model_wrapped, named.values())
         sharded = any(isinstance(p, DTensor) for p in named.values())

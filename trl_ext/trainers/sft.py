@@ -38,6 +38,11 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             outputs = dict.fromkeys(("log_probs", "entropy", "is_top1", *plan.fused_outputs))
             add_fused_lm_head(self.ext_base_model(), outputs=tuple(outputs))
 
+    def _ext_samples_marked(self) -> bool:
+        args = self.args
+        packing = args.packing if self.model.training or args.eval_packing is None else args.eval_packing
+        return not (packing and args.packing_strategy == "wrapped")
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from on_disk import average, edit_json, save_adapter, weights
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM
 
 from trl_ext.errors import CheckpointError, ConfigurationError
 from trl_ext.testing import tiny_llama
@@ -130,3 +131,20 @@ def test_what_products_cannot_do_is_refused(tmp_path):
     other = save_adapter(tmp_path / "other", lora_alpha=8)
     with pytest.raises(CheckpointError, match="differ in their configs: lora_alpha"):
         average(folders[0], other, "-o", tmp_path / "out", "--lora", "factors")
+
+
+def test_an_average_of_adapters_loads_in_transformers_and_merges_by_peft(tmp_path):
+    base = tiny_llama(hidden=16)
+    base.save_pretrained(tmp_path / "base")
+    folders = [save_adapter(tmp_path / str(seed), seed) for seed in range(2)]
+    for folder in folders:
+        edit_json(folder / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
+    average(*folders, "-o", tmp_path / "mean")
+    with torch.no_grad():
+        for name, delta in combined([0.5, 0.5], folders).items():
+            base.get_parameter(name).add_(delta.float())
+    AutoPeftModelForCausalLM.from_pretrained(tmp_path / "mean").merge_and_unload().save_pretrained(tmp_path / "merged")
+    tokens = torch.arange(8)[None]
+    for loaded in ("mean", "merged"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / loaded)
+        torch.testing.assert_close(model(tokens).logits, base(tokens).logits, **ROUNDING)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, OPTConfig
 from trl_ext_data_regularization import solvers
 from trl_ext_data_regularization.checks import one_pass
+from trl_ext_data_regularization.gradient_surgery import GradientSurgery
 from trl_ext_data_regularization.layers import Layer, find_layers
 from trl_ext_data_regularization.solvers.filter import filter_negative
 
@@ -212,6 +213,12 @@ def test_advice_on_weights_in_low_precision_is_accepted():
         train(DataRegularization(**DERIVATIVE), net, max_steps=1)
     train(DataRegularization(scope="global", engine="ghost"), net, max_steps=1)
     train(DataRegularization(**DERIVATIVE), net.float(), max_steps=1)
+
+
+def test_two_plugins_that_combine_the_target_with_general_data_exclude_each_other():
+    for plugin in (DataRegularization, GradientSurgery):
+        (word,) = plugin.provides
+        assert {word} == plugin.conflicts.keys() == set(DataRegularization.provides)
 
 
 def test_deepspeed_is_refused_by_the_core(tmp_path):

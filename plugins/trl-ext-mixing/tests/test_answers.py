@@ -1,4 +1,4 @@
-"""The exact-answer reward, and the GSM8K example as one YAML through the real command."""
+"""The exact-answer reward, and the mixing example as one YAML through the real command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trl_ext_mixing.answers import answer_format, exact_answer, final_number
 
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "gsm8k_mixing.yaml"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 @pytest.mark.parametrize(
@@ -65,20 +65,14 @@ def test_answers_may_be_numbers_and_may_be_missing() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["", "dft"])
 def test_the_example_trains_from_one_yaml(tmp_path: Path, objective: str) -> None:
-    """With rows in GSM8K's form where the data itself is not at hand; as it is, and with an objective in addition."""
-    data = tmp_path / "shared" / "data" / "gsm8k"
-    data.mkdir(parents=True)
-    rows = [
-        {"question": f"Tom has {i} apples and buys {i + 1}. How many?", "answer": f"{i}+{i + 1}\n#### {2 * i + 1}"}
-        for i in range(24)
-    ]
-    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """As it is, and with an objective in addition."""
     model = save_model(tiny_llama(hidden=16), tiny_tokenizer(), tmp_path / "model")
     work = tmp_path / "checkout"
     work.mkdir()
+    (work / "examples").symlink_to(EXAMPLES)
     config = tmp_path / "config.yaml"
     more = f"plugins:\n  - name: {objective}\n" if objective else "plugins:\n"
-    config.write_text(EXAMPLE.read_text().replace("plugins:\n", more))
+    config.write_text((EXAMPLES / "mixing.yaml").read_text().replace("plugins:\n", more))
     command = [str(Path(sys.executable).with_name("trl-ext")), "grpo", "--config", str(config)]
     small = "--max_steps 2 --max_completion_length 4 --gradient_accumulation_steps 1 --use_cpu --bf16 false"
     result = subprocess.run(
@@ -91,7 +85,7 @@ def test_the_example_trains_from_one_yaml(tmp_path: Path, objective: str) -> Non
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "parallel-averaging/update_cosine" in result.stdout
-    run = json.loads((work / "runs/gsm8k-mixing/trl_ext_run.json").read_text())
+    run = json.loads((work / "runs/mixing/trl_ext_run.json").read_text())
     assert [plugin["name"] for plugin in run["plugins"]] == [*filter(None, [objective]), "parallel-averaging", "ema"]
-    assert run["streams"]["sft"]["samples"] == 24
-    assert (work / "runs/gsm8k-mixing/model.safetensors").is_file()
+    assert run["streams"]["sft"]["samples"] == 200
+    assert (work / "runs/mixing/model.safetensors").is_file()

@@ -250,7 +250,7 @@ def test_threshold_by_quantile_of_the_base_model(measured: Path) -> None:
 
 def test_auto_takes_the_probes_advice_and_keeps_it() -> None:
     def tokens(p: float, progress: float) -> TokenRecord:
-        log_probs = torch.full((1, 4), p).log().requires_grad_()
+        log_probs = torch.full((1, 4), p, dtype=torch.float64).log().requires_grad_()
         mask = torch.ones(1, 4, dtype=torch.bool)
         return TokenRecord(log_probs, log_probs, mask, True, torch.tensor(4.0), 1, progress)
 

@@ -233,8 +233,10 @@ def test_two_steps_equal_those_by_hand(name: str, case: str, tmp_path: Path, oth
     moved = torch.cat([(trained[k] - start[k]).flatten() for k in start])
     wrong = torch.cat([(trained[k] - expected[k]).flatten() for k in start])
     assert moved.norm() > 1e-6
-    # fp32: sums over tokens in another order, then a second step from slightly different parameters.
-    assert wrong.norm() / moved.norm() < (5e-2 if bf16 else 1e-4)
+    # fp32: sums over tokens in another order, then a second step from slightly different parameters. The weight of idft
+    # is exp(g log p), which multiplies the rounding of g by |log p|, 5.6 here.
+    rounding = 5e-2 if bf16 else 1e-4
+    assert wrong.norm() / moved.norm() < rounding * (5.6 if name == "idft" else 1)
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ are in `solvers`, the ways to s and K in `engines`, one file each.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -24,14 +25,13 @@ from trl_ext_data_regularization.observer import Observer, summary
 from trl_ext_data_regularization.plan import Plan
 from trl_ext_data_regularization.preconditioner import preconditioned, refuse_without_second_moments
 from trl_ext_data_regularization.ranks import FailedElsewhere, together
+from trl_ext_data_regularization.relations import COMBINED_TWICE, COMBINES_TARGET
 from trl_ext_data_regularization.selection import Samples, samples_of, samples_of_inputs
 from trl_ext_data_regularization.tapped_model import Inputs, TappedModel
 from trl_ext_data_regularization.visitors import WeightedPass
 from trl_ext_data_regularization.window_choice import WindowChoice
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import torch
     from torch import Tensor
 
@@ -100,10 +100,12 @@ class DataRegularization:
 
     requires_api: ClassVar[str] = ">=1.1,<2"  # StreamRequest.keep
     trainers: ClassVar[tuple[str, ...]] = ("sft",)
+    provides: ClassVar[tuple[str, ...]] = (COMBINES_TARGET,)
+    conflicts: ClassVar[Mapping[str, str]] = {COMBINES_TARGET: COMBINED_TWICE}
     citation: ClassVar[str] = "Hu, Liu, Mao and Ma, Dr. Post-Training, arXiv:2605.07063"
 
     def __post_init__(self) -> None:
-        self._plan = Plan(**{option.name: getattr(self, option.name) for option in fields(self)})
+        self._plan = Plan(**{option.name: getattr(self, option.name) for option in fields(Plan)})
         refuse_contradictions(self._plan)
         self._model: TappedModel | None = None
         self._optimizer: torch.optim.Optimizer | None = None

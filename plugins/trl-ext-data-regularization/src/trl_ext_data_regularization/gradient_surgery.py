@@ -22,6 +22,7 @@ from trl_ext.gradients import GradientView
 from trl_ext.options import Range
 from trl_ext.records import StreamGradient, StreamRequest
 from trl_ext_data_regularization.preconditioner import preconditioned, refuse_without_second_moments
+from trl_ext_data_regularization.relations import COMBINED_TWICE, COMBINES_TARGET
 from trl_ext_data_regularization.weightings import weighting
 
 
@@ -51,6 +52,8 @@ class GradientSurgery:
 
     requires_api: ClassVar[str] = "1"
     trainers: ClassVar[tuple[str, ...]] = ("sft", "grpo")
+    provides: ClassVar[tuple[str, ...]] = (COMBINES_TARGET,)
+    conflicts: ClassVar[Mapping[str, str]] = {COMBINES_TARGET: COMBINED_TWICE}
     citation: ClassVar[str] = "Chaudhry et al., Efficient lifelong learning with A-GEM, arXiv:1812.00420"
 
     def __post_init__(self) -> None:

@@ -91,7 +91,7 @@ class WindowChoice:
 
     def choose(self, scores: Scores) -> None:
         """Set the weights of the whole window. Collective on several ranks, unless micro-batches choose."""
-        self._agreeing.append((scores.s > 0).float().mean())
+        self._agreeing.append(_share_of_positive(scores.s))
         if self.plan.per_micro_batch:
             for batch in self.samples.batches:
                 self._choose_unit(slice(None), batch, scores, self.samples.tokens[batch.window].sum())
@@ -126,7 +126,7 @@ class WindowChoice:
             tokens = self.samples.tokens[batch.window].sum()
             try:
                 scores = engine.scores([layer])
-                self._agreeing.append((scores.s[:, batch.window] > 0).float().mean())
+                self._agreeing.append(_share_of_positive(scores.s[:, batch.window]))
                 self._choose_unit(slice(layer, layer + 1), batch, scores, tokens * world / total)
             except Exception as error:
                 # The other ranks wait for this backward pass; `raise_failure` is for after it.
@@ -194,3 +194,8 @@ class WindowChoice:
     def _solve(self, problem: Problem, rows: slice) -> Solution:
         norms = self.squared_target_norms[rows] if self.plan.solver.name == "ball" else problem.s.new_zeros(())
         return self.plan.solver.solve(problem, norms, self.lr)
+
+
+def _share_of_positive(scores: Tensor) -> Tensor:
+    """() float: the share of (L, n) scores that are positive; NaN where one of them is not finite."""
+    return torch.where(torch.isfinite(scores).all(), (scores > 0).float().mean(), torch.nan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import inspect
 import math
@@ -74,6 +73,8 @@ class Judge:
             "log_extra": lambda column, values: None,
             "log_metric": lambda name, value: None,
         }
+        import asyncio  # here: a probe's help would load it
+
         self._loop = asyncio.Runner()
 
     def __call__(

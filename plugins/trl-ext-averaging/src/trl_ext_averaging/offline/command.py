@@ -6,24 +6,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_averaging.offline.actions import (
-    Destination,
-    Goal,
-    write_average,
-    write_best_of_sweep,
-    write_soup,
-    write_with_mergekit,
-)
-from trl_ext_averaging.offline.methods import OPTIONS, SWEPT, Request
-from trl_ext_averaging.offline.metric import metric_of
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+# What computes is imported by the functions that use it: the help answers without torch.
+if TYPE_CHECKING:
+    from trl_ext_averaging.offline.actions import Goal
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 
 
@@ -65,6 +58,17 @@ def average_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
 ) -> None:
     """Average checkpoints on disk, piece by piece and without a GPU."""
+    import torch
+
+    from trl_ext_averaging.offline.actions import (
+        Destination,
+        write_average,
+        write_best_of_sweep,
+        write_soup,
+        write_with_mergekit,
+    )
+    from trl_ext_averaging.offline.methods import Request
+
     with _failing_in_one_line():
         if lora not in (None, "product", "factors"):
             raise ConfigurationError(f"--lora {lora!r} is not one of product, factors")
@@ -75,7 +79,7 @@ def average_command(
         shared = {
             "lora": lora,
             "rank": rank,
-            "dtype": DTYPES[dtype] if dtype else None,
+            "dtype": getattr(torch, dtype) if dtype else None,
             "max_shard_bytes": _bytes(max_shard_size),
         }
         request = Request(method, tuple(inputs), numbers, alpha, decay, warmup, last, every, base, name, shared)
@@ -107,6 +111,8 @@ def _refuse_idle_options(context: typer.Context, method: str, sweeps: bool, metr
     Raises:
         ConfigurationError: names one, and the methods that it is for.
     """
+    from trl_ext_averaging.offline.methods import OPTIONS, SWEPT
+
     given = {
         name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     }
@@ -127,6 +133,9 @@ def _refuse_idle_options(context: typer.Context, method: str, sweeps: bool, metr
 
 
 def _goal(metric: str | None, data: Path | None, maximize: bool | None) -> Goal:
+    from trl_ext_averaging.offline.actions import Goal
+    from trl_ext_averaging.offline.metric import metric_of
+
     if metric is None:
         raise ConfigurationError("soup and --sweep need --metric")
     return Goal(metric_of(metric, data), metric, metric != "loss" if maximize is None else maximize)

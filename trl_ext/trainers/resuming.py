@@ -1,0 +1,150 @@
+"""Resuming: from a checkpoint that is whole, by a run that is the same, to where the run stood."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trl_ext.checkpoints import State, completeness, manifest, plugin_state, run_record
+from trl_ext.checkpoints.run_record import Changes
+from trl_ext.errors import CheckpointError
+from trl_ext.trainers.positions import PositionMixin
+
+logger = logging.getLogger(__name__)
+_RESET = "set reset_plugin_state=True to take its weights and start the plugins afresh"
+
+
+class ResumingMixin(PositionMixin):
+    """Wraps what TRL and transformers do to resume."""
+
+    _ext_changes: Changes = Changes()
+    """How this run differs from the one that wrote the checkpoint that it resumes from."""
+    _ext_record: dict[str, Any] | None = None
+    """What the manifest keeps of this run, once it has been asked for."""
+
+    def ext_gather(self, value: Any) -> list[Any]:
+        """Every rank's object, on every rank; a barrier too."""
+        return self.ext_run.guard.gather(value)
+
+    def ext_of_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives on the first rank, or the error that it raises there, on every rank. Collective."""
+        outcome = None
+        if self.accelerator.process_index == 0:
+            try:
+                outcome = work()
+            except Exception as error:  # raised below, on all ranks
+                outcome = error
+        outcome = self.ext_gather(outcome)[0]
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    # -- the checkpoint ----------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._ext_record = None
+        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if checkpoint in ("True", "true"):  # a flag, also as the command line gives it
+            checkpoint = str(self.ext_of_main(self._ext_newest_checkpoint))
+        # A checkpoint with plugin state is checked without active plugins too: dropping it is a decision to be stated.
+        elif checkpoint and (self.ext_plugins or Path(checkpoint, manifest.FOLDER).is_dir()):
+            self._ext_refuse_damage(Path(checkpoint))
+        self._ext_changes, self._ext_resumed = Changes(), None
+        if checkpoint and (self.ext_plugins or Path(checkpoint, manifest.FOLDER).is_dir()):
+            self._ext_changes = self.ext_of_main(partial(self._ext_refuse_changes, Path(checkpoint)))
+        return super().train(checkpoint, *args, **kwargs)
+
+    def _ext_newest_checkpoint(self) -> Path:
+        """The newest complete checkpoint; incomplete ones are renamed, so that rotation does not count them."""
+        output_dir = Path(self.args.output_dir)
+        model_only, verify = self.args.save_only_model, self.args.verify_checkpoint
+        newest, incomplete = completeness.newest_complete(output_dir, model_only, verify)
+        for path, reason in incomplete:
+            aside = completeness.set_aside(path)
+            logger.warning("%s is incomplete (%s): set aside as %s", path, reason, aside.name)
+        if newest is None:
+            raise CheckpointError(f"no complete checkpoint in {output_dir}; start without resume_from_checkpoint")
+        return newest
+
+    def _ext_refuse_damage(self, checkpoint: Path) -> None:
+        reason = self.ext_of_main(partial(completeness.incompleteness, checkpoint, self.args.save_only_model))
+        if reason is None and self.args.verify_checkpoint:
+            rank, reset = self.accelerator.process_index, self.args.reset_plugin_state
+            reason = completeness.corruption(checkpoint, rank, self.ext_gather, plugin_state=not reset)
+        if reason is not None:
+            raise CheckpointError(
+                f"{checkpoint} is incomplete: {reason}; resume from another checkpoint, pass resume_from_checkpoint="
+                f"True for the newest complete one or, if only a plugin's state is damaged, {_RESET}"
+            )
+
+    # -- the run -----------------------------------------------------------------------------------------------------
+
+    def ext_run_record(self) -> dict[str, Any]:
+        """What the manifest keeps of this run's config, data and streams; the data is read once a training."""
+        if self._ext_record is None:
+            self._ext_record = run_record.run_record(self.args, self.train_dataset, self.ext_streams)
+        return self._ext_record
+
+    def _ext_refuse_changes(self, checkpoint: Path) -> Changes:
+        saved = manifest.read_manifest(checkpoint)
+        plugins = [run_record.plugin_record(plugin) for plugin in self.ext_plugins]
+        changes = run_record.compare(saved, plugins, self.ext_run_record())
+        reset, warn = self.args.reset_plugin_state, self.args.resume_changes == "warn"
+        refused = [] if warn else changes.data + ([] if reset else changes.plugins)
+        if refused:
+            raise CheckpointError(
+                f"{checkpoint} was written by another run: {run_record.in_words(refused)}. Set them as they were, set "
+                f'resume_changes="warn" to go on with what is new, or {_RESET}'
+            )
+        if saved is not None and not reset:
+            plugin_state.refuse_states(checkpoint, saved, self.ext_plugins, self.accelerator.num_processes)
+        if found := changes.data + changes.plugins:
+            logger.warning("%s was written by another run: %s", checkpoint, run_record.in_words(found))
+        if settings := changes.settings:
+            logger.warning("Settings that differ from those of %s: %s", checkpoint, run_record.in_words(settings))
+        return changes
+
+    # -- where the run stood -----------------------------------------------------------------------------------------
+
+    def ext_load_state(self, checkpoint: str) -> None:
+        """Give plugins, streams and counters back what the checkpoint holds."""
+        saved = manifest.read_manifest(Path(checkpoint))
+        if saved is None:
+            logger.warning("%s was written without plugins: plugins and streams start from their beginning", checkpoint)
+            return
+        if not self.args.reset_plugin_state:
+            for name, load in self._ext_loads(Path(checkpoint), saved):
+                self.ext_run.guard.run("load_state_dict", name, load, None)
+            self.ext_run.guard.agree()
+        same_ranks = saved["world_size"] == self.accelerator.num_processes
+        rank = self.accelerator.process_index if same_ranks else 0  # what all ranks have in common is on each
+        self.ext_load_rank_state(plugin_state.load_rank_state(Path(checkpoint), rank))
+
+    def _ext_loads(self, checkpoint: Path, saved: dict[str, Any]) -> list[tuple[str, Callable[[], None]]]:
+        per_rank = {record["name"]: record["per_rank"] for record in saved["plugins"]}
+        rank, fresh = self.accelerator.process_index, self._ext_changes.fresh_plugins
+        return [
+            (p.name, partial(plugin_state.load_plugin, checkpoint, p, per_rank[p.name], rank))
+            for p in self.ext_plugins
+            if hasattr(p.instance, "load_state_dict") and p.name not in fresh
+        ]
+
+    def ext_load_rank_state(self, rank_state: State) -> None:
+        """The reverse of `ext_rank_state`."""
+        self._total_train_tokens = rank_state["total_train_tokens"]
+        self.ext_load_position(rank_state["position"])
+        for role, stream in self.ext_streams.items():
+            if role not in self._ext_changes.fresh_streams and not self.args.reset_plugin_state:
+                stream.load_state_dict(rank_state["streams"][role])
+
+    def _load_best_model(self) -> None:
+        """Plugins follow the weights: averages and the like belong to the best checkpoint from here on."""
+        super()._load_best_model()
+        best = Path(self.state.best_model_checkpoint)
+        saved = manifest.read_manifest(best) if self.ext_plugins else None
+        if saved is not None:
+            for _, load in self._ext_loads(best, saved):
+                load()
