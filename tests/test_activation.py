@@ -596,7 +596,7 @@ def test_an_instance_of_an_installed_plugin_goes_under_its_name(site):
         ([{"name": "power"}], "names go into its config"),
         ([None], "names go into its config"),
         ([Equal()] * 2, "plugins=[Equal(...)]: the same instance"),
-        ([Equal(), Equal(2.0)], "a plugin named 'Equal' is already active. Set a `label` on the instance"),
+        ([Equal(), Equal(2.0)], "a plugin named 'Equal' is already active. Take one of them out"),
         ([object()], "implements no hook"),
     ],
     ids=["class", "text", "mapping", "none", "twice", "same name", "no hook"],

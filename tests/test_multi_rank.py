@@ -26,13 +26,18 @@ LIMIT = 420  # seconds; a hang ends in gloo's own timeout of 60 s long before
 ROUNDING = {"rtol": 0, "atol": 5e-6}
 
 
-def launch(worker: str, folder: Path) -> list[dict[str, Any]]:
-    """What each rank saved."""
+def run_on_ranks(worker: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a worker to its end, whatever that is."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    return subprocess.run(
         [*command, str(WORKERS / worker), str(folder)], env=environment, capture_output=True, text=True, timeout=LIMIT
     )
+
+
+def launch(worker: str, folder: Path) -> list[dict[str, Any]]:
+    """What each rank saved."""
+    done = run_on_ranks(worker, folder)
     assert done.returncode == 0, done.stderr[-6000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
 

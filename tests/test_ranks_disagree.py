@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_multi_rank import launch
+from test_multi_rank import launch, run_on_ranks
 
+from trl_ext.engine.guard import Guard
 from trl_ext.engine.rank_comparison import compare_ranks
-from trl_ext.errors import PluginError
+from trl_ext.engine.watchdog import LIMIT
+from trl_ext.errors import ConfigurationError, PluginError
+from trl_ext.plugins import PluginSet
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +103,22 @@ def test_shards_are_compared_with_their_replicas():
 
     with pytest.raises(PluginError, match="ranks 1 and 3 hold different values of 'weight' after step 9"):
         compare_ranks({"weight": torch.nn.Parameter(torch.ones(2))}, {}, gather, 9)
+
+
+# -- a rank that never comes back ------------------------------------------------------------------------------------
+
+
+def test_the_watchdog_says_where_each_rank_is_and_ends_the_run(tmp_path, monkeypatch):
+    monkeypatch.setenv(LIMIT, "10")
+    ended = run_on_ranks("hanging.py", tmp_path)
+    assert ended.returncode != 0
+    report = next(line for line in ended.stderr.splitlines() if f"more than {LIMIT}=10 seconds" in line)
+    assert "rank 1: hook 'gradients_ready' of plugin 'Sleeps' (class Sleeps of __main__) at step 1 (for" in report
+    assert "rank 0: an agreement of the ranks (for" in report
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon"])
+def test_a_watchdog_without_a_time_is_refused(monkeypatch, text):
+    monkeypatch.setenv(LIMIT, text)
+    with pytest.raises(ConfigurationError, match=f"{LIMIT}={text} is not a number of seconds"):
+        Guard(PluginSet(), torch.device("cpu"), 2, lambda: 0)

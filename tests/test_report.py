@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, ClassVar
 
@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 import trl_ext
 from trl_ext import hookimpl
+from trl_ext.errors import ConfigurationError
+from trl_ext.plugins import activate
 from trl_ext.records import StreamRequest
 
 
@@ -145,3 +147,49 @@ def test_metrics_are_prefixed_by_their_plugin(tmp_path):
     assert [entry.get("one/mode") for entry in shown] == [0, 0, 0, 0, None]
     assert shown[-1]["eval_two/mode"] == 1
     assert shown[0]["two/tensor"] == 1.5
+
+
+# -- secrets and foreign text ----------------------------------------------------------------------------------------
+
+SECRETS = ("hf_abcdefghijklmnop", "sk-proj-0123456789", "swordfish", "open sesame")
+
+
+@dataclass(eq=False)
+class Judged(Nll):
+    """A plugin that asks a service with keys of its user's."""
+
+    citation: ClassVar[str] = "A Paper\n# Not a heading\n<script>alert(1)</script>"
+    api_key: str = "swordfish"
+    endpoint: str = field(default="open sesame", repr=False)
+    headers: dict[str, str] = field(default_factory=lambda: {"Authorization": "Bearer sk-proj-0123456789"})
+    token_count: int = 7
+    unset_token: str = ""
+    note: str = "a\n# b `c` <b>"
+
+
+def test_secrets_are_shown_and_kept_nowhere(tmp_path, capsys):
+    trainer = make_sft(tmp_path / "run", plugins=[Judged()], max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    kept = [path.read_text(errors="replace") for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    written = "".join([capsys.readouterr().out, *kept])
+    assert not [secret for secret in SECRETS if secret in written]
+    options = json.loads((tmp_path / "run" / "trl_ext_run.json").read_text())["plugins"][0]["options"]
+    assert options["headers"] == {"Authorization": "Bearer ***"}
+    assert (options["api_key"], options["endpoint"]) == ("***", "***")
+    assert (options["token_count"], options["unset_token"]) == (7, "")
+
+
+def test_a_secret_in_a_config_is_not_in_its_errors():
+    with pytest.raises(ConfigurationError, match="ema") as caught:
+        activate([{"name": "ema", "decay": 5, "hub_token": SECRETS[0]}], trainer="sft")
+    assert SECRETS[0] not in str(caught.value)
+
+
+def test_text_of_a_plugin_stays_text_in_the_card(tmp_path):
+    trainer = make_sft(tmp_path / "run", plugins=[Judged()], max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    card = (tmp_path / "run" / "README.md").read_text()
+    section = card[card.index("## Plugins") :]
+    assert "`note=a # b 'c' <b>`" in section
+    assert "Source: A Paper # Not a heading &lt;script&gt;alert(1)&lt;/script&gt;" in section
+    assert [line for line in section.splitlines() if line.startswith("#")] == ["## Plugins"]

@@ -11,12 +11,18 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union
 
 _MISSING = object()
+
+MASK = "***"
+"""Stands for a secret wherever a run shows or keeps its options."""
+_SECRET_NAME = re.compile(r"(.*_)?(token|key|password|passphrase|secret|credentials?)", re.IGNORECASE)
+_SECRET_VALUE = re.compile(r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,22 @@ class Range:
 def option_fields(plugin_class: type) -> dict[str, dataclasses.Field[Any]]:
     """The options of a plugin class: the fields that its constructor takes."""
     return {field.name: field for field in dataclasses.fields(plugin_class) if field.init}
+
+
+def masked(value: Any, name: str = "") -> Any:
+    """A value as it may be shown: `***` for a text under a name such as `api_key`, and for what looks like a token.
+
+    Args:
+        value: the value of an option, as JSON.
+        name: its option; the key, inside of a mapping.
+    """
+    if isinstance(value, Mapping):
+        return {key: masked(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(item, name) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    return MASK if _SECRET_NAME.fullmatch(name) else _SECRET_VALUE.sub(MASK, value)
 
 
 def option_type(plugin_class: type, option: str) -> Any:

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from trl_ext.errors import ConfigurationError
+from trl_ext.options import masked
 
 PLUGINS_VARIABLE = "TRL_EXT_PLUGINS"
 """Environment variable that names the plugins of a run whose config does not."""
 
 RESERVED = ("name", "label")
-NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 _OPTION = re.compile(r"\s*([A-Za-z_]\w*)\s*=(.*)", re.DOTALL)
 _CLOSING = {")": "(", "]": "[", "}": "{"}
 
@@ -42,14 +43,22 @@ def parse_specs(value: Any) -> list[dict[str, Any]]:
     return specs
 
 
+def is_name(value: Any) -> bool:
+    """Whether a plugin may have this name or label; it names folders of checkpoints too."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
 def registered_name(spec: Mapping[str, Any]) -> str:
     """The name that a plugin's metrics and state go under: its label, or else its own name."""
     return spec.get("label", spec["name"])
 
 
 def config_line(spec: Mapping[str, Any], **changed: str) -> str:
-    """Write a spec as the line of a config, with some options replaced: `plugins: [power:alpha=<float>]`."""
-    options = {key: value for key, value in spec.items() if key != "name"} | changed
+    """Write a spec as the line of a config, with some options replaced: `plugins: [power:alpha=<float>]`.
+
+    It is for messages, so secrets are masked.
+    """
+    options = {key: masked(value, key) for key, value in spec.items() if key != "name"} | changed
     text = ",".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items())
     return f"plugins: [{spec['name']}:{text}]" if text else f"plugins: [{spec['name']}]"
 
@@ -149,7 +158,7 @@ def _from_mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
 
 def _named(spec: dict[str, Any], text: str) -> dict[str, Any]:
     for key in RESERVED:
-        if key in spec and not (isinstance(spec[key], str) and NAME.fullmatch(spec[key])):
+        if key in spec and not is_name(spec[key]):
             raise ConfigurationError(
                 f"plugins: {key} {spec[key]!r} in {text!r} is not a name (letters, digits, '_', '-', '.')"
             )

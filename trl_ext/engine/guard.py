@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trl_ext.engine.unmodified import Unmodified
+from trl_ext.engine.watchdog import watched
 from trl_ext.errors import NonFiniteError, OnAllRanksError, PluginError
 from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.plugin_set import PluginSet
@@ -46,6 +47,7 @@ class Guard:
         self._failure: PluginError | None = None
         self._silenced: set[tuple[str, str]] = set()
         self._origin = {p.name: str(p) for p in plugins}
+        self._watched = watched(world_size)
 
     def run(
         self,
@@ -77,7 +79,8 @@ class Guard:
             self.last_touched = f"{plugin}.{hook}"
         unmodified = Unmodified(arguments)
         try:
-            result = call(**arguments)
+            with self._watched(f"hook '{hook}' of plugin {self._origin[plugin]} at step {self.step() + 1}"):
+                result = call(**arguments)
             unmodified.check()
             if check is not None:
                 check(result)
@@ -160,7 +163,8 @@ class Guard:
             if (hook, plugin) in self._silenced:
                 continue
             try:
-                collected |= {f"{plugin}/{key}": float(value) for key, value in call(**arguments).items()}
+                with self._watched(f"hook '{hook}' of plugin {self._origin[plugin]}"):
+                    collected |= {f"{plugin}/{key}": float(value) for key, value in call(**arguments).items()}
             except Exception:
                 self._silenced.add((hook, plugin))
                 logger.exception("%s; it is switched off from here on", self.failure(hook, plugin, "it raised"))
@@ -179,7 +183,8 @@ class Guard:
         """Every rank's object, on every rank. Collective."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(values, value)
+            with self._watched("an exchange of the ranks"):
+                dist.all_gather_object(values, value)
         return values
 
     def failure(self, hook: str, plugin: str, reason: str) -> PluginError:
@@ -219,8 +224,9 @@ class Guard:
             return bool(flag)
         failed = torch.tensor(self._failure is not None, device=self.device)
         flags = torch.stack([failed, flag.to(torch.bool)]).to(torch.int32)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        any_failed, any_flag = flags.tolist()
+        with self._watched("an agreement of the ranks"):
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            any_failed, any_flag = flags.tolist()
         if any_failed:
             self._raise_everywhere()
         return bool(any_flag)

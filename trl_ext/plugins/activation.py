@@ -15,7 +15,7 @@ from trl_ext.plugins.implementations import marked_hooks
 from trl_ext.plugins.plugin_set import ActivePlugin, PluginSet, class_of
 from trl_ext.plugins.relations import refuse_relations
 from trl_ext.records import TrainerKind
-from trl_ext.specs import config_line, parse_specs, registered_name
+from trl_ext.specs import config_line, is_name, parse_specs, registered_name
 
 
 def activate(specs: Any, instances: Sequence[Any] = (), *, trainer: TrainerKind) -> PluginSet:
@@ -111,10 +111,16 @@ def _from_instance(instance: Any, before: Sequence[ActivePlugin]) -> ActivePlugi
         raise ConfigurationError(f"{line}: {class_of(instance)} refuses its options: {error}") from error
     info = find_distribution(type(instance))
     own_name = info.name if info else type(instance).__name__
-    name = getattr(instance, "label", None) or own_name
+    label = getattr(instance, "label", None)
+    if label and not is_name(label):
+        raise ConfigurationError(
+            f"{line}: label={label!r} is not a name (letters, digits, '_', '-', '.'), and names the folder of its state"
+        )
+    name = label or own_name
     if any(plugin.name == name for plugin in before):
         raise ConfigurationError(
-            f"{line}: a plugin named {name!r} is already active. Set a `label` on the instance, or take one of them out"
+            f"{line}: a plugin named {name!r} is already active. Take one of them out; or, of a plugin that can run "
+            "beside another of its kind, set a `label` on the instance"
         )
     return ActivePlugin(
         name=name,

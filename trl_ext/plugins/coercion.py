@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from trl_ext.errors import ConfigurationError, did_you_mean
-from trl_ext.options import Range, option_fields, option_type, violation
+from trl_ext.options import MASK, Range, masked, option_fields, option_type, violation
 from trl_ext.specs import RESERVED, config_line, split_outside_brackets, unquote
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -144,10 +144,17 @@ def _refuse_reserved_options(plugin_class: type, origin: str) -> None:
 
 
 def resolved_options(plugin: object) -> dict[str, Any]:
-    """The options of an instance as JSON values; {} for a plain class."""
+    """The options of an instance as JSON values, secrets masked; {} for a plain class.
+
+    A secret is declared as `field(repr=False)`, or looks like one.
+    """
     if not dataclasses.is_dataclass(plugin):
         return {}
-    return {name: as_written(getattr(plugin, name)) for name in option_fields(type(plugin))}
+    resolved = {}
+    for name, option in option_fields(type(plugin)).items():
+        value = as_written(getattr(plugin, name))
+        resolved[name] = masked(value, name) if option.repr or not value else MASK
+    return resolved
 
 
 def as_written(value: Any) -> Any:

@@ -20,7 +20,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from trl_ext.errors import ConfigurationError, did_you_mean
 from trl_ext.hookspecs import API_VERSION
-from trl_ext.specs import NAME
+from trl_ext.specs import is_name
 
 ENTRY_POINT_GROUP = "trl_ext"
 
@@ -146,7 +146,7 @@ class Installation:
         if len(claims) > 1:
             claimants = " and ".join(" ".join(self._origin(claim.dist)[:2]) for claim in claims)
             return f"{claimants} both provide a plugin named {name!r}; uninstall one of them"
-        if not NAME.fullmatch(name):
+        if not is_name(name):
             return f"its name {name!r} cannot be written in a config (letters, digits, '_', '-', '.')"
         if not re.fullmatch(r"[\w.]+:\w+", value):
             return f"its entry point {value!r} is not of the form module:Class"

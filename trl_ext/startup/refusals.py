@@ -105,7 +105,7 @@ def _refuse_orders(args: Any, plugins: PluginSet, streaming: bool) -> None:
         return
     where = f"plugin '{plugins.calls('prompt_order')[0][0]}' orders the training prompts"
     if streaming:
-        raise ConfigurationError(f"{where}, which a streaming data set does not allow; set streaming=False")
+        raise ConfigurationError(f"{where}, which a streaming data set does not allow; load it with streaming=False")
     if args.accelerator_config.dispatch_batches:
         raise ConfigurationError(
             f"{where} on all ranks; accelerator_config's dispatch_batches=True draws them on rank 0 alone, remove it"

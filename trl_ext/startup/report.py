@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import textwrap
 from collections.abc import Mapping
@@ -104,12 +105,22 @@ def add_to_model_card(path: Path, plugins: PluginSet) -> None:
         "",
     ]
     for p in plugins:
-        options = ", ".join(f"`{k}={v}`" for k, v in p.options.items()) or "default options"
-        cited = f" Source: {p.citation}" if p.citation else ""
-        lines.append(f"- **{p.name}** ({p.origin}), {options}.{cited}")
+        options = ", ".join(_code(f"{k}={v}") for k, v in p.options.items()) or "default options"
+        cited = f" Source: {_plain(p.citation)}" if p.citation else ""
+        lines.append(f"- **{_plain(p.name)}** ({_plain(p.origin)}), {options}.{cited}")
     if (owner := plugins.owner("deployed_weights")) is not None:
         lines += ["", where_weights_are(owner)]
     path.write_text(text.rstrip() + "\n\n" + "\n".join(lines) + "\n")
+
+
+def _plain(text: str) -> str:
+    """A foreign text on one line of Markdown: without HTML, and without a line that a heading could begin."""
+    return html.escape(" ".join(text.split()), quote=False)
+
+
+def _code(text: str) -> str:
+    """The same as code, which nothing but a backtick ends."""
+    return "`" + " ".join(text.split()).replace("`", "'") + "`"
 
 
 def where_weights_are(owner: str) -> str:

@@ -28,6 +28,7 @@ from trl_ext.records import SetupContext, WeightsView
 from trl_ext.startup.plan import RunPlan, check_loaded, plan_run
 from trl_ext.startup.refusals import refuse_frozen, refuse_wrapped
 from trl_ext.startup.report import report_run
+from trl_ext.startup.run_folder import owned_run_folder
 from trl_ext.startup.stream_data import TextForm, prepare_stream
 from trl_ext.trainers.deployment import DeploymentMixin
 from trl_ext.trainers.saving import CheckpointMixin
@@ -127,6 +128,14 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
     def ext_base_model(self) -> nn.Module:
         """The model that carries TRL's fused head: without PEFT's wrapper."""
         return self.model.get_base_model() if is_peft_model(self.model) else self.model
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.ext_plugins:
+            return super().train(*args, **kwargs)
+        with owned_run_folder(Path(self.args.output_dir), self.accelerator.is_main_process):
+            return super().train(*args, **kwargs)
 
     # -- preparation -------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from trl_ext.checkpoints import State, completeness, manifest, plugin_state, run_record
 from trl_ext.checkpoints.run_record import Changes
 from trl_ext.errors import CheckpointError
@@ -29,12 +27,7 @@ class ResumingMixin(PositionMixin):
 
     def ext_gather(self, value: Any) -> list[Any]:
         """Every rank's object, on every rank; a barrier too."""
-        world = self.accelerator.num_processes
-        if world == 1:
-            return [value]
-        values: list[Any] = [None] * world
-        dist.all_gather_object(values, value)
-        return values
+        return self.ext_run.guard.gather(value)
 
     def ext_of_main(self, work: Callable[[], Any]) -> Any:
         """What `work` gives on the first rank, or the error that it raises there, on every rank. Collective."""
