@@ -17,6 +17,7 @@ from helpers import (
     additions,
     assert_equal_bits,
     file_digests,
+    logged,
     make_grpo,
     make_sft,
     parameters,
