@@ -41,7 +41,7 @@ def files_of(checkpoint: Path) -> list[str]:
 
 
 def reason_for(checkpoint: Path) -> str | None:
-    return incompleteness(checkpoint) or corruption(checkpoint, 0, lambda value: [value])
+    return incompleteness(checkpoint) or corruption(checkpoint)
 
 
 def flip_a_bit(path: Path, chance: random.Random) -> None:

@@ -17,6 +17,7 @@ from helpers import (
     additions,
     assert_equal_bits,
     file_digests,
+    logged,
     make_grpo,
     make_sft,
     parameters,
@@ -25,6 +26,7 @@ from test_resume import Counter, Mix
 
 from trl_ext import hookimpl
 from trl_ext.checkpoints.fingerprints import SAMPLE, data_fingerprint
+from trl_ext.checkpoints.manifest import read_manifest, write_manifest
 from trl_ext.engine.streams import Stream
 from trl_ext.errors import CheckpointError
 from trl_ext.records import StreamRequest
@@ -41,8 +43,9 @@ def log_of(caplog: Any) -> str:
 
 @dataclass(eq=False)
 class Secretive(Plugin):
-    """Has two options that no checkpoint may hold."""
+    """Has two options that no checkpoint may hold, and one whose `repr` is another in every process."""
 
+    rule: Any = field(default_factory=object)
     api_key: str = "k-123"
     hidden: str = field(default="h-123", repr=False)
 
@@ -324,6 +327,36 @@ def test_a_streaming_data_set_goes_on_at_its_row_after_its_first_pass(tmp_path, 
 
 
 # -- another number of ranks -----------------------------------------------------------------------------------------
+
+
+def as_by_two_ranks(checkpoint: Path, target: Path) -> None:
+    """Copy a checkpoint of one rank, and let it say that it was written by two."""
+    shutil.copytree(checkpoint, target)
+    write_manifest(target, {**read_manifest(target), "world_size": 2})
+
+
+def test_streams_counters_and_replicated_state_go_on_with_another_number_of_ranks(checkpoint, tmp_path):
+    finals = []
+    for name, copy in {"one": shutil.copytree, "two": as_by_two_ranks}.items():
+        target = tmp_path / name / "run" / "checkpoint-2"
+        copy(checkpoint, target)
+        trainer = build(target.parent)
+        trainer.train(str(target))
+        finals.append((parameters(trainer), trainer.ext_streams["general"].position, logged(trainer)))
+    assert_equal_bits(finals[1][0], finals[0][0])
+    assert finals[1][1] == finals[0][1] == 8  # four steps of two rows
+    assert finals[1][2] == finals[0][2]
+
+
+def test_state_in_shards_is_refused_with_another_number_of_ranks(tmp_path):
+    def sharded() -> Counter:
+        return type("Counter", (Counter,), {"state_per_rank": True})()
+
+    make_sft(tmp_path / "run", plugins=[sharded()], max_steps=2, **SAVING).train()
+    target = tmp_path / "two" / "checkpoint-2"
+    as_by_two_ranks(tmp_path / "run" / "checkpoint-2", target)
+    with pytest.raises(CheckpointError, match=r"'Counter' was saved in shards by 2 ranks, and this run has 1"):
+        make_sft(tmp_path / "two", plugins=[sharded()]).train(str(target))
 
 
 def test_a_stream_goes_on_where_two_ranks_left_it(tmp_path):

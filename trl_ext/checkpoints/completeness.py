@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl_ext.checkpoints.files import Gather, read_json
+from trl_ext.checkpoints.files import read_json
 from trl_ext.checkpoints.manifest import read_manifest, wrong_content, wrong_size
 from trl_ext.errors import CheckpointError
 
@@ -45,13 +45,10 @@ def incompleteness(checkpoint: Path, model_only: bool = False) -> str | None:
     return _missing_part(checkpoint, model_only) if manifest is None else None
 
 
-def corruption(checkpoint: Path, rank: int, gather: Gather, plugin_state: bool = True) -> str | None:
-    """Which files of a complete checkpoint differ from their checksums; None if there is none. Collective.
-
-    Without `plugin_state`, the files of single plugins are left out.
-    """
+def corruption(checkpoint: Path) -> str | None:
+    """Which files of a complete checkpoint differ from their checksums; None if there is none."""
     manifest = read_manifest(checkpoint)
-    return None if manifest is None else wrong_content(checkpoint, manifest, rank, gather, plugin_state)
+    return None if manifest is None else wrong_content(checkpoint, manifest, rank=0, gather=lambda value: [value])
 
 
 def _read_trainer_state(path: Path) -> None:
@@ -89,7 +86,7 @@ def newest_complete(
     for path in checkpoints(output_dir):
         reason = incompleteness(path, model_only)
         if reason is None and complete is None and verify:
-            reason = corruption(path, 0, lambda value: [value])
+            reason = corruption(path)
         if reason is not None:
             incomplete.append((path, reason))
         elif complete is None:

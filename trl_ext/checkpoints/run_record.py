@@ -23,6 +23,8 @@ _REPORTED = (
     *("num_iterations", "beta", "epsilon", "temperature", "max_completion_length"),
 )
 """Settings of TRL's configs whose change is reported and allowed."""
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+"""Of an object in memory, in the `repr` of a function and the like: another in every process."""
 _SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 
 
@@ -129,10 +131,11 @@ def _identity(record: Mapping[str, Any]) -> str:
 
 
 def _options(instance: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options, with a digest in place of each that is hidden from `repr` or that looks like a secret."""
+    """The options as every process has them, with a digest for each that is hidden from `repr` or looks secret."""
     hidden = {f.name for f in fields(instance) if not f.repr} if is_dataclass(instance) else set()
+    portable = json.loads(_ADDRESS.sub("", json.dumps(options)))
     return {
-        name: _digest(value) if name in hidden or _SECRET.search(name) else value for name, value in options.items()
+        name: _digest(value) if name in hidden or _SECRET.search(name) else value for name, value in portable.items()
     }
 
 

@@ -31,16 +31,20 @@ class ResumingMixin(PositionMixin):
 
     def ext_of_main(self, work: Callable[[], Any]) -> Any:
         """What `work` gives on the first rank, or the error that it raises there, on every rank. Collective."""
-        outcome = None
-        if self.accelerator.process_index == 0:
-            try:
-                outcome = work()
-            except Exception as error:  # raised below, on all ranks
-                outcome = error
-        outcome = self.ext_gather(outcome)[0]
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        main = self.accelerator.process_index == 0
+        return self.ext_gather(self.ext_on_each(work if main else lambda: None))[0]
+
+    def ext_on_each(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives on this rank, or the first error that it raises on any, on every rank. Collective."""
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:  # raised below, on all ranks
+            failure = error
+        for failed in self.ext_gather(failure):
+            if failed is not None:
+                raise failed
+        return result
 
     # -- the checkpoint ----------------------------------------------------------------------------------------------
 
@@ -50,12 +54,17 @@ class ResumingMixin(PositionMixin):
         if checkpoint in ("True", "true"):  # a flag, also as the command line gives it
             checkpoint = str(self.ext_of_main(self._ext_newest_checkpoint))
         # A checkpoint with plugin state is checked without active plugins too: dropping it is a decision to be stated.
-        elif checkpoint and (self.ext_plugins or Path(checkpoint, manifest.FOLDER).is_dir()):
+        elif checkpoint and self._ext_is_ours(checkpoint):
             self._ext_refuse_damage(Path(checkpoint))
         self._ext_changes, self._ext_resumed = Changes(), None
-        if checkpoint and (self.ext_plugins or Path(checkpoint, manifest.FOLDER).is_dir()):
+        if checkpoint and self._ext_is_ours(checkpoint):
             self._ext_changes = self.ext_of_main(partial(self._ext_refuse_changes, Path(checkpoint)))
         return super().train(checkpoint, *args, **kwargs)
+
+    def _ext_is_ours(self, checkpoint: str) -> bool:
+        """Whether plugins are active, or were when the checkpoint was written."""
+        folder = Path(checkpoint, manifest.FOLDER)
+        return bool(self.ext_plugins) or bool(self.ext_of_main(folder.is_dir))
 
     def _ext_newest_checkpoint(self) -> Path:
         """The newest complete checkpoint; incomplete ones are renamed, so that rotation does not count them."""
@@ -72,8 +81,9 @@ class ResumingMixin(PositionMixin):
     def _ext_refuse_damage(self, checkpoint: Path) -> None:
         reason = self.ext_of_main(partial(completeness.incompleteness, checkpoint, self.args.save_only_model))
         if reason is None and self.args.verify_checkpoint:
+            saved = self.ext_of_main(partial(manifest.read_manifest, checkpoint)) or {"files": {}}
             rank, reset = self.accelerator.process_index, self.args.reset_plugin_state
-            reason = completeness.corruption(checkpoint, rank, self.ext_gather, plugin_state=not reset)
+            reason = manifest.wrong_content(checkpoint, saved, rank, self.ext_gather, plugin_state=not reset)
         if reason is not None:
             raise CheckpointError(
                 f"{checkpoint} is incomplete: {reason}; resume from another checkpoint, pass resume_from_checkpoint="
@@ -111,7 +121,7 @@ class ResumingMixin(PositionMixin):
 
     def ext_load_state(self, checkpoint: str) -> None:
         """Give plugins, streams and counters back what the checkpoint holds."""
-        saved = manifest.read_manifest(Path(checkpoint))
+        saved = self.ext_of_main(partial(manifest.read_manifest, Path(checkpoint)))
         if saved is None:
             logger.warning("%s was written without plugins: plugins and streams start from their beginning", checkpoint)
             return
@@ -121,7 +131,8 @@ class ResumingMixin(PositionMixin):
             self.ext_run.guard.agree()
         same_ranks = saved["world_size"] == self.accelerator.num_processes
         rank = self.accelerator.process_index if same_ranks else 0  # what all ranks have in common is on each
-        self.ext_load_rank_state(plugin_state.load_rank_state(Path(checkpoint), rank))
+        state = self.ext_on_each(partial(plugin_state.load_rank_state, Path(checkpoint), rank))
+        self.ext_load_rank_state(state)
 
     def _ext_loads(self, checkpoint: Path, saved: dict[str, Any]) -> list[tuple[str, Callable[[], None]]]:
         per_rank = {record["name"]: record["per_rank"] for record in saved["plugins"]}
