@@ -481,7 +481,8 @@ def test_an_interrupt_says_how_to_go_on(tmp_path):
         "interrupted before the first checkpoint (save_steps=500): run it again"
     )
     (tmp_path / "checkpoint-7").mkdir()
-    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text("{}")
+    state = {"global_step": 7, "max_steps": 9, "log_history": [], "stateful_callbacks": {}}
+    (tmp_path / "checkpoint-7" / "trainer_state.json").write_text(json.dumps(state))
     (tmp_path / "checkpoint-7" / "model.safetensors").write_text("")
     assert how_to_resume("sft", ["--seed", "1"], args) == (
         f"interrupted; to go on from {tmp_path / 'checkpoint-7'}: trl-ext sft --seed 1 --resume_from_checkpoint true"

@@ -156,7 +156,7 @@ MISTAKES = {
     "reward's function": (grpo(reward_funcs="rewards.digit"), "module 'rewards' has no 'digit'. Did you mean 'digits'"),
     # plugins
     "plugin": (sft(plugins="powr"), "plugins: [powr]: no plugin of this name is installed. Did you mean 'power'"),
-    "plugin's option": (sft(plugins="power:alfa=1"), "did you mean 'alpha'"),
+    "plugin's option": (sft(plugins="power:alfa=1"), "Did you mean 'alpha'"),
     "two owners": (sft(plugins="power,dft"), "hook 'per_token_loss' can have one owner"),
     "other trainer": (grpo(plugins="gem"), "is for the trainers sft, and this is grpo"),
     "torchjd": (

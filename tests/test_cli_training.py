@@ -192,9 +192,9 @@ def test_validate_runs_one_window_and_leaves_nothing(process, here, capsys):
 def test_validate_finds_the_trainer_and_what_fails_in_the_window(process, here, capsys):
     lines = YAML_OF_A_RUN.replace("plain", "prompts").replace("gradient_accumulation_steps: 2\n", "")
     (here / "grpo.yaml").write_text(lines + "num_generations: 2\nmax_completion_length: 5\n")
-    (here / "reward_functions.py").write_text("def digits(completions, **columns):\n    return ['no number']\n")
+    (here / "short_of_rewards.py").write_text("def digits(completions, **columns):\n    return ['no number']\n")
     with pytest.raises(ValueError, match="'digits' returned 1 rewards, but 4 were expected"):
-        run(["validate", "--config", "grpo.yaml", "--reward_funcs", "reward_functions.digits"])
+        run(["validate", "--config", "grpo.yaml", "--reward_funcs", "short_of_rewards.digits"])
     assert "trl_ext grpo run" in capsys.readouterr().out
 
 

@@ -229,7 +229,7 @@ def test_the_settings_survive_training_args_bin(tmp_path):
         ({"streams": {"a": {"file": "x"}}}, "streams: 'a' is {'file': 'x'}; expected a path or a mapping with the key"),
         (
             {"streams": {"a": {"path": "x", "fraction": 1}}},
-            "streams: 'a' has an unknown key 'fraction'; known are path,",
+            "streams: 'a' has an unknown key 'fraction'. Known are path,",
         ),
         ({"streams": {"a": {"path": "x", "columns": "q"}}}, "streams: columns of 'a': 'q' in 'q' is not of the form"),
         ({"dataset_columns": "question"}, "dataset_columns: 'question' in 'question' is not of the form"),

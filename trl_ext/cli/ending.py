@@ -68,7 +68,7 @@ def _take_debug(arguments: Sequence[str], kinds: Sequence[str]) -> list[str]:
     TRL's own `--debug` of the training commands has a value, and stays.
     """
     command = next((text for text in arguments if not text.startswith("-")), None)
-    end = arguments.index(command) if command == "run" else len(arguments)
+    end = _place_of_script(arguments) if command == "run" else len(arguments)
     kept = []
     for i, text in enumerate(arguments):
         value = arguments[i + 1 : i + 2]
@@ -78,6 +78,14 @@ def _take_debug(arguments: Sequence[str], kinds: Sequence[str]) -> list[str]:
         else:
             kept.append(text)
     return kept
+
+
+def _place_of_script(arguments: Sequence[str]) -> int:
+    """Where the script of `run` stands, behind the options of `run` itself."""
+    place = arguments.index("run") + 1
+    while place < len(arguments) and arguments[place].startswith("-"):
+        place += 1 if arguments[place] in ("--debug", "--help", "-h") or "=" in arguments[place] else 2
+    return place
 
 
 def _is_user_s(error: TrlExtError) -> bool:

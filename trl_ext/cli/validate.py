@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module
-from typing import Any
-
-from transformers import TrainerCallback
+from collections.abc import Sequence
 
 from trl_ext.cli.ending import held_warnings
-from trl_ext.cli.faults import explain_faults
-from trl_ext.cli.patching import PLACES
 from trl_ext.cli.settings import CONFIG, config_path, known_settings, read_yaml
-from trl_ext.cli.train import Settings, announce, check, make_parser, read
+from trl_ext.cli.train import announce, check, make_parser, read
 from trl_ext.errors import ConfigurationError
 from trl_ext.records import TRAINERS, TrainerKind
 
@@ -25,17 +17,6 @@ USAGE = """Usage: trl-ext validate [KIND] --config FILE [SETTINGS]...
 
   KIND is {kinds}; left out, it is the one whose settings FILE has.
   SETTINGS are flags of the training command, and override FILE."""
-
-
-class WindowDone(Exception):
-    """The window is through; the optimiser would step now."""
-
-
-class StopBeforeStep(TrainerCallback):
-    """Leaves the training loop between the window's last backward and the optimiser."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        raise WindowDone
 
 
 def validate_command(arguments: Sequence[str]) -> None:
@@ -56,54 +37,11 @@ def validate_command(arguments: Sequence[str]) -> None:
     with held_warnings():
         settings, _, _ = read(kind, rest)
         check(kind, settings)
+    from trl_ext.cli.dry_window import dry_window
+
     samples = dry_window(kind, settings)
     model = settings[2].model_name_or_path
     print(f"valid: {kind} run of {model}, one window of {samples} samples ran; nothing was written")
-
-
-def dry_window(kind: TrainerKind, settings: Settings) -> int:
-    """Run TRL's script up to the first optimiser step, in a folder that vanishes.
-
-    Args:
-        kind: The training command.
-        settings: TRL's settings; they are changed.
-
-    Returns:
-        The number of samples of the window, over all ranks.
-
-    Raises:
-        ConfigurationError: The run would fail for what its user can mend.
-    """
-    training_args = settings[1]
-    with tempfile.TemporaryDirectory() as folder, _stopping(kind):
-        training_args.output_dir = folder
-        training_args.resume_from_checkpoint = None
-        training_args.report_to, training_args.push_to_hub, training_args.eval_on_start = [], False, False
-        try:
-            with explain_faults(training_args, settings[2]):
-                import_module(f"trl.scripts.{kind}").main(*settings)
-        except WindowDone:
-            return training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-    raise ConfigurationError(f"no optimiser step came: max_steps={training_args.max_steps}, or the data has no window")
-
-
-@contextmanager
-def _stopping(kind: str) -> Iterator[None]:
-    """A context in which TRL's script makes trainers that stop before their first step."""
-    import trl
-
-    name = next(name for name in PLACES if name.lower() == f"{kind}trainer")
-    ours = getattr(trl, name)
-
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.add_callback(StopBeforeStep())
-        return ours.train(self, *args, **kwargs)
-
-    setattr(trl, name, type(name, (ours,), {"train": train}))
-    try:
-        yield
-    finally:
-        setattr(trl, name, ours)
 
 
 def _kind_of(arguments: Sequence[str]) -> TrainerKind:

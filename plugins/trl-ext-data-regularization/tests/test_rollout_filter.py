@@ -206,7 +206,7 @@ def endless_reward(prompts, completions, **columns):
 
 def test_a_target_gradient_of_nan_stops_the_run(held_out, caplog):
     """No order of NaN says which completions to drop."""
-    with pytest.raises(PluginError, match="rollout-filter.*advantages that are NaN or infinite"):
+    with pytest.raises(PluginError, match=r"rollout-filter.*advantages that are NaN or infinite"):
         run([fresh(held_out, reward="test_rollout_filter:endless_reward")], max_steps=1)
     assert "the scores <g_i, t> are NaN or infinite" in caplog.text
 
