@@ -104,7 +104,5 @@ def refuse_non_finite_advantages(advantages: Tensor) -> None:
 
 
 def _mark(value: Any) -> Any:
-    """The reward, or infinity in place of NaN."""
-    if value is None:
-        return None
-    return math.inf if math.isnan(value) else value
+    """The reward, or infinity in place of NaN, which alone differs from itself; what is no number is left to TRL."""
+    return math.inf if value != value else value

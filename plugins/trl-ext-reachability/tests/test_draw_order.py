@@ -185,6 +185,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole = grpo(tmp_path / "run", instances=[Reachability(probe, **options)], **settings)
     whole.train()
     seen = Record()
+    settings["resume_changes"] = "warn"  # the plugin that watches is new
     resumed = grpo(tmp_path / "run", instances=[Reachability(probe, **options), seen], **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
     assert len(seen.seen) == 3
