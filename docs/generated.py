@@ -23,12 +23,12 @@ def methods() -> str:
     """A table for each distribution: what its plugins do, when to take them, and what they cost."""
     advice = yaml.safe_load((DOCS / "methods" / "methods.yaml").read_text())
     return "\n\n".join(
-        f"## {distribution}\n\n{_table(METHOD_COLUMNS, rows)}"
-        for distribution, rows in _methods_by_distribution(advice)
+        f"## {heading}\n\n{measured}\n\n{_table(METHOD_COLUMNS, rows)}"
+        for heading, measured, rows in _methods_by_distribution(advice)
     )
 
 
-METHOD_COLUMNS = ("method", "source", "when", "when not", "trainers", "cost", "measured here")
+METHOD_COLUMNS = ("method", "source", "when", "when not", "trainers", "cost")
 
 
 def _methods_by_distribution(advice: dict[str, Any]) -> Iterator[tuple[str, str, list[tuple[str, ...]]]]:
