@@ -34,7 +34,7 @@ from test_resume import Counter, Mix
 from trl_ext.checkpoints import newest_complete
 
 STEPS = 6
-LIMIT = 300  # seconds; a run takes a few
+LIMIT = 1800  # seconds; a run takes a few, and minutes on two ranks of a busy machine
 
 
 def build(kind: str, folder: Path) -> Any:
@@ -222,11 +222,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="how many kills in all")
     parser.add_argument("--seed", type=int, default=0, help="of the times at which runs are killed")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks to run on")
     parser.add_argument("--minutes", type=float, default=60, help="when to stop with fewer")
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
     chance, root = random.Random(options.seed), Path(tempfile.mkdtemp(prefix="soak-"))
-    tallies = {(kind, ranks): Tally() for ranks in (1, 2) for kind in ("sft", "grpo")}
+    tallies = {(kind, ranks): Tally() for ranks in options.ranks for kind in ("sft", "grpo")}
     for (kind, ranks), tally in tallies.items():
         folder = root / f"{kind}-{ranks}" / "run"
         tally.seconds = to_the_end(kind, ranks, folder)
