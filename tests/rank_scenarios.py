@@ -153,7 +153,7 @@ def grpo_everything(folder: Path, world: int) -> Any:
         max_steps=3,
         per_device_train_batch_size=8 // world,
         gradient_accumulation_steps=2,
-        steps_per_generation=1,
+        steps_per_generation=2,
         num_generations=4,
         generation_kwargs={"do_sample": False},
         loss_type="dapo",

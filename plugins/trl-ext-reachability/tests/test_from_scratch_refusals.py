@@ -108,7 +108,7 @@ def test_the_command_ends_with_the_message(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert "trl-ext: --eval-in: data set {'path': 'none.jsonl'" in capsys.readouterr().err
+    assert "trl-ext: --eval-in: data set: there is no file 'none.jsonl'." in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
