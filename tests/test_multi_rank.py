@@ -108,7 +108,7 @@ def test_rewards_are_of_all_ranks_and_the_slice_of_this_one(values, alone):
     for step, whole in enumerate(alone["grpo"]["totals"]):
         for rank in range(RANKS):
             assert torch.equal(values[rank]["grpo"]["totals"][step], whole)
-            assert values[rank]["grpo"]["local"][step] == slice(4 * rank, 4 * (rank + 1))
+            assert values[rank]["grpo"]["local"][step] == slice(8 * rank, 8 * (rank + 1))
 
 
 # -- FSDP2 -----------------------------------------------------------------------------------------------------------

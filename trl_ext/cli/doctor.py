@@ -85,10 +85,13 @@ def _devices() -> dict[str, str]:
 def _supported() -> dict[str, str]:
     import torch
     import torch.distributed as dist
-    from transformers.utils import is_torch_bf16_gpu_available
 
     backends = [name for name in ("gloo", "nccl", "mpi", "xccl") if dist.is_backend_available(name)]
-    bf16 = "yes" if is_torch_bf16_gpu_available() else "no, for want of a GPU: set use_cpu: true and bf16: false"
+    bf16 = (
+        "yes"
+        if torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        else "no, for want of a GPU: set use_cpu: true and bf16: false"
+    )
     facts = {"bf16": bf16, "several processes": f"{', '.join(backends) or 'no backend'}; DDP and FSDP2"}
     if torch.cuda.device_count() > 1:
         facts["several processes"] += ", one a GPU (--num_processes)"

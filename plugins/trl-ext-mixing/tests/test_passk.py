@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from trl_ext_mixing.estimators import pass_at_k
-from trl_ext_mixing.passk import Settings, header, load_rows, output_files, read_ks, sample
+from trl_ext_mixing.passk import PasskSettings, header, load_rows, output_files, read_ks, sample
 from trl_ext_mixing.passk_results import Result, print_results, write_results
 from trl_ext_mixing.progress import Report
 from trl_ext_mixing.sample_file import SampleFile
@@ -33,11 +33,11 @@ def tiny() -> tuple[Any, Any]:
     return tiny_llama(hidden=16).eval(), tiny_tokenizer()
 
 
-SETTINGS = Settings(model="m", dataset="d", reward="r", n=5, batch_size=4, max_new_tokens=3, temperature=1.0)
+SETTINGS = PasskSettings(model="m", dataset="d", reward="r", n=5, batch_size=4, max_new_tokens=3, temperature=1.0)
 ROWS = [{"prompt": r["prompt"], "answer": r["answer"]} for r in TASK.dataset(6, "prompt_only")]
 
 
-def opened(path: Path, settings: Settings = SETTINGS) -> SampleFile:
+def opened(path: Path, settings: PasskSettings = SETTINGS) -> SampleFile:
     return SampleFile(path, {"settings": vars(settings), "data": {}, "weights": {}})
 
 

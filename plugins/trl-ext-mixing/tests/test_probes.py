@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from trl_ext_mixing.passk import Settings, header, load_rows, passk
+from trl_ext_mixing.passk import PasskSettings, header, load_rows, passk
 from trl_ext_mixing.sample_file import SampleFile
 
 from trl_ext.errors import ConfigurationError
@@ -67,7 +67,7 @@ def test_passk_refuses_before_a_model_loads(folder: Path, case: str, monkeypatch
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "rewards", raising=False)
     arguments, message = REFUSED[case]
-    settings = Settings("base", "data.jsonl", "rewards.exact", n=4)
+    settings = PasskSettings("base", "data.jsonl", "rewards.exact", n=4)
     with SampleFile(folder / "p.jsonl", header(settings, load_rows(settings))) as file:
         file.append([{"problem": 0, "sample": 0, "reward": 1.0, "tokens": 1, "cut": False}])
     kinds = {"--n": int, "--confidence": float, "--temperature": float, "--output": Path, "--model": lambda m: [m]}
