@@ -14,6 +14,8 @@ from trl_ext.cli import parse, run
 from trl_ext.cli.train import how_to_resume, run_script, train
 from trl_ext.errors import ConfigurationError
 
+pytestmark = pytest.mark.usefixtures("process")  # some commands run in this one, and put our classes in TRL's place
+
 HEADER = "from dataclasses import dataclass\nfrom trl_ext import hookimpl\n"
 GOOD = (
     HEADER
