@@ -182,7 +182,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
         "logging_steps": 10,
     }
     probe = write_probe(tmp_path / "probe")
-    whole = grpo(tmp_path / "run", instances=[Reachability(probe, **options)], **settings)
+    whole = grpo(tmp_path / "run", instances=[Reachability(probe, **options), Record()], **settings)
     whole.train()
     seen = Record()
     resumed = grpo(tmp_path / "run", instances=[Reachability(probe, **options), seen], **settings)
