@@ -205,14 +205,13 @@ def test_an_interrupt_ends_training_with_the_way_to_resume(process, here, capsys
         if state.global_step == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("transformers.trainer_callback.DefaultFlowCallback.on_step_begin", interrupted)
-    assert run(["sft", "--config", "config.yaml"]) == 130
+    with monkeypatch.context() as at_the_keyboard:
+        at_the_keyboard.setattr("transformers.trainer_callback.DefaultFlowCallback.on_step_begin", interrupted)
+        assert run(["sft", "--config", "config.yaml"]) == 130
     assert capsys.readouterr().err.splitlines()[-1] == (
         "trl-ext: interrupted; to go on from out/checkpoint-2: "
         "trl-ext sft --config config.yaml --resume_from_checkpoint true"
     )
-    monkeypatch.undo()
-    monkeypatch.chdir(here)
     assert run(["sft", "--config", "config.yaml", "--resume_from_checkpoint", "true"]) == 0
     assert (here / "out" / "checkpoint-3").is_dir()
 
