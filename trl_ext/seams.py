@@ -68,6 +68,7 @@ READ: dict[str, str] = {
     "transformers.masking_utils:find_packed_sequence_indices": "blocks of position_ids, without flash attention",
     "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "names of checkpoint folders",
     "accelerate.accelerator:Accelerator.get_state_dict": "gathers FSDP2's shards, whatever the state dict type is",
+    "accelerate.commands.launch:launch_command_parser": "knows the flags of accelerate's launcher",
     "accelerate.utils:is_peft_model": "whether PEFT wraps the model that carries the fused head",
 }
 

@@ -134,8 +134,10 @@ def _options(instance: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options as every process has them, with a digest for each that is hidden from `repr` or looks secret."""
     hidden = {f.name for f in fields(instance) if not f.repr} if is_dataclass(instance) else set()
     portable = json.loads(_ADDRESS.sub("", json.dumps(options)))
+    # The options are masked for people already, so the digest is of the instance's own value.
     return {
-        name: _digest(value) if name in hidden or _SECRET.search(name) else value for name, value in portable.items()
+        name: _digest(getattr(instance, name)) if name in hidden or _SECRET.search(name) else value
+        for name, value in portable.items()
     }
 
 
