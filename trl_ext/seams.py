@@ -68,6 +68,11 @@ READ: dict[str, str] = {
     "transformers.masking_utils:find_packed_sequence_indices": "blocks of position_ids, without flash attention",
     "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "names of checkpoint folders",
     "accelerate.accelerator:Accelerator.get_state_dict": "gathers FSDP2's shards, whatever the state dict type is",
+    "accelerate.commands.config.config_args:load_config_from_file": "reads a file as its launcher does",
+    "accelerate.commands.launch:launch_command": "starts the processes",
+    "trl.cli.accelerate_config:resolve_accelerate_config_argument": "finds a configuration of TRL's by its name",
+    "trl.cli.accelerate_launcher:launch_training_script": "starts a script by accelerate, as `trl sft` does",
+    "trl.trainer.utils:is_async_callable": "tells an async reward function from a plain one",
     "accelerate.commands.launch:launch_command_parser": "knows the flags of accelerate's launcher",
     "accelerate.utils:is_peft_model": "whether PEFT wraps the model that carries the fused head",
 }
