@@ -72,6 +72,7 @@ READ: dict[str, str] = {
     "accelerate.commands.launch:launch_command": "starts the processes",
     "trl.cli.accelerate_config:resolve_accelerate_config_argument": "finds a configuration of TRL's by its name",
     "trl.cli.accelerate_launcher:launch_training_script": "starts a script by accelerate, as `trl sft` does",
+    "transformers.distributed:DistributedConfig": "the sizes of the dimensions that a model is split in",
     "trl.trainer.utils:is_async_callable": "tells an async reward function from a plain one",
     "accelerate.commands.launch:launch_command_parser": "knows the flags of accelerate's launcher",
     "accelerate.utils:is_peft_model": "whether PEFT wraps the model that carries the fused head",
