@@ -47,27 +47,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "hull": {"rule": "hull"},
 }
 TARGET_SAMPLES = 16
-SYNTHETIC: dict[str, Any] = {
-    "general": 800,
-    "target_batch": 4,
-    "steps": 400,
-    "rate": 3e-3,
-    "base_steps": 150,
-    "base_rate": 5e-3,
-    "base_batch": 32,
-    "hidden": 32,
-    "max_length": 64,
-}
-GSM8K: dict[str, Any] = {
-    "general": 800,
-    "target_batch": 4,
-    "steps": 60,
-    "rate": 1e-3,
-    "base_steps": 150,
-    "base_rate": 5e-3,
-    "base_batch": 16,
-    "hidden": 64,
-    "max_length": 512,
+SETTINGS: dict[str, tuple[Any, Any]] = {  # of the synthetic tasks, and of gsm8k
+    "general": (800, 800),
+    "target_batch": (4, 4),
+    "steps": (400, 60),
+    "rate": (3e-3, 1e-3),
+    "base_steps": (150, 150),
+    "base_rate": (5e-3, 5e-3),
+    "base_batch": (32, 16),
+    "hidden": (32, 64),
+    "max_length": (64, 512),
 }
 Rows = list[dict[str, Any]]
 
@@ -80,9 +69,7 @@ def synthetic(seed: int, size: int) -> tuple[Rows, Rows, Rows, Rows]:
 
     def rows(data: Any, relevant: bool, backwards: bool = False) -> Rows:
         turn = -1 if backwards else 1
-        return [
-            {"prompt": row["prompt"], "completion": row["completion"][::turn], "relevant": relevant} for row in data
-        ]
+        return [{"prompt": r["prompt"], "completion": r["completion"][::turn], "relevant": relevant} for r in data]
 
     def mixture(seed: int, size: int) -> Rows:
         quarter = size // 4
@@ -142,9 +129,8 @@ def pretrain(seed: int, rows: Rows, options: argparse.Namespace) -> Any:
     tokenizer = tiny_tokenizer()
     model = tiny_llama(len(tokenizer), hidden=options.hidden, layers=2, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
-        steps = {"max_steps": options.base_steps, "logging_steps": options.base_steps}
-        size = {"per_device_train_batch_size": options.base_batch, "learning_rate": options.base_rate}
-        args = arguments(folder, seed, options, **steps, **size)
+        own = {"per_device_train_batch_size": options.base_batch, "learning_rate": options.base_rate}
+        args = arguments(folder, seed, options, max_steps=options.base_steps, **own)
         trainer = SFTTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -283,20 +269,20 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, each on one thread")
-    for name, value in SYNTHETIC.items():
-        text = f"default {value}, or {GSM8K[name]} with --gsm8k"
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), help=text)
+    for name, (synthetic_tasks, with_gsm8k) in SETTINGS.items():
+        text = f"default {synthetic_tasks}, or {with_gsm8k} with --gsm8k"
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(synthetic_tasks), help=text)
     parser.add_argument("--evaluations", type=int, default=20, help="of the held-out loss, during a training")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("runs/data_regularization"))
     options = parser.parse_args()
-    for name, value in (GSM8K if options.gsm8k else SYNTHETIC).items():
+    for name, values in SETTINGS.items():
         if getattr(options, name) is None:
-            setattr(options, name, value)
+            setattr(options, name, values[bool(options.gsm8k)])
     journal = options.output / "results.jsonl"
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-    settings = {k: v for k, v in settings.items() if k not in ("output", "jobs", "seeds", "methods")}
+    apart = ("output", "jobs", "seeds", "methods")  # which may differ between two calls that share a journal
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in apart}
     done = {(r["method"], r["seed"]) for r in read_journal(journal, settings)}
     left = {seed: [name for name in options.methods if (name, seed) not in done] for seed in range(options.seeds)}
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:

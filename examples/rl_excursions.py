@@ -55,16 +55,11 @@ class Size:
 
     hidden: int
     layers: int
-    chain: int
-    """Operations of a problem."""
-    base_rate: float
-    """Learning rate of the pre-training."""
-    checkpoints: tuple[int, ...]
-    """Steps of pre-training at which the recipes start."""
-    batch: int
-    """Texts, solutions or completions of a step."""
-    problems: int
-    """Training problems, with one solution each."""
+    chain: int  # operations of a problem
+    base_rate: float  # learning rate of the pre-training
+    checkpoints: tuple[int, ...]  # steps of pre-training at which the recipes start
+    batch: int  # texts, solutions or completions of a step
+    problems: int  # for training, with one solution each
     steps: int
     held_out: int
     generations: int
@@ -125,13 +120,12 @@ def sft(run: Run, model: PreTrainedModel, data: Dataset, steps: int, **settings:
 def rl(run: Run, model: PreTrainedModel, steps: int, parallel: bool = False) -> None:
     """Train the model with GRPO on the problems, with their solutions as the SFT stream where `parallel`."""
     data = run.problems()
-    plugin = {"name": "parallel-averaging", "batch_size": run.size.batch}
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
             **run.settings(folder, steps),
             num_generations=run.size.generations,
             max_completion_length=2 * run.size.chain + 2,
-            plugins=[plugin] if parallel else [],
+            plugins=[f"parallel-averaging:batch_size={run.size.batch}"] if parallel else [],
         )
         GRPOTrainer(
             model,
@@ -162,10 +156,8 @@ def pass_rates(run: Run, model: PreTrainedModel) -> dict[str, float]:
     """pass@k on held-out problems, from max(KS) samples of each."""
     rows = run.task.dataset(run.size.held_out, "prompt_only", split="held_out", seed=0)
     n = max(KS)
-    drawn = complete(
-        model, tiny_tokenizer(), list(rows["prompt"]) * n, seed=0, temperature=0.6, top_p=1.0,
-        max_new_tokens=2 * run.size.chain + 2,
-    )  # fmt: skip
+    sampling = {"temperature": 0.6, "top_p": 1.0, "max_new_tokens": 2 * run.size.chain + 2}
+    drawn = complete(model, tiny_tokenizer(), list(rows["prompt"]) * n, seed=0, **sampling)
     right = torch.tensor(run.task.reward([text for text, _ in drawn], list(rows["answer"]) * n))
     solved = right.view(n, len(rows)).sum(0).int().tolist()
     return {f"pass@{k}": statistics.mean(pass_at_k(n, c, k) for c in solved) for k in KS}
@@ -173,11 +165,8 @@ def pass_rates(run: Run, model: PreTrainedModel) -> dict[str, float]:
 
 def measure(run: Run, model: PreTrainedModel, base: PreTrainedModel) -> dict[str, float]:
     """pass@k, and the drift from the checkpoint that the recipe started at."""
-    general = list(run.general(200, seed=7))
-    before, after = (
-        [s for batch in score(m.eval(), tiny_tokenizer(), general, batch_size=200) for s in batch]
-        for m in (base, model)
-    )
+    general = list(run.general(200, seed=7))  # one batch
+    before, after = (next(iter(score(m.eval(), tiny_tokenizer(), general, batch_size=200))) for m in (base, model))
     return {**pass_rates(run, model), "drift": compare(before, after)["nll"].change}
 
 
@@ -197,8 +186,7 @@ def pretrained(run: Run, folder: Path) -> Iterator[tuple[int, dict[str, torch.Te
         if not path.exists():
             model = fresh(run, weights)
             part = run.pretraining().select(range(done * run.size.batch, checkpoint * run.size.batch))
-            rate = run.size.base_rate
-            sft(run, model, part, checkpoint - done, learning_rate=rate, lr_scheduler_type="constant")
+            sft(run, model, part, checkpoint - done, learning_rate=run.size.base_rate, lr_scheduler_type="constant")
             save_file(model.state_dict(), path.with_suffix(".part"))
             path.with_suffix(".part").replace(path)  # a name stands for a whole file
         weights, done = load_file(path), checkpoint
@@ -212,11 +200,11 @@ def excursions(run: Run, folder: Path) -> None:
         for recipe in RECIPES:
             if (run.seed, checkpoint, recipe) in done:
                 continue
-            start = time.perf_counter()
+            began = time.perf_counter()
             model = fresh(run, weights)
             apply(recipe, run, model)
             line = {"seed": run.seed, "checkpoint": checkpoint, "recipe": recipe}
-            line |= measure(run, model, fresh(run, weights)) | {"seconds": round(time.perf_counter() - start, 1)}
+            line |= measure(run, model, fresh(run, weights)) | {"seconds": round(time.perf_counter() - began, 1)}
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}, flush=True)
             with (folder / "results.jsonl").open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -248,8 +236,8 @@ def cell(name: str, values: Sequence[float], each: bool = False) -> str:
 def table(lines: Sequence[Line], size: Size) -> str:
     """The recipes with their batches, and what `parallel` has over each of them, paired by seed."""
     head = " | ".join(MEASURES)
-    rows = [f"| checkpoint | recipe | SFT + RL batches | seeds | {head} |", "|---|---|---|---|---|---|---|---|"]
-    pairs = [f"| checkpoint | parallel minus | {head} |", "|---|---|---|---|---|---|"]
+    rows = [f"| checkpoint | recipe | SFT + RL batches | seeds | {head} |", "|---" * 8 + "|"]
+    pairs = [f"| checkpoint | parallel minus | {head} |", "|---" * 6 + "|"]
     for checkpoint in sorted({line["checkpoint"] for line in lines}):
         best = found(lines, checkpoint, "parallel")
         for recipe in RECIPES:
@@ -267,21 +255,17 @@ def table(lines: Sequence[Line], size: Size) -> str:
 
 def plot(lines: Sequence[Line], path: Path) -> None:
     """pass@1, pass@32 and drift against the checkpoint."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5))
-    for axis, name in zip(axes, ("pass@1", "pass@32", "drift"), strict=True):
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    for axis, name in zip(figure.subplots(1, 3), ("pass@1", "pass@32", "drift"), strict=True):
         for recipe in RECIPES:
             of = {c: found(lines, c, recipe) for c in sorted({line["checkpoint"] for line in lines})}
             means = {c: statistics.mean(x[name] for x in seeds.values()) for c, seeds in of.items() if seeds}
             axis.plot(list(means), list(means.values()), marker="o", label=recipe)
         axis.set_xlabel("pre-training steps")
         axis.set_title("change of general nll" if name == "drift" else name)
-    axes[0].legend(fontsize="small")
-    figure.tight_layout()
+    figure.axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
 
