@@ -3,6 +3,7 @@
 checkpoint-30/trl_ext/manifest.json                      written last, lists every file of the checkpoint
                       <plugin>/state.json                 JSON values
                       <plugin>/state.safetensors          tensors; `state-00001.safetensors` a rank, if they differ
+                      <plugin>/sharded/                   DTensors, the shards of each rank
                       rank-00000.json, .safetensors       what the trainer itself keeps on each rank
 """
 
@@ -16,13 +17,16 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from trl_ext.checkpoints import sharded_state
 from trl_ext.checkpoints.files import Gather, read_json
 from trl_ext.checkpoints.manifest import FOLDER
 from trl_ext.errors import CheckpointError
 
 State = dict[str, Any]
 """Flat: names to tensors and JSON values."""
+Sharded = dict[str, DTensor]
 _RESERVED = "__metadata__"
 """The one name that a tensor in a safetensors file cannot have."""
 
@@ -42,22 +46,37 @@ def save_state(
     Raises:
         CheckpointError: on every rank, where a state on any of them cannot be given or written. It names the plugin.
     """
-    failure = None
+    failure, sharded = None, {}
     try:
-        _save(checkpoint / FOLDER, plugins, rank_state, rank)
+        sharded = _save(checkpoint / FOLDER, plugins, rank_state, rank)
     except CheckpointError as error:
         failure = str(error)
-    failures = [text for text in gather(failure) if text is not None]
+    of_ranks = gather((failure, {plugin: list(tensors) for plugin, tensors in sharded.items()}))
+    failures = [text for text, _ in of_ranks if text is not None]
     if failures:
         raise CheckpointError(failures[0])
+    names = [names for _, names in of_ranks]
+    if any(held != names[0] for held in names):
+        raise CheckpointError(f"the plugins' states hold other sharded tensors on other ranks: {names}")
+    for plugin, tensors in sharded.items():
+        sharded_state.save(checkpoint / FOLDER / plugin, tensors)
 
 
-def _save(folder: Path, plugins: Iterable[Any], rank_state: Callable[[], State], rank: int) -> None:
+def _save(folder: Path, plugins: Iterable[Any], rank_state: Callable[[], State], rank: int) -> dict[str, Sharded]:
+    """Write all but the sharded tensors, which it gives by plugin: writing them is a collective."""
+    sharded = {}
     for plugin in plugins:
+        if not hasattr(plugin.instance, "state_dict"):
+            continue
         per_rank = bool(getattr(plugin.instance, "state_per_rank", False))
-        if hasattr(plugin.instance, "state_dict") and (rank == 0 or per_rank):
-            _write(folder / plugin.name, _stem(per_rank, rank), _state_of(plugin), f"plugin {plugin}")
+        state = _state_of(plugin)
+        if shards := {name: value for name, value in state.items() if isinstance(value, DTensor)}:
+            sharded[plugin.name] = shards
+        if rank == 0 or per_rank:
+            own = {name: value for name, value in state.items() if name not in shards}
+            _write(folder / plugin.name, _stem(per_rank, rank), own, f"plugin {plugin}")
     _write(folder, f"rank-{rank:05d}", rank_state(), "the trainer")
+    return sharded
 
 
 def _state_of(plugin: Any) -> State:
@@ -65,6 +84,7 @@ def _state_of(plugin: Any) -> State:
         state: State = plugin.instance.state_dict()
     except Exception as error:
         raise CheckpointError(f"plugin {plugin} failed in state_dict(): {type(error).__name__}: {error}") from error
+    _refuse_names(state, f"plugin {plugin}")
     return state
 
 
@@ -123,9 +143,15 @@ def refuse_states(checkpoint: Path, manifest: Mapping[str, Any], plugins: Iterab
             )
 
 
-def load_plugin(checkpoint: Path, plugin: Any, per_rank: bool, rank: int) -> None:
-    """Give a plugin its state back; its `load_state_dict` decides what an older version means."""
-    plugin.instance.load_state_dict(_read(checkpoint / FOLDER / plugin.name, _stem(per_rank, rank)))
+def load_plugin(checkpoint: Path, plugin: Any, per_rank: bool, rank: int, layout: DTensor | None) -> None:
+    """Give a plugin its state back; its `load_state_dict` decides what an older version means.
+
+    Args:
+        layout: a sharded parameter of this run, after which sharded tensors are laid out; None where there is none.
+    """
+    folder = checkpoint / FOLDER / plugin.name
+    state = _read(folder, _stem(per_rank, rank)) | sharded_state.load(folder, layout)
+    plugin.instance.load_state_dict(state)
 
 
 def load_rank_state(checkpoint: Path, rank: int) -> State:

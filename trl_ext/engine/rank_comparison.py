@@ -56,7 +56,7 @@ def compare_ranks(
         step: optimiser steps done, for the message.
 
     Returns:
-        The names of the shards that no other rank holds, so that there was nothing to compare them with.
+        The names of the parameters whose shards no other rank holds, so that there was nothing to compare them with.
 
     Raises:
         PluginError: naming the first thing that differs, and the ranks.
@@ -72,7 +72,7 @@ def compare_ranks(
             f"{ranks[a].get(name, 'nothing')} and {ranks[b].get(name, 'nothing')}; "
             f"{len(differing)} of {len(names)} differ; a hook has acted on rank-local data"
         )
-    return [name for name, held in mine.items() if sum(_same_place(rank.get(name), held) for rank in ranks) == 1]
+    return [name for name in parameters if sum(_same_place(rank.get(name), mine[name]) for rank in ranks) == 1]
 
 
 def _fingerprints(held: Mapping[str, Any]) -> dict[str, Fingerprint]:

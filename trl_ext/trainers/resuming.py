@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.tensor import DTensor
+
 from trl_ext.checkpoints import State, completeness, manifest, plugin_state, run_record
 from trl_ext.checkpoints.run_record import Changes
 from trl_ext.errors import CheckpointError
@@ -137,8 +139,9 @@ class ResumingMixin(PositionMixin):
     def _ext_loads(self, checkpoint: Path, saved: dict[str, Any]) -> list[tuple[str, Callable[[], None]]]:
         per_rank = {record["name"]: record["per_rank"] for record in saved["plugins"]}
         rank, fresh = self.accelerator.process_index, self._ext_changes.fresh_plugins
+        layout = next((p for p in self.ext_weights.parameters if isinstance(p, DTensor)), None)
         return [
-            (p.name, partial(plugin_state.load_plugin, checkpoint, p, per_rank[p.name], rank))
+            (p.name, partial(plugin_state.load_plugin, checkpoint, p, per_rank[p.name], rank, layout))
             for p in self.ext_plugins
             if hasattr(p.instance, "load_state_dict") and p.name not in fresh
         ]

@@ -75,7 +75,6 @@ class OnlineAverage:
             re.compile(self.parameters)
         except re.error as error:
             raise ValueError(f"{name}: parameters={self.parameters!r} is not a regular expression: {error}") from error
-        self.state_per_rank = False
         self._step = 0
         self._updates = 0
         self._began = False
@@ -124,17 +123,16 @@ class OnlineAverage:
                 f"{self.method}: parameters={self.parameters!r} matches none of the {len(names)} trainable parameters "
                 f"(the first: {names[:3]})"
             )
-        self.state_per_rank = context.sharded
         self._step = self._updates = 0
         self._began = False
-        theta, on_host = self._theta(context.weights), self.device == "cpu"
+        parameters, on_host = [context.weights.parameters[i] for i in self._selected], self.device == "cpu"
         self._shadows.close()
         self._shadows = Shadows(
-            [names[i] for i in self._selected], theta, self.copy_kinds(), on_host=on_host, follows=self.follows
+            [names[i] for i in self._selected], parameters, self.copy_kinds(), on_host=on_host, follows=self.follows
         )
         self._swapper = Swapper(context.model, on_host)
         if self.start == 0:
-            self._begin(theta)
+            self._begin(self._theta(context.weights))
 
     @hookimpl
     def weights_updated(self, weights: WeightsView, step: int, skipped: bool) -> None:
@@ -167,7 +165,7 @@ class OnlineAverage:
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, and the copies under `<copy>/<parameter>` once averaging has begun (this rank's shards)."""
+        """Counters, and the copies under `<copy>/<parameter>` once averaging has begun (DTensors under FSDP2)."""
         copies = self._shadows.state_dict() if self._began else {}
         return {"step": self._step, "updates": self._updates, "began": self._began, **copies}
 

@@ -2,7 +2,8 @@
 
 A copy is "wide", in fp32 or wider, where sums go into it: a bf16 average with d = 0.999 would not move. It is "exact",
 in the dtype of the weights, where it only keeps them. All work is elementwise and in chunks, on the shards of this
-rank, so that it is the same on one device, under DDP and under FSDP2.
+rank, so that it is the same on one device, under DDP and under FSDP2. There copies are DTensors as the parameters are:
+another number of ranks can take over what was saved.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trl_ext.errors import CheckpointError
+from trl_ext.gradients import local_tensor
 from trl_ext_averaging.offload import HostStage
 
 Copies = Mapping[str, list[Tensor]]
@@ -32,7 +35,7 @@ class Shadows:
 
     Args:
         names: the averaged parameters.
-        theta: their weights (this rank's shards), in the same order.
+        parameters: the parameters themselves, in the same order; DTensors where they are sharded.
         kinds: name to kind of each copy.
         on_host: keep the copies in host memory.
         follows: whether the copies are updated again after `begin`.
@@ -41,16 +44,20 @@ class Shadows:
     def __init__(
         self,
         names: Sequence[str] = (),
-        theta: Sequence[Tensor] = (),
+        parameters: Sequence[Tensor] = (),
         kinds: Mapping[str, CopyKind] | None = None,
         *,
         on_host: bool = False,
         follows: bool = True,
     ) -> None:
         self.names = tuple(names)
-        self.copies = {copy: [_empty(t, kind, on_host) for t in theta] for copy, kind in (kinds or {}).items()}
+        weights = [parameter.detach() for parameter in parameters]
+        self._saved = {copy: [_empty(w, kind, on_host) for w in weights] for copy, kind in (kinds or {}).items()}
+        self.copies = {copy: [local_tensor(tensor) for tensor in tensors] for copy, tensors in self._saved.items()}
+        """What is computed with: this rank's shards, in the memory of what is saved."""
+        theta = [local_tensor(weight) for weight in weights]
         offloads = on_host and follows and any(tensor.is_cuda for tensor in theta)
-        self._stage = HostStage(list(theta)) if offloads else None
+        self._stage = HostStage(theta) if offloads else None
 
     @torch.no_grad()
     def begin(self, theta: list[Tensor]) -> None:
@@ -94,11 +101,11 @@ class Shadows:
             self._stage.close()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The copies, under `<copy>/<parameter>`."""
+        """The copies, under `<copy>/<parameter>`; DTensors where the parameters are."""
         self.wait()
         return {
             f"{copy}/{name}": tensor
-            for copy, tensors in self.copies.items()
+            for copy, tensors in self._saved.items()
             for name, tensor in zip(self.names, tensors, strict=True)
         }
 
@@ -118,6 +125,8 @@ class Shadows:
                     f"{method}: the saved copy {copy!r} of {name} {found}, expected {tuple(tensor.shape)}; resume with "
                     "the options that the checkpoint was written with"
                 )
+            if isinstance(tensor, DTensor) and not isinstance(saved, DTensor):  # of a run that was not sharded
+                saved = distribute_tensor(saved, tensor.device_mesh, tensor.placements, src_data_rank=None)
             tensor.copy_(saved)
 
 

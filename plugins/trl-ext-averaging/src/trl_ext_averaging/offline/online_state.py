@@ -23,7 +23,7 @@ def open_online_average(raw: Checkpoint, average: str) -> Checkpoint:
     path = raw.path
     found = _averages(path)
     if average not in found:
-        sharded = any(path.glob("trl_ext/*/state-*.safetensors"))
+        sharded = any(path.glob("trl_ext/*/sharded/*.safetensors"))
         there = ", ".join(sorted(found)) or ("only shards of single ranks" if sharded else "none")
         raise CheckpointError(f"{path} holds no average {average!r}; it holds {there}")
     entries = dict(raw.entries)
