@@ -210,6 +210,15 @@ def test_a_state_that_one_rank_cannot_load_stops_both(failures):
     assert "'load_state_dict'" in messages.pop()
 
 
+def test_a_state_that_one_rank_cannot_give_stops_both_and_leaves_no_complete_checkpoint(failures):
+    for rank in range(RANKS):
+        error = failures[rank]["state_dict"]["error"]
+        assert "CheckpointError" in error["type"]
+        assert error["message"].startswith("plugin 'SaveState'")
+        assert error["message"].endswith("failed in state_dict(): RuntimeError: only here")
+        assert failures[rank]["state_dict"]["complete"] is None
+
+
 @pytest.mark.parametrize("name", ["nan loss", "infinite gradient"])
 def test_a_bad_number_on_one_rank_stops_both(failures, name):
     for rank in range(RANKS):

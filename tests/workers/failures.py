@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from trl_ext import hookimpl
+from trl_ext.checkpoints import newest_complete
 from trl_ext.records import AuxiliaryLoss
 from trl_ext.testing import save_model
 
@@ -243,6 +244,23 @@ class LoadState(OnRankOne):
 
 
 @dataclass(eq=False)
+class SaveState(OnRankOne):
+    """A state that one rank cannot give."""
+
+    def state_dict(self) -> dict[str, Any]:
+        if dist.get_rank() == 1:
+            raise RuntimeError("only here")
+        return {"x": 1}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise AssertionError("there is no complete checkpoint")
+
+    @hookimpl
+    def metrics(self):
+        return {}
+
+
+@dataclass(eq=False)
 class NanLoss(OnRankOne):
     skipped: list[bool] = field(default_factory=list)
 
@@ -315,6 +333,7 @@ SCENARIOS: dict[str, Scenario] = {
     "weights_updated": ("sft", WeightsUpdated, {}),
     "metrics": ("sft", Metrics, {}),
     "deployed_weights": ("sft", DeployedWeights, {"eval_strategy": "steps", "eval_steps": 2}),
+    "state_dict": ("sft", SaveState, {"save_strategy": "steps", "save_steps": 2}),
     "prompt_order": ("grpo", PromptOrder, {}),
     "prompt_order differs": ("grpo", PromptOrderDiffers, {}),
     "sampling_weights": ("grpo", SamplingWeights, {}),
@@ -364,6 +383,7 @@ def run(folder: Path, scenario: Scenario, resume: bool = False) -> dict[str, Any
         "parameters": {name: whole(p) for name, p in parameters(trainer).items()},
         "skipped": getattr(plugin, "skipped", None),
         "logs": trainer.state.log_history,
+        "complete": newest_complete(folder / "run")[0] if (folder / "run").exists() else None,
     }
     dist.barrier()  # proves that no rank is still inside of a collective of the run
     return found
