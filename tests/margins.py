@@ -3,12 +3,15 @@
 Looks into `torch.testing.assert_close`, `torch.allclose`, `torch.isclose` and `pytest.approx`, and prints for each test
 its tightest comparison that passed: the error, what it was allowed, and their ratio. A ratio above 1/4 may fail on
 another processor. Not seen: a bare `abs(a - b) < c`, and what a test runs in another process.
+
+`--shuffle N` runs the tests in another order, and `--other-seeds N` adds N to every seed that torch is given.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +27,20 @@ _tightest: tuple[float, float, float, str] = (0.0, 0.0, 0.0, "")
 _margins: dict[str, tuple[float, float, float, str]] = {}
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("margins")
+    group.addoption("--shuffle", type=int, metavar="N", help="run the tests in the random order of this seed")
+    group.addoption("--other-seeds", type=int, metavar="N", help="add N to every seed that torch is given")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.shuffle is not None:
+        random.Random(config.option.shuffle).shuffle(items)  # the same order in every worker of xdist
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.other_seeds is not None:
+        _add_to_seeds(config.option.other_seeds)
     for name in ("isclose", "allclose"):
         setattr(torch, name, _observed(getattr(torch, name)))
     scalar: Any = type(pytest.approx(0.0))
@@ -61,6 +77,17 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.line(f"{ratio:7.3f}  {error:9.2e}  {tolerance:9.2e}  {line}  {test}")
     narrow = sum(margin[0] > NARROW for margin in _margins.values())
     terminalreporter.line(f"{narrow} of {len(_margins)} tests come within a factor of {1 / NARROW:.0f} of failing")
+
+
+def _add_to_seeds(number: int) -> None:
+    seed = torch.manual_seed
+
+    class Generator(torch.Generator):
+        def manual_seed(self, seed: int) -> torch.Generator:
+            return super().manual_seed(seed + number)
+
+    torch.manual_seed = lambda given: seed(int(given) + number)
+    torch.Generator = Generator  # type: ignore[misc]
 
 
 def _observed(close: Callable[..., Any]) -> Callable[..., Any]:
