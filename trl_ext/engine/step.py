@@ -134,7 +134,7 @@ class OptimizerStep:
             self._told_of_shards = True
             logger.warning(
                 "rank_check_steps: %d of %d parameters are shards that one rank alone holds, such as '%s'; they cannot "
-                "be compared. What plugins keep beside them is, unless it is declared state_per_rank",
+                "be compared. What all ranks hold of parameters and of plugins' states is compared",
                 *(len(alone), len(parameters), alone[0]),
             )
 
