@@ -116,7 +116,8 @@ def _note_elements(input: Tensor, other: Tensor, rtol: float, atol: float) -> No
 def _note(error: float, tolerance: float) -> None:
     global _tightest
     if error and error / tolerance > _tightest[0]:
-        _tightest = (error / tolerance, error, tolerance, _line_of_test())
+        # Numbers of numpy do not pass from a worker of xdist to the reporting process.
+        _tightest = (float(error / tolerance), float(error), float(tolerance), _line_of_test())
 
 
 def _line_of_test() -> str:
