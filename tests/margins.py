@@ -35,7 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.option.shuffle is not None:
-        random.Random(config.option.shuffle).shuffle(items)  # the same order in every worker of xdist
+        # Files, and tests within each: what a file's tests share is made once. The same order in every worker of xdist.
+        chance = random.Random(config.option.shuffle)
+        place = {path: chance.random() for path in sorted({item.path for item in items})}
+        items.sort(key=lambda item: (place[item.path], chance.random()))
 
 
 def pytest_configure(config: pytest.Config) -> None:
