@@ -106,7 +106,7 @@ def test_trls_own_term_as_a_plugin_trains_as_trl(tmp_path, case):
         expected = {k for k in b if "clip_ratio" not in k}
         assert expected <= set(a)
         for key in expected:
-            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=5e-5), key  # some are fp32 sums near 0
         assert not any("clip_ratio" in key for key in a)
 
 
