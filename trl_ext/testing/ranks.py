@@ -214,7 +214,8 @@ def _import(modules: Mapping[str, str]) -> None:
             if found is not None and found.origin == path:
                 continue
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None, path
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no Python module")
         for place in [i for i, letter in enumerate(name) if letter == "."]:  # pickle imports what it lies in first
             sys.modules.setdefault(name[:place], ModuleType(name[:place]))
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
