@@ -108,6 +108,7 @@ class _Call:
         """Be this rank; its process ends with it."""
         self._redirect(rank)
         os.environ.update(_ALONE, RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{self.ranks}")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # accelerate asks for them, and uses neither
         try:
             result, code = self._call(rank), 0
         except Exception as error:
