@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,6 @@ from datetime import timedelta
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -85,8 +85,8 @@ def end_of_ranks(
         patience: seconds that a rank waits for another one in a collective before it raises.
     """
     payload, modules = _packed((function, arguments))
-    with TemporaryDirectory(prefix="ranks-") as folder:
-        call = _Call(Path(folder), payload, modules, ranks, patience)
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        call = _Call(Path(folder), payload, modules, dict(os.environ), ranks, patience)
         processes = [_context().Process(target=call.run, args=(rank,), daemon=True) for rank in range(ranks)]
         for process in processes:
             process.start()
@@ -101,12 +101,17 @@ class _Call:
     folder: Path
     payload: bytes
     modules: Mapping[str, str]
+    environment: Mapping[str, str]
+    """That of the test; the server has the one of when it was started."""
     ranks: int
     patience: float
 
     def run(self, rank: int) -> None:
         """Be this rank; its process ends with it."""
         self._redirect(rank)
+        tempfile.tempdir = str(self.folder)  # goes with the folder, since this process ends without cleaning up
+        os.environ.clear()
+        os.environ.update(self.environment)
         os.environ.update(_ALONE, RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{self.ranks}")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # accelerate asks for them, and uses neither
         try:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
+from trl_ext import SFTConfig, SFTTrainer
+from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
+from trl_ext.testing.ranks import on_ranks
 
-WORKER = Path(__file__).with_name("two_ranks.py")
 OBJECTIVES = (
     *("nll", "power:alpha=linear:0.5:2", "log1mp", "focal", "huber:delta=0.997", "dft", "eaft:exponent=2", "deft"),
     *("talr", "entropy:beta=0.3", "idft", "chord-phi", "gem", "psft:refresh_every=2", "iw-sft:temperature=20"),
@@ -21,18 +20,43 @@ OBJECTIVES = (
 )
 
 
-def run(command: list[str], folder: Path, objectives: list[str]) -> dict[str, dict]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment = {k: v for k, v in environment.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [sys.executable, *command, str(WORKER), str(folder), *objectives],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(folder / f"{2 if command else 1}.pt")
+def train(folder: Path, objectives: list[str], ranks: int) -> dict[str, dict[str, Any]]:
+    """What a training with each objective changes and logs. Alone, two micro-batches a step are accumulated; on two
+    ranks each takes one of them.
+    """
+    results = {}
+    for objective in objectives:
+        torch.manual_seed(0)
+        args = SFTConfig(
+            str(folder),
+            plugins=[objective],
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            activation_checkpointing=False,
+            save_strategy="no",
+            logging_steps=1,
+            max_steps=3,
+            per_device_train_batch_size=3,
+            gradient_accumulation_steps=2 // ranks,
+            learning_rate=0.5,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+            optim="sgd",
+        )
+        trainer = SFTTrainer(
+            model=tiny_llama(hidden=16, layers=1),
+            args=args,
+            train_dataset=Addition(digits=3).dataset(24),
+            processing_class=tiny_tokenizer(),
+        )
+        start = [p.detach().clone() for p in trainer.model.parameters()]
+        trainer.train()
+        moved = torch.cat([(p.detach() - s).flatten() for p, s in zip(trainer.model.parameters(), start, strict=True)])
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        results[objective] = {"moved": moved, "losses": losses}
+    return results
 
 
 @pytest.mark.slow
@@ -42,8 +66,8 @@ def test_two_ranks_equal_one_with_both_micro_batches(tmp_path: Path) -> None:
         other.lm_head.weight.mul_(20)
     path = save_model(other, tiny_tokenizer(), tmp_path / "other")
     objectives = [objective.format(other=path) for objective in OBJECTIVES]
-    alone = run([], tmp_path, objectives)
-    both = run(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], tmp_path, objectives)
+    alone = train(tmp_path / "alone", objectives, 1)
+    both = on_ranks(train, tmp_path / "both", objectives, 2)[0]
     for objective in objectives:
         one, two = alone[objective], both[objective]
         assert two["losses"] == pytest.approx(one["losses"], rel=2e-5), objective

@@ -15,12 +15,11 @@ from transformers.distributed import DistributedConfig
 
 from trl_ext.testing.conformance.case import case
 from trl_ext.testing.conformance.failing import failures
-from trl_ext.testing.conformance.subject import Run, Subject, require_close, require_same_bits
+from trl_ext.testing.conformance.subject import RANKS, Run, Subject, require_close, require_same_bits
 from trl_ext.testing.models import save_model
 from trl_ext.testing.ranks import on_ranks
 from trl_ext.testing.runs import tiny_model, tokenizer
 
-RANKS = 2
 PATIENCE = 20.0
 """Seconds that a rank waits for the other one in a collective."""
 
