@@ -12,7 +12,7 @@ from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.activation import from_spec
 from trl_ext.plugins.implementations import marked_hooks
 from trl_ext.plugins.plugin_set import ActivePlugin
-from trl_ext.records import TrainerKind
+from trl_ext.records import TRAINERS, TrainerKind
 from trl_ext.specs import parse_specs
 from trl_ext.testing.conformance import Outcome, Subject, cases_of, outcome_of
 
@@ -47,6 +47,7 @@ def _trainers(active: ActivePlugin) -> list[TrainerKind]:
     alone = {"grpo": {"per_token_loss"} if "streams" not in hooks else set()}
     return [
         trainer
-        for trainer in active.declared.trainers
-        if any(trainer in HOOKS[name].trainers for name in hooks if name not in alone.get(trainer, ()))
+        for trainer in TRAINERS
+        if trainer in active.declared.trainers
+        and any(trainer in HOOKS[name].trainers for name in hooks if name not in alone.get(trainer, ()))
     ]
