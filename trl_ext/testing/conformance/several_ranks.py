@@ -40,10 +40,11 @@ def two_ranks(subject: Subject, folder: Path) -> None:
 def rank_without_labels(subject: Subject, folder: Path) -> None:
     """Where the rows of one rank hold no label at all, two ranks still train as one rank with the whole batch.
 
-    With long prompts this happens in real data. A mean over no tokens is NaN, and a rank that returns early misses
-    the others' collectives: give a numerator of zero that has a gradient, as `0 * log_probs.sum()`.
+    TRL drops rows without labels where it cuts to `max_length`, and keeps those that are tokenized beforehand. A mean
+    over no tokens is NaN, and a rank that returns early misses the others' collectives: give a numerator of zero that
+    has a gradient, as `0 * log_probs.sum()`.
     """
-    settings = {"train": _some_without_labels(), "train_sampling_strategy": "sequential", "max_length": 16}
+    settings = {"train": _some_without_labels(), "train_sampling_strategy": "sequential", "max_length": None}
     both = on_ranks(_run, subject, folder / "two", settings, patience=PATIENCE)
     require_same_bits(both[1].parameters, both[0].parameters, "the weights of rank 1, against those of rank 0")
     require_close(both[0], subject.run(folder / "one", **settings), "two ranks, and one with the whole batch")
@@ -111,8 +112,7 @@ def _fail(subject: Subject, folder: Path, name: str) -> tuple[list[str], str, in
 
 
 def _some_without_labels() -> Dataset:
-    """Rows of which every fourth pair has a prompt so long that nothing of the completion is left."""
-    long = "x" * 40
-    sums = [(i % 7, i % 5) for i in range(24)]
-    prompts = [long if i % 4 >= 2 else f"{a}+{b}=" for i, (a, b) in enumerate(sums)]
-    return Dataset.from_dict({"prompt": prompts, "completion": [f"{a + b}" for a, b in sums]})
+    """Tokenized rows, two with labels and two without in turn."""
+    rows = [list(f"{i % 7}+{i % 5}={i % 7 + i % 5}".encode()) for i in range(24)]
+    labels = [row if i % 4 < 2 else [-100] * len(row) for i, row in enumerate(rows)]
+    return Dataset.from_dict({"input_ids": rows, "labels": labels})
