@@ -123,8 +123,10 @@ class TestOthers:
     test_idft = staticmethod(conformance(IDFT(), trainer="sft", formula=idft))
     test_deft = staticmethod(conformance(DEFT(), trainer="sft", formula=deft))
     test_asft = staticmethod(conformance(ASFT(), trainer="sft", formula=dft))  # at the start the divergence is flat
-    test_psft = staticmethod(conformance(PSFT(), trainer="sft", formula=psft))
-    test_iw_sft = staticmethod(conformance(IwSFT("start"), trainer="sft", formula=nll))  # at the start each ratio is 1
+    test_psft = staticmethod(conformance(PSFT(refresh_every=2), trainer="sft", formula=psft))
+    test_iw_sft = staticmethod(
+        conformance(IwSFT(temperature=20), trainer="sft", formula=nll)
+    )  # at the start each ratio is 1
     test_eaft = staticmethod(conformance(EAFT(), trainer="sft", formula=eaft))
     test_talr = staticmethod(conformance(TALR(), trainer="sft"))
     test_gem = staticmethod(conformance(GEM(), trainer="sft"))
