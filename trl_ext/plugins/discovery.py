@@ -64,7 +64,7 @@ def load_plugin(name: str) -> tuple[type, PluginInfo]:
     except (Exception, SystemExit) as error:  # a plugin's import may raise anything, and the message names the plugin
         raise ConfigurationError(
             f"plugin {info} is broken: importing {info.value!r} raised {type(error).__name__}: {error}. "
-            f"Remove {name!r} from plugins, or repair it"
+            f"{_hint_of_core(error)}Remove {name!r} from plugins, or repair it"
         ) from error
     if not (isinstance(plugin_class, type) and dataclasses.is_dataclass(plugin_class)):
         raise ConfigurationError(
@@ -75,6 +75,13 @@ def load_plugin(name: str) -> tuple[type, PluginInfo]:
             f"plugin {info} {problem}. Remove {name!r} from plugins, or install a version of it that fits"
         )
     return plugin_class, info
+
+
+def _hint_of_core(error: BaseException) -> str:
+    """What to do where an import fails for want of something in the core, so that no declared range could be read."""
+    if not isinstance(error, ImportError) or (error.name or "").split(".")[0] != __name__.split(".")[0]:
+        return ""
+    return f"It was written for another trl-ext, and plugin API {API_VERSION} is installed: change either version. "
 
 
 def find_distribution(plugin_class: type) -> PluginInfo | None:

@@ -1,8 +1,7 @@
-"""Run by torchrun: averages of FSDP2 shards are saved by some ranks, and taken over by any other number of ranks."""
+"""Run on several ranks: some save averages of FSDP2 shards, and any other number of ranks takes them over."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,35 +38,36 @@ def set_parameters(run: Run, values: dict[str, torch.Tensor]) -> None:
             local_tensor(parameter.detach()).copy_(whole)
 
 
-def main(mode: str, folder: Path) -> None:
-    dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
+def trained(last: int) -> Run:
+    """A run after this many steps: sharded, unless there is one rank."""
     torch.manual_seed(0)
-    run = Run(sharded=world > 1)
-    if mode == "save":
-        run.train(range(1, 4))
-        plugin_state.save_state(folder, active(run), dict, rank=rank, gather=gather)
-        parameters, averages = whole_parameters(run), run.look_at_averages()
-        run.train(range(4, 6))
-        later = run.look_at_averages()
-        if rank == 0:
-            save_file(parameters, folder / "parameters.safetensors")
-            torch.save({"at": averages, "later": later}, folder / "averages.pt")
-    else:
-        set_parameters(run, load_file(folder / "parameters.safetensors"))
-        layout = run.view.parameters[0] if run.view.sharded else None
-        for plugin in active(run):
-            plugin_state.load_plugin(folder, plugin, per_rank=False, rank=rank, layout=layout)
-        expected = torch.load(folder / "averages.pt")
-        averages = run.look_at_averages()
-        # Logits are sums over gathered weights; the weights themselves have to be the same bits.
-        for one, other in zip(averages, expected["at"], strict=True):
-            assert torch.equal(one, other) or one.dim() == 3
-        same(averages, expected["at"])
-        run.train(range(4, 6))
-        same(run.look_at_averages(), expected["later"])
-    dist.destroy_process_group()
+    run = Run(sharded=dist.get_world_size() > 1)
+    run.train(range(1, last + 1))
+    return run
 
 
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+def save(folder: Path) -> None:
+    """Write the state after three steps as a checkpoint does, and beside it what it is, then and two steps later."""
+    run, rank = trained(3), dist.get_rank()
+    plugin_state.save_state(folder, active(run), dict, rank=rank, gather=gather)
+    parameters, averages = whole_parameters(run), run.look_at_averages()
+    run.train(range(4, 6))
+    later = run.look_at_averages()
+    if rank == 0:
+        save_file(parameters, folder / "parameters.safetensors")
+        torch.save({"at once": averages, "later": later}, folder / "averages.pt")
+
+
+def take_over(folder: Path) -> None:
+    """Load what `save` has written, and go on."""
+    run = trained(0)
+    set_parameters(run, load_file(folder / "parameters.safetensors"))
+    layout = run.view.parameters[0] if run.view.sharded else None
+    for plugin in active(run):
+        plugin_state.load_plugin(folder, plugin, per_rank=False, rank=dist.get_rank(), layout=layout)
+    expected, averages = torch.load(folder / "averages.pt"), run.look_at_averages()
+    same(averages, expected["at once"])
+    for one, other in zip(averages, expected["at once"], strict=True):
+        assert torch.equal(one, other) or one.dim() == 3  # logits are sums over gathered weights; weights are the same
+    run.train(range(4, 6))
+    same(run.look_at_averages(), expected["later"])
