@@ -107,4 +107,4 @@ def test_a_run_from_a_config_trains_with_the_file_and_records_it(workplace):
     for trainer in runs.values():
         trainer.train()
     assert_close(parameters(runs["place"]), parameters(runs["plain"]), rtol=1e-5, atol=1e-7)
-    assert './focal.py sha256:' in (workplace / "place" / "trl_ext_run.json").read_text()
+    assert "./focal.py sha256:" in (workplace / "place" / "trl_ext_run.json").read_text()
