@@ -26,10 +26,7 @@ class Unmodified:
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self._before = [
             (path, tensor, tensor._version)
-            for name, record in arguments.items()
-            if isinstance(record, READ_ONLY)
-            for field, value in vars(record).items()
-            for path, tensor in _tensors(f"{name}.{field}", value)
+            for path, tensor in tensors_of_records(arguments)
             if not tensor.is_inference()  # such tensors have no version
         ]
 
@@ -44,6 +41,14 @@ class Unmodified:
                 raise ValueError(
                     f"edited {path} in place, which the core and other plugins read too; edit a clone of it"
                 )
+
+
+def tensors_of_records(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of all records among a hook's arguments, each with where it stands: `tokens.mask`."""
+    for name, record in arguments.items():
+        if isinstance(record, READ_ONLY):
+            for field, value in vars(record).items():
+                yield from _tensors(f"{name}.{field}", value)
 
 
 def _tensors(path: str, value: Any) -> Iterator[tuple[str, Tensor]]:

@@ -24,6 +24,8 @@ class Declarations:
     """Word to reason: it does not run beside a plugin that provides the word."""
     after: Mapping[str, str] = field(default_factory=dict)
     """Word to reason: it is named after every plugin that provides the word."""
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+    """Name of a setting, or of another case of the conformance kit, to the reason why it does not go with it."""
 
 
 def read_declarations(plugin: Any, name: str, origin: str, line: str) -> Declarations:
@@ -45,6 +47,7 @@ def read_declarations(plugin: Any, name: str, origin: str, line: str) -> Declara
             provides=(name, *_words(plugin, "provides")),
             conflicts=_reasons(plugin, "conflicts"),
             after=_reasons(plugin, "after"),
+            unsupported=_reasons(plugin, "unsupported"),
         )
         _refuse_unknown_trainers(declared.trainers)
         _refuse_itself_before_itself(declared)

@@ -100,6 +100,11 @@ class PluginSet:
         """
         return self._calls[hook]
 
+    def wrap(self, around: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Put something around every later call: `around` gets the hook's name and a call, and gives the new call."""
+        for hook, calls in self._calls.items():
+            self._calls[hook] = [(name, around(hook, call)) for name, call in calls]
+
     def _bind(self, hook: str) -> list[HookCall]:
         found = getattr(self.manager.hook, hook).get_hookimpls()[::-1]  # pluggy keeps them as registered
         return [(implementation.plugin_name, _by_keyword(implementation)) for implementation in found]

@@ -22,6 +22,7 @@ from trl_ext.startup.agreement import agreed
 from trl_ext.startup.refusals import refuse_skipping, refuse_unsupported
 from trl_ext.startup.sharding import sharding_of, sharding_of_loaded
 from trl_ext.startup.stream_data import Matched, match_streams
+from trl_ext.startup.unsupported import refuse_declared
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def check_loaded(plan: RunPlan, accelerator: Accelerator, model: nn.Module) -> N
 def _refuse(run: RunDescription, plugins: PluginSet, arguments: Mapping[str, Any]) -> None:
     streaming = isinstance(arguments.get("train_dataset"), IterableDataset)
     refuse_unsupported(run, plugins, arguments.get("compute_loss_func"), streaming=streaming)
+    refuse_declared(run, plugins)
 
 
 def _check(run: RunDescription, plugins: PluginSet) -> None:

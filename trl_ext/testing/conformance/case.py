@@ -1,0 +1,104 @@
+"""A case of the kit: one property of a plugin, checked by tiny runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from trl_ext.errors import ConfigurationError, PluginError, did_you_mean
+from trl_ext.records import TRAINERS
+from trl_ext.testing.conformance.subject import Subject
+
+Check = Callable[[Subject, Path], str | None]
+"""Checks a subject in an empty folder. It raises AssertionError where the property does not hold, `Skipped` where this
+machine cannot tell, and may return a remark."""
+
+
+class Skipped(Exception):
+    """This machine cannot run the case; the text says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A property that a plugin is held to."""
+
+    name: str
+    check: Check
+    trainers: tuple[str, ...]
+    applies: Callable[[Subject], bool]
+    """Whether the property means anything for a plugin."""
+    setting: bool
+    """Whether it is a setting of runs: a plugin that does not support it has to refuse them."""
+
+    @property
+    def about(self) -> str:
+        """What is checked, and why."""
+        return inspect.getdoc(self.check) or ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case."""
+
+    verdict: str
+    """passed, FAILED, unsupported or skipped."""
+    remark: str = ""
+    """Why, or what was measured."""
+    error: BaseException | None = None
+
+
+CASES: dict[str, Case] = {}
+"""All cases by name, in the order in which they run."""
+
+
+def case(
+    *, trainers: tuple[str, ...] = TRAINERS, applies: Callable[[Subject], bool] = lambda subject: True, setting: bool = False
+) -> Callable[[Check], Check]:
+    """Make a function a case of its name; the arguments are the fields of `Case`."""
+
+    def register(check: Check) -> Check:
+        name = check.__name__
+        CASES[name] = Case(name, check, trainers, applies, setting)
+        return check
+
+    return register
+
+
+def cases_of(subject: Subject) -> list[Case]:
+    """The cases that mean something for a plugin.
+
+    Raises:
+        ConfigurationError: the plugin declares something unsupported that no case is about.
+    """
+    for name in subject.unsupported:
+        if name not in CASES:
+            raise ConfigurationError(
+                f"plugin {type(subject.plugin).__name__} declares unsupported = {{{name!r}: ...}}, and there is no such "
+                f"case. {did_you_mean(name, CASES)}Cases: {', '.join(CASES)}"
+            )
+    return [found for found in CASES.values() if subject.trainer in found.trainers and found.applies(subject)]
+
+
+def outcome_of(found: Case, subject: Subject, folder: Path) -> Outcome:
+    """Run a case, whatever becomes of it."""
+    reason = subject.unsupported.get(found.name)
+    if reason is not None and not found.setting:
+        return Outcome("unsupported", reason)
+    try:
+        remark = found.check(subject, folder) or ""
+    except Skipped as skipped:
+        return Outcome("skipped", str(skipped))
+    except Exception as error:
+        if reason is not None and _is_refusal(error):
+            return Outcome("unsupported", reason)
+        return Outcome("FAILED", f"{type(error).__name__}: {error}", error)
+    if reason is None:
+        return Outcome("passed", remark)
+    return Outcome("FAILED", f"the plugin declares this unsupported ({reason}), but no run was refused: it may go on")
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether a run was refused in words, on this process or on the ranks that it started."""
+    return isinstance(error, ConfigurationError | PluginError) or isinstance(error.__cause__, ConfigurationError)

@@ -1,0 +1,186 @@
+"""The plugin under test, and the tiny runs that it is tried in."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trl_ext.hookspecs import HOOKS
+from trl_ext.plugins.implementations import marked_hooks
+from trl_ext.records import TrainerKind
+from trl_ext.testing.conformance.sampling import sample_by_row
+from trl_ext.testing.runs import MAKE, additions, logged, parameters, tiny_model
+
+ROWS = {"sft": 4, "grpo": 8}
+"""Rows of an optimiser step, over all micro-batches and ranks."""
+STEPS = 3
+# Plain SGD keeps what differs by rounding of the size of rounding; the rate makes every step visible.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sft": {"optim": "sgd", "learning_rate": 0.2},
+    "grpo": {"optim": "sgd", "learning_rate": 0.2, "num_generations": 4, "max_completion_length": 4},
+}
+APART = 1e-4
+"""How far two runs may part by rounding: the norm of their difference over that of what the training has changed. Sums
+in fp32 are off by about 1e-6 of the gradient in another order, and three steps carry that on."""
+
+
+@dataclass
+class Run:
+    """A finished training."""
+
+    trainer: Any
+    plugin: Any
+    """The instance that it used; None without one."""
+    start: dict[str, Tensor]
+    parameters: dict[str, Tensor]
+    logs: list[dict[str, Any]]
+
+    def state(self) -> dict[str, Any]:
+        """A copy of what the plugin keeps in checkpoints."""
+        return copy.deepcopy(self.plugin.state_dict()) if hasattr(self.plugin, "state_dict") else {}
+
+    def change(self) -> float:
+        """Norm of what the training has changed."""
+        return distance(self.parameters, self.start)
+
+
+@dataclass(eq=False)
+class Subject:
+    """A plugin and what its runs need.
+
+    The plugin itself is never run: every run gets a copy of it.
+    """
+
+    plugin: Any
+    trainer: TrainerKind
+    streams: Mapping[str, Any] | None = None
+    reward: Callable[..., Any] | None = None
+    formula: Callable[..., Any] | None = None
+    dataset: Any = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def hooks(self) -> tuple[str, ...]:
+        """Names of the hooks that the plugin has and the trainer calls, in the order of the contract."""
+        return tuple(name for name in marked_hooks(self.plugin) if self.trainer in HOOKS[name].trainers)
+
+    @property
+    def unsupported(self) -> Mapping[str, str]:
+        """What the plugin declares not to support, with its reasons."""
+        return getattr(self.plugin, "unsupported", {})
+
+    @cached_property
+    def data(self) -> Any:
+        """The training data: the author's, or sums of two numbers."""
+        if self.dataset is not None:
+            return self.dataset
+        return additions(64) if self.trainer == "sft" else additions(32, "prompt_only")
+
+    def held_out(self) -> dict[str, Any]:
+        """Arguments of a trainer that evaluates too."""
+        return {"eval_dataset": self.data.select(range(4))}
+
+    @property
+    def rows(self) -> int:
+        """Rows of an optimiser step over all ranks."""
+        return ROWS[self.trainer]
+
+    def build(self, folder: Path, plugin: Any = None, *, plain: bool = False, **settings: Any) -> Any:
+        """A trainer of a tiny model.
+
+        Args:
+            folder: the run's.
+            plugin: the instance to use; a copy of the author's where None.
+            plain: leave the plugin out.
+            **settings: of the config; `model`, `train` and `trainer` as for `make_sft`.
+        """
+        gc.freeze()  # each training collects garbage, which takes longer than its steps among TRL's imports
+        plugins = [] if plain else [plugin or copy.deepcopy(self.plugin)]
+        common = {"per_device_train_batch_size": self.rows, "max_steps": STEPS, **SETTINGS[self.trainer]}
+        settings = {**common, **self.config, **settings}
+        settings.setdefault("train", self.data)
+        if self.trainer == "grpo" and self.reward is not None:
+            settings["reward"] = self.reward
+        trainer = MAKE[self.trainer](folder, plugins=plugins, streams=None if plain else self._streams(), **settings)
+        if self.trainer == "grpo":
+            sample_by_row(trainer)
+        return trainer
+
+    def run(self, folder: Path, plugin: Any = None, *, resume: Path | None = None, **settings: Any) -> Run:
+        """Train a tiny model; the arguments are those of `build`."""
+        trainer = self.build(folder, plugin, **settings)
+        return finished(trainer, resume)
+
+    def _streams(self) -> dict[str, Any]:
+        """The author's data for the plugin's streams, or else sums for each role that it asks for."""
+        if self.streams is not None:
+            return dict(self.streams)
+        asked = copy.deepcopy(self.plugin).streams() if "streams" in self.hooks else ()
+        return {request.role: additions(16, seed=3 + i) for i, request in enumerate(asked) if not request.optional}
+
+
+def finished(trainer: Any, resume: Path | None = None) -> Run:
+    """Train, and keep what is compared."""
+    start = parameters(trainer)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    plugin = next((active.instance for active in trainer.ext_plugins), None)
+    return Run(trainer, plugin, start, parameters(trainer), logged(trainer))
+
+
+def distance(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """Norm of the difference of two sets of parameters."""
+    return float(torch.stack([(mine[name].double() - theirs[name].double()).norm() for name in mine]).norm())
+
+
+def require_close(mine: Run, theirs: Run, what: str, bound: float = APART) -> None:
+    """Hold two trainings against one another, by what they have changed.
+
+    Raises:
+        AssertionError: they differ by more than `bound` of that, or changed nothing.
+    """
+    require_close_parameters(mine.parameters, theirs, what, bound)
+
+
+def require_close_parameters(mine: Mapping[str, Tensor], theirs: Run, what: str, bound: float = APART) -> None:
+    """As `require_close`, for parameters that another process has trained."""
+    assert theirs.change() > 0, "the training changed no weight, so that there is nothing to compare"
+    apart = distance(mine, theirs.parameters) / theirs.change()
+    assert apart <= bound, (
+        f"{what}: the trained weights differ by {apart:.2g} of what the training has changed; rounding explains {bound:g}"
+    )
+
+
+def require_same_bits(mine: Mapping[str, Any], theirs: Mapping[str, Any], what: str) -> None:
+    """Hold two mappings against one another, tensors to the last bit.
+
+    Raises:
+        AssertionError: naming what differs.
+    """
+    assert set(mine) == set(theirs), f"{what}: there are {sorted(mine)} and {sorted(theirs)}"
+    different = [name for name in mine if not same(mine[name], theirs[name])]
+    assert not different, f"{what}: {len(different)} of {len(mine)} differ, first {different[0]!r}"
+
+
+def same(mine: Any, theirs: Any) -> bool:
+    """Whether two values are equal, types of containers and bits of tensors included; NaN equals NaN."""
+    if type(mine) is not type(theirs):
+        return False
+    if isinstance(mine, Tensor):
+        return mine.shape == theirs.shape and mine.dtype == theirs.dtype and torch.equal(_bits(mine), _bits(theirs))
+    if isinstance(mine, Mapping):
+        return list(mine) == list(theirs) and all(same(mine[key], theirs[key]) for key in mine)
+    if isinstance(mine, list | tuple):
+        return len(mine) == len(theirs) and all(map(same, mine, theirs))
+    return bool(mine == theirs or (mine != mine and theirs != theirs))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)
