@@ -35,7 +35,7 @@ def new_plugin(
     ask = len(answers) < len(given) and sys.stdin.isatty()
     if kind is None and not ask:
         raise ConfigurationError(
-            f"--kind is not given, and nobody can be asked: name one of {', '.join(get_args(Kind))}"
+            f"--kind is not given; name one of {', '.join(get_args(Kind))}"
         )
     _copier().run_copy(str(TEMPLATE), folder, data=answers, defaults=not ask, quiet=True)
     print(f"wrote {folder}. Next: cd {folder} && python -m pip install -e '.[dev]' && python -m pytest")
