@@ -34,9 +34,7 @@ def new_plugin(
     answers = {key: value for key, value in given.items() if value is not None}
     ask = len(answers) < len(given) and sys.stdin.isatty()
     if kind is None and not ask:
-        raise ConfigurationError(
-            f"--kind is not given; name one of {', '.join(get_args(Kind))}"
-        )
+        raise ConfigurationError(f"--kind is not given; name one of {', '.join(get_args(Kind))}")
     _copier().run_copy(str(TEMPLATE), folder, data=answers, defaults=not ask, quiet=True)
     print(f"wrote {folder}. Next: cd {folder} && python -m pip install -e '.[dev]' && python -m pytest")
 

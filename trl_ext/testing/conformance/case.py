@@ -54,7 +54,10 @@ CASES: dict[str, Case] = {}
 
 
 def case(
-    *, trainers: tuple[str, ...] = TRAINERS, applies: Callable[[Subject], bool] = lambda subject: True, setting: bool = False
+    *,
+    trainers: tuple[str, ...] = TRAINERS,
+    applies: Callable[[Subject], bool] = lambda subject: True,
+    setting: bool = False,
 ) -> Callable[[Check], Check]:
     """Make a function a case of its name; the arguments are the fields of `Case`."""
 

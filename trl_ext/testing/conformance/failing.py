@@ -33,9 +33,7 @@ class Poisoned:
 
 def failures(subject: Subject) -> dict[str, Failure]:
     """What of the plugin can fail in a run of its trainer, by name."""
-    found: dict[str, Failure] = {
-        hook: partial(_in_hook, hook) for hook in subject.hooks if hook not in _ELSEWHERE
-    }
+    found: dict[str, Failure] = {hook: partial(_in_hook, hook) for hook in subject.hooks if hook not in _ELSEWHERE}
     if hasattr(subject.plugin, "state_dict"):
         found["state_dict"] = _in_state_dict
     return found

@@ -46,7 +46,9 @@ def rank_without_labels(subject: Subject, folder: Path) -> None:
     settings = {"train": _some_without_labels(), "train_sampling_strategy": "sequential", "max_length": 16}
     both = on_ranks(_train, subject, folder / "two", settings, patience=PATIENCE)
     require_same_bits(both[1], both[0], "the weights of rank 1, against those of rank 0")
-    require_close_parameters(both[0], subject.run(folder / "one", **settings), "two ranks, and one with the whole batch")
+    require_close_parameters(
+        both[0], subject.run(folder / "one", **settings), "two ranks, and one with the whole batch"
+    )
 
 
 @case()
@@ -115,6 +117,7 @@ def _fail(subject: Subject, folder: Path, name: str) -> tuple[list[str], str, in
 def _some_without_labels() -> Dataset:
     """Rows of which every fourth pair has a prompt so long that nothing of the completion is left."""
     long = "x" * 40
-    rows = [{"prompt": long if i % 4 >= 2 else f"{i % 7}+{i % 5}=", "completion": f"{i % 7 + i % 5}"} for i in range(24)]
+    rows = [
+        {"prompt": long if i % 4 >= 2 else f"{i % 7}+{i % 5}=", "completion": f"{i % 7 + i % 5}"} for i in range(24)
+    ]
     return Dataset.from_list(rows)
-
