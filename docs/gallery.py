@@ -19,12 +19,12 @@ KINDS = {
     "per_token_loss": "objective",
     "policy_loss": "policy loss",
     "deployed_weights": "averaging",
-    "sample_weights": "data",
-    "prompt_order": "data",
-    "advantages": "advantages",
-    "wrap_optimizer": "optimizer",
     "gradients_ready": "gradient",
+    "sample_weights": "sample weights",
+    "advantages": "advantages",
+    "prompt_order": "prompts",
     "auxiliary_losses": "auxiliary loss",
+    "wrap_optimizer": "optimizer",
 }
 """The hook that says best what a plugin is, the first one that it has; one without any of them is a diagnostic."""
 INTRODUCTION = """\
