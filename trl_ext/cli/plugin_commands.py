@@ -80,9 +80,17 @@ def info(
 
 @plugins_app.command()
 def check(
-    name: Annotated[str | None, typer.Argument(help="The plugin's name; all of them if left out.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="The plugin's name, with --run also its options; all if left out.")
+    ] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Run the conformance kit on it: tiny trainings on the CPU, a minute or two.")
+    ] = False,
 ) -> None:
-    """Import and validate plugins; exit with 1 if any is BROKEN."""
+    """Import and validate plugins; exit with 1 if any is BROKEN, or fails a case."""
+    if run:
+        _run_cases(name)
+        return
     from trl_ext.cli.listing import list_plugins
     from trl_ext.errors import ConfigurationError
     from trl_ext.plugins.activation import check_plugin
@@ -97,6 +105,21 @@ def check(
         else:
             print(f"ok      {plugin}")
     if failures:
+        raise typer.Exit(1)
+
+
+def _run_cases(name: str | None) -> None:
+    from trl_ext.cli.conformance import run_cases
+    from trl_ext.errors import ConfigurationError
+
+    if name is None:
+        raise ConfigurationError("--run takes the name of one plugin: trl-ext plugins check --run NAME")
+    rows = []
+    for trainer, case, outcome in run_cases(name):
+        print(f"{trainer}: {case} {outcome.verdict}", file=sys.stderr, flush=True)
+        rows.append((trainer, case, outcome.verdict, outcome.remark.partition("\n")[0]))
+    _print_table(("trainer", "case", "verdict", "remark"), rows)
+    if any(verdict == "FAILED" for _, _, verdict, _ in rows):
         raise typer.Exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Settings that a plugin may declare not to support, in its class attribute `unsupported`: runs with them are refused."""
+"""Settings that a plugin may declare not to support (its class attribute `unsupported`): such runs are refused."""
 
 from __future__ import annotations
 

@@ -108,6 +108,7 @@ class _Call:
         """Be this rank; its process ends with it."""
         self._redirect(rank)
         os.environ.update(_ALONE, RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{self.ranks}")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # accelerate asks for them, and uses neither
         try:
             result, code = self._call(rank), 0
         except Exception as error:
@@ -214,7 +215,8 @@ def _import(modules: Mapping[str, str]) -> None:
             if found is not None and found.origin == path:
                 continue
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None, path
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no Python module")
         for place in [i for i, letter in enumerate(name) if letter == "."]:  # pickle imports what it lies in first
             sys.modules.setdefault(name[:place], ModuleType(name[:place]))
         sys.modules[name] = module = importlib.util.module_from_spec(spec)

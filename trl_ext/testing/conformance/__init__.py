@@ -9,8 +9,8 @@ In a test file, one line makes a test of many cases, each a few seconds long:
 `trl-ext plugins check --run NAME` does the same with an installed plugin.
 """
 
-from trl_ext.testing.conformance.case import CASES, Case, Outcome, Skipped, cases_of, outcome_of
-from trl_ext.testing.conformance.kit import conformance
+from trl_ext.testing.conformance.case import Case, Outcome, Skipped, outcome_of
+from trl_ext.testing.conformance.kit import CASES, cases_of, conformance
 from trl_ext.testing.conformance.subject import Subject
 
 __all__ = ["CASES", "Case", "Outcome", "Skipped", "Subject", "cases_of", "conformance", "outcome_of"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trl_ext.errors import ConfigurationError, PluginError, did_you_mean
+from trl_ext.errors import ConfigurationError, PluginError
 from trl_ext.records import TRAINERS
 from trl_ext.testing.conformance.subject import Subject
 
@@ -49,39 +49,14 @@ class Outcome:
     error: BaseException | None = None
 
 
-CASES: dict[str, Case] = {}
-"""All cases by name, in the order in which they run."""
-
-
 def case(
     *,
     trainers: tuple[str, ...] = TRAINERS,
     applies: Callable[[Subject], bool] = lambda subject: True,
     setting: bool = False,
-) -> Callable[[Check], Check]:
-    """Make a function a case of its name; the arguments are the fields of `Case`."""
-
-    def register(check: Check) -> Check:
-        name = check.__name__
-        CASES[name] = Case(name, check, trainers, applies, setting)
-        return check
-
-    return register
-
-
-def cases_of(subject: Subject) -> list[Case]:
-    """The cases that mean something for a plugin.
-
-    Raises:
-        ConfigurationError: the plugin declares something unsupported that no case is about.
-    """
-    for name in subject.unsupported:
-        if name not in CASES:
-            raise ConfigurationError(
-                f"plugin {type(subject.plugin).__name__} declares unsupported = {{{name!r}: ...}}, and there is no such "
-                f"case. {did_you_mean(name, CASES)}Cases: {', '.join(CASES)}"
-            )
-    return [found for found in CASES.values() if subject.trainer in found.trainers and found.applies(subject)]
+) -> Callable[[Check], Case]:
+    """Make a function the case of its name; the arguments are the fields of `Case`."""
+    return lambda check: Case(check.__name__, check, trainers, applies, setting)
 
 
 def outcome_of(found: Case, subject: Subject, folder: Path) -> Outcome:

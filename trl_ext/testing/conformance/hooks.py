@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 
 from trl_ext.engine.unmodified import tensors_of_records
 from trl_ext.testing.conformance.case import case
-from trl_ext.testing.conformance.subject import Run, Subject, finished, same
+from trl_ext.testing.conformance.subject import Run, Subject, require_same_bits, same, state_of
+from trl_ext.testing.runs import parameters, without_timing
 
 Call = Callable[..., Any]
-_AT_CONSTRUCTION = {"check", "streams"}
 
 
 @case()
@@ -24,31 +24,20 @@ def hooks_fire(subject: Subject, folder: Path) -> None:
 
     A hook that no run reaches is dead code, or waits for a trainer or a setting that its documents should name.
     """
-    calls: Counter[str] = Counter()
-
-    def counted(hook: str, call: Call) -> Call:
-        @functools.wraps(call)
-        def count(**arguments: Any) -> Any:
-            calls[hook] += 1
-            return call(**arguments)
-
-        return count
-
-    _observed(subject, folder, counted)
-    silent = [hook for hook in subject.hooks if hook not in _AT_CONSTRUCTION and not calls[hook]]
+    calls, _ = _observed(subject, folder)
+    silent = [hook for hook in subject.hooks if hook != "check" and not calls[hook]]
     assert not silent, f"never called in a {subject.trainer} run with training, evaluation and a final save: {silent}"
 
 
 @case()
 def changes_something(subject: Subject, folder: Path) -> str:
-    """A run with the plugin differs from one without it: in weights, logs, evaluation or what is saved.
+    """A run with the plugin differs from one without it: in weights, logs, or evaluation.
 
     A plugin that fires and changes nothing is most often one that writes to a copy. The rewards of the GRPO run tell
     completions of a group apart also for an untrained model, since equal ones would hide every change.
     """
-    plain = subject.run(folder / "plain", plain=True, trainer=subject.held_out())
+    mine, plain = subject.usual(folder), subject.without(folder)
     assert plain.change() > 0, "the run without the plugin trains nothing: its rewards are the same within each group"
-    mine = subject.run(folder / "run", trainer=subject.held_out())
     found = {"weights": not same(mine.parameters, plain.parameters), "logs": _numbers(mine) != _numbers(plain)}
     found["evaluation"] = _evaluated(mine) != _evaluated(plain)
     changed = [name for name, differs in found.items() if differs]
@@ -63,55 +52,51 @@ def records_unmodified(subject: Subject, folder: Path) -> None:
     The core, the log and other plugins read the same tensors. Copies are compared bit by bit, so that edits which
     PyTorch does not count, as of `tensor.data`, are found too.
     """
-
-    def compared(hook: str, call: Call) -> Call:
-        @functools.wraps(call)
-        def compare(**arguments: Any) -> Any:
-            before = [(path, tensor, tensor.detach().clone()) for path, tensor in tensors_of_records(arguments)]
-            result = call(**arguments)
-            edited = [path for path, tensor, kept in before if not same(tensor.detach(), kept)]
-            assert not edited, f"hook '{hook}' edited {edited[0]} in place; edit a clone of it"
-            return result
-
-        return compare
-
-    _observed(subject, folder, compared)
+    _, edited = _observed(subject, folder)
+    assert not edited, f"edited in place: {', '.join(sorted(edited))}; edit a clone"
 
 
 @case()
 def evaluation_changes_nothing(subject: Subject, folder: Path) -> None:
-    """Evaluation leaves weights, gradients, the plugin's state and the random state as they are.
+    """Evaluation leaves weights, the plugin's state and the random state as they are.
 
-    What is logged must not depend on how often it is evaluated. The random state is that of a run without the plugin
-    after the same evaluation, since a data loader draws a seed of its own.
+    What is trained must not depend on how often it is evaluated. The random state is compared with that of a run
+    without the plugin after the same evaluation, since a data loader draws a seed of its own.
     """
     states = []
-    for plain in (False, True):
-        run = subject.run(folder / f"run{plain}", plain=plain, trainer=subject.held_out())
-        kept = run.state()
+    for run in (subject.usual(folder), subject.without(folder)):
+        weights, state = parameters(run.trainer), state_of(run.plugin)
         torch.manual_seed(5)
         run.trainer.evaluate()
         states.append(torch.get_rng_state())
-        after = finished_state(run)
-        assert same(after[0], run.parameters), "the weights are other ones after an evaluation"
-        assert same(after[1], kept), "the plugin's state_dict() is another one after an evaluation"
+        require_same_bits(parameters(run.trainer), weights, "the weights after an evaluation, and before")
+        require_same_bits(state_of(run.plugin), state, "the plugin's state_dict() after an evaluation, and before")
     assert torch.equal(*states), "an evaluation with the plugin draws other random numbers than one without it"
 
 
-def finished_state(run: Run) -> tuple[Any, Any]:
-    """The weights and the plugin's state of now."""
-    from trl_ext.testing.runs import parameters
+def _observed(subject: Subject, folder: Path) -> tuple[Counter[str], set[str]]:
+    """How often each hook was called in a training with evaluation and save, and which tensors hooks have edited."""
 
-    return parameters(run.trainer), run.state()
+    def observe() -> tuple[Counter[str], set[str]]:
+        calls: Counter[str] = Counter()
+        edited: set[str] = set()
+        trainer = subject.build(folder / "observed", trainer=subject.held_out())
+        calls["streams"] = len(trainer.ext_streams)  # asked for at construction; of no use where there is no data
+        trainer.ext_plugins.wrap(lambda hook, call: partial(_watched, calls, edited, hook, call))
+        trainer.train()
+        trainer.evaluate()
+        trainer.save_model()
+        return calls, edited
+
+    return subject.once("observed", observe)
 
 
-def _observed(subject: Subject, folder: Path, around: Callable[[str, Call], Call]) -> None:
-    """Train, evaluate and save, with something around each call of a hook."""
-    trainer = subject.build(folder / "run", trainer=subject.held_out())
-    trainer.ext_plugins.wrap(around)
-    finished(trainer)
-    trainer.evaluate()
-    trainer.save_model()
+def _watched(calls: Counter[str], edited: set[str], hook: str, call: Call, **arguments: Any) -> Any:
+    before = [(path, tensor, tensor.detach().clone()) for path, tensor in tensors_of_records(arguments)]
+    calls[hook] += 1
+    result = call(**arguments)
+    edited.update(f"{path} by {hook}" for path, tensor, kept in before if not same(tensor.detach(), kept))
+    return result
 
 
 def _numbers(run: Run) -> list[dict[str, Any]]:
@@ -123,6 +108,4 @@ def _numbers(run: Run) -> list[dict[str, Any]]:
 
 
 def _evaluated(run: Run) -> dict[str, Any]:
-    from trl_ext.testing.runs import without_timing
-
     return without_timing(run.trainer.evaluate(), ("eval_nll",))

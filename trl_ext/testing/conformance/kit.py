@@ -6,21 +6,41 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trl_ext.errors import ConfigurationError, did_you_mean
 from trl_ext.records import TrainerKind
-
-# Each of these registers its cases, in the order in which they run.
-from trl_ext.testing.conformance import (  # noqa: F401
+from trl_ext.testing.conformance import (
+    against_formula,
     configuring,
     cost,
     equivalence,
-    formula,
     hooks,
     resuming,
     settings,
     several_ranks,
 )
-from trl_ext.testing.conformance.case import Case, cases_of, outcome_of
+from trl_ext.testing.conformance.case import Case, outcome_of
 from trl_ext.testing.conformance.subject import Subject
+
+GROUPS = (configuring, hooks, against_formula, equivalence, resuming, settings, several_ranks, cost)
+CASES: dict[str, Case] = {
+    found.name: found for group in GROUPS for found in vars(group).values() if isinstance(found, Case)
+}
+"""All cases by name, in the order in which they run."""
+
+
+def cases_of(subject: Subject) -> list[Case]:
+    """The cases that mean something for a plugin.
+
+    Raises:
+        ConfigurationError: the plugin declares something unsupported that no case is about.
+    """
+    for name in subject.unsupported:
+        if name not in CASES:
+            raise ConfigurationError(
+                f"plugin {type(subject.plugin).__name__} declares unsupported = {{{name!r}: ...}}, and there is no "
+                f"case of this name. {did_you_mean(name, CASES)}Cases: {', '.join(CASES)}"
+            )
+    return [found for found in CASES.values() if subject.trainer in found.trainers and found.applies(subject)]
 
 
 def conformance(

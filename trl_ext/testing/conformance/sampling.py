@@ -26,9 +26,9 @@ def sample_by_row(trainer: Any) -> None:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[:, -1]
             cumulated = (logits.double() / generation_config.temperature).softmax(-1).cumsum(-1)
-            chosen = torch.stack([c.searchsorted(d.random()) for c, d in zip(cumulated, draws, strict=True)])
-            chosen = chosen.clamp(max=logits.shape[-1] - 1).to(ids)
-            ids = torch.cat([ids, chosen.unsqueeze(1)], dim=1)
+            points = torch.tensor([[draw.random()] for draw in draws], dtype=cumulated.dtype)
+            chosen = torch.searchsorted(cumulated, points).clamp(max=logits.shape[-1] - 1)
+            ids = torch.cat([ids, chosen], dim=1)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         return ids
 

@@ -37,7 +37,7 @@ def bf16_autocast(subject: Subject, folder: Path) -> None:
     This is TRL's default. Log-probabilities arrive in fp32 all the same; what the plugin computes by itself has to
     take care of that.
     """
-    _require_close_loss(subject.run(folder / "bf16", bf16=True), subject.run(folder / "fp32"))
+    _require_close_loss(subject.run(folder / "bf16", bf16=True), subject.usual(folder))
 
 
 @case(setting=True)
@@ -46,7 +46,7 @@ def bf16_weights(subject: Subject, folder: Path) -> None:
 
     Small updates vanish in bf16: sums and averages that a plugin keeps over steps belong in fp32.
     """
-    _require_close_loss(subject.run(folder / "bf16", model=tiny_model().bfloat16()), subject.run(folder / "fp32"))
+    _require_close_loss(subject.run(folder / "bf16", model=tiny_model().bfloat16()), subject.usual(folder))
 
 
 @case(setting=True)
@@ -56,7 +56,7 @@ def activation_checkpointing(subject: Subject, folder: Path) -> None:
     The forward runs once more in the backward pass then, so that hooks on modules fire twice.
     """
     checkpointed = subject.run(folder / "checkpointed", activation_checkpointing=True)
-    require_close(checkpointed, subject.run(folder / "plain"), "with and without activation_checkpointing")
+    require_close(checkpointed, subject.usual(folder), "with and without activation_checkpointing")
 
 
 @case(trainers=("sft",), setting=True)
@@ -65,8 +65,8 @@ def padding_free(subject: Subject, folder: Path) -> None:
 
     Rows are no samples then: which token belongs to which sample is in `tokens.sample_index`.
     """
-    flat = subject.run(folder / "flat", padding_free=True)
-    require_close(flat, subject.run(folder / "padded", padding_free=False), "with and without padding_free")
+    flat = subject.run(folder / "flat", padding_free=True, max_length=None)
+    require_close(flat, subject.usual(folder), "with and without padding_free")
 
 
 @case(trainers=("sft",), setting=True)

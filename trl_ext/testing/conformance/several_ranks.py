@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
 from datasets import Dataset
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from trl_ext.testing.conformance.case import case
 from trl_ext.testing.conformance.failing import failures
-from trl_ext.testing.conformance.subject import Subject, require_close_parameters, require_same_bits
+from trl_ext.testing.conformance.subject import Run, Subject, require_close, require_same_bits
 from trl_ext.testing.models import save_model
 from trl_ext.testing.ranks import on_ranks
 from trl_ext.testing.runs import tiny_model, tokenizer
@@ -21,7 +23,6 @@ from trl_ext.testing.runs import tiny_model, tokenizer
 RANKS = 2
 PATIENCE = 20.0
 """Seconds that a rank waits for the other one in a collective."""
-Parameters = dict[str, Tensor]
 
 
 @case(setting=True)
@@ -31,9 +32,9 @@ def two_ranks(subject: Subject, folder: Path) -> None:
     What a hook computes from its rank's rows alone makes the ranks differ, or the step depend on their number: reduce
     it over the ranks, or give numerators and leave the denominators to the core.
     """
-    both = on_ranks(_train, subject, folder / "two", patience=PATIENCE)
-    require_same_bits(both[1], both[0], "the weights of rank 1, against those of rank 0")
-    require_close_parameters(both[0], subject.run(folder / "one"), "two ranks, and one with the whole batch")
+    both = _copies(subject, folder)
+    require_same_bits(both[1].parameters, both[0].parameters, "the weights of rank 1, against those of rank 0")
+    require_close(both[0], subject.usual(folder), "two ranks, and one with the whole batch")
 
 
 @case(trainers=("sft",), setting=True)
@@ -44,11 +45,9 @@ def rank_without_labels(subject: Subject, folder: Path) -> None:
     the others' collectives: give a numerator of zero that has a gradient, as `0 * log_probs.sum()`.
     """
     settings = {"train": _some_without_labels(), "train_sampling_strategy": "sequential", "max_length": 16}
-    both = on_ranks(_train, subject, folder / "two", settings, patience=PATIENCE)
-    require_same_bits(both[1], both[0], "the weights of rank 1, against those of rank 0")
-    require_close_parameters(
-        both[0], subject.run(folder / "one", **settings), "two ranks, and one with the whole batch"
-    )
+    both = on_ranks(_run, subject, folder / "two", settings, patience=PATIENCE)
+    require_same_bits(both[1].parameters, both[0].parameters, "the weights of rank 1, against those of rank 0")
+    require_close(both[0], subject.run(folder / "one", **settings), "two ranks, and one with the whole batch")
 
 
 @case()
@@ -81,27 +80,25 @@ def fsdp2(subject: Subject, folder: Path) -> None:
     Parameters are DTensors then. A norm or a product over a rank's shard is not that over the parameter: use the
     gradient view, which reduces, or `weights.local()`.
     """
-    shared = folder / "model"
-    save_model(tiny_model(), tokenizer(), shared)
-    copies = on_ranks(_run_change, subject, folder / "ddp", patience=PATIENCE)
-    shards = on_ranks(_train, subject, folder / "fsdp2", {"model": str(shared)}, patience=PATIENCE)
-    require_close_parameters(shards[0], copies[0], "in shards, and in two copies")
+    save_model(tiny_model(), tokenizer(), folder / "model")
+    settings = {"model": str(folder / "model")}
+    shards = on_ranks(_run, subject, folder / "fsdp2", settings, patience=PATIENCE)
+    require_close(shards[0], _copies(subject, folder)[0], "in shards, and in two copies")
 
 
-def _train(subject: Subject, folder: Path, settings: dict[str, Any] | None = None) -> Parameters:
-    """Train on this rank; a model that is named by its folder is loaded in shards."""
-    settings = dict(settings or {})
+def _copies(subject: Subject, folder: Path) -> list[Run]:
+    """The usual run on two ranks (DDP)."""
+    return subject.once("ddp", lambda: on_ranks(_run, subject, folder / "ddp", patience=PATIENCE))
+
+
+def _run(subject: Subject, folder: Path, settings: Mapping[str, Any] = MappingProxyType({})) -> Run:
+    """The run on this rank, without what cannot be sent. A model that is named by its folder is loaded in shards."""
+    settings = dict(settings)
     if "model" in settings:
         config = DistributedConfig(fsdp_size=dist.get_world_size())
         settings["model"] = AutoModelForCausalLM.from_pretrained(settings["model"], distributed_config=config)
-    return subject.run(folder / "run", per_device_train_batch_size=subject.rows // RANKS, **settings).parameters
-
-
-def _run_change(subject: Subject, folder: Path) -> Any:
-    """The run on this rank, without what cannot be sent."""
-    run = subject.run(folder / "run", per_device_train_batch_size=subject.rows // RANKS)
-    run.trainer = run.plugin = None
-    return run
+    run = subject.run(folder / "run", per_device_train_batch_size=subject.rows // RANKS, **settings)
+    return replace(run, trainer=None, plugin=None, state={})
 
 
 def _fail(subject: Subject, folder: Path, name: str) -> tuple[list[str], str, int]:
@@ -117,7 +114,6 @@ def _fail(subject: Subject, folder: Path, name: str) -> tuple[list[str], str, in
 def _some_without_labels() -> Dataset:
     """Rows of which every fourth pair has a prompt so long that nothing of the completion is left."""
     long = "x" * 40
-    rows = [
-        {"prompt": long if i % 4 >= 2 else f"{i % 7}+{i % 5}=", "completion": f"{i % 7 + i % 5}"} for i in range(24)
-    ]
-    return Dataset.from_list(rows)
+    sums = [(i % 7, i % 5) for i in range(24)]
+    prompts = [long if i % 4 >= 2 else f"{a}+{b}=" for i, (a, b) in enumerate(sums)]
+    return Dataset.from_dict({"prompt": prompts, "completion": [f"{a + b}" for a, b in sums]})

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,9 @@ from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.implementations import marked_hooks
 from trl_ext.records import TrainerKind
 from trl_ext.testing.conformance.sampling import sample_by_row
-from trl_ext.testing.runs import MAKE, additions, logged, parameters, tiny_model
+from trl_ext.testing.runs import MAKE, additions, logged, parameters
+
+T = TypeVar("T")
 
 ROWS = {"sft": 4, "grpo": 8}
 """Rows of an optimiser step, over all micro-batches and ranks."""
@@ -42,10 +44,8 @@ class Run:
     start: dict[str, Tensor]
     parameters: dict[str, Tensor]
     logs: list[dict[str, Any]]
-
-    def state(self) -> dict[str, Any]:
-        """A copy of what the plugin keeps in checkpoints."""
-        return copy.deepcopy(self.plugin.state_dict()) if hasattr(self.plugin, "state_dict") else {}
+    state: dict[str, Any]
+    """What the plugin would keep in a checkpoint at the end."""
 
     def change(self) -> float:
         """Norm of what the training has changed."""
@@ -66,6 +66,10 @@ class Subject:
     formula: Callable[..., Any] | None = None
     dataset: Any = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    _known: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_known": {}}  # finished runs stay where they are
 
     @cached_property
     def hooks(self) -> tuple[str, ...]:
@@ -82,7 +86,7 @@ class Subject:
         """The training data: the author's, or sums of two numbers."""
         if self.dataset is not None:
             return self.dataset
-        return additions(64) if self.trainer == "sft" else additions(32, "prompt_only")
+        return additions(24) if self.trainer == "sft" else additions(16, "prompt_only")
 
     def held_out(self) -> dict[str, Any]:
         """Arguments of a trainer that evaluates too."""
@@ -119,6 +123,21 @@ class Subject:
         trainer = self.build(folder, plugin, **settings)
         return finished(trainer, resume)
 
+    def once(self, what: str, find: Callable[[], T]) -> T:
+        """What `find` gives, found once for all cases of this plugin."""
+        if what not in self._known:
+            self._known[what] = find()
+        found: T = self._known[what]
+        return found
+
+    def usual(self, folder: Path) -> Run:
+        """The run with no setting of its own, which many cases compare with; made once, in the first one's folder."""
+        return self.once("usual", lambda: self.run(folder / "usual", trainer=self.held_out()))
+
+    def without(self, folder: Path) -> Run:
+        """The same without the plugin."""
+        return self.once("without", lambda: self.run(folder / "without", plain=True, trainer=self.held_out()))
+
     def _streams(self) -> dict[str, Any]:
         """The author's data for the plugin's streams, or else sums for each role that it asks for."""
         if self.streams is not None:
@@ -132,7 +151,12 @@ def finished(trainer: Any, resume: Path | None = None) -> Run:
     start = parameters(trainer)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     plugin = next((active.instance for active in trainer.ext_plugins), None)
-    return Run(trainer, plugin, start, parameters(trainer), logged(trainer))
+    return Run(trainer, plugin, start, parameters(trainer), logged(trainer), state_of(plugin))
+
+
+def state_of(plugin: Any) -> dict[str, Any]:
+    """A copy of what a plugin would keep in a checkpoint now."""
+    return copy.deepcopy(plugin.state_dict()) if hasattr(plugin, "state_dict") else {}
 
 
 def distance(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
@@ -146,15 +170,11 @@ def require_close(mine: Run, theirs: Run, what: str, bound: float = APART) -> No
     Raises:
         AssertionError: they differ by more than `bound` of that, or changed nothing.
     """
-    require_close_parameters(mine.parameters, theirs, what, bound)
-
-
-def require_close_parameters(mine: Mapping[str, Tensor], theirs: Run, what: str, bound: float = APART) -> None:
-    """As `require_close`, for parameters that another process has trained."""
     assert theirs.change() > 0, "the training changed no weight, so that there is nothing to compare"
-    apart = distance(mine, theirs.parameters) / theirs.change()
+    apart = distance(mine.parameters, theirs.parameters) / theirs.change()
     assert apart <= bound, (
-        f"{what}: the trained weights differ by {apart:.2g} of what the training has changed; rounding explains {bound:g}"
+        f"{what}: the trained weights differ by {apart:.2g} of what the training has changed, where rounding explains "
+        f"{bound:g}"
     )
 
 

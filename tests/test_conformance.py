@@ -1,0 +1,95 @@
+"""The conformance kit: sound plugins pass every case, and each case finds a plugin that is broken in its way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from broken_plugins import BROKEN, EveryStep
+from sound_plugins import Average, Away, Focal, SofterNegatives, focal_loss
+from torch import nn
+
+from trl_ext.errors import ConfigurationError
+from trl_ext.testing.conformance import CASES, Subject, cases_of, conformance, outcome_of
+
+FAST = {"options_in_config", "changes_something", "records_unmodified", "state_survives_json", "packing"}
+"""Cases whose broken plugin is tried in the fast tests too."""
+
+test_focal = pytest.mark.slow(conformance(Focal(), trainer="sft", formula=focal_loss))
+test_average = pytest.mark.slow(conformance(Average(), trainer="sft"))
+test_away = pytest.mark.slow(conformance(Away(), trainer="sft"))
+test_softer_negatives = pytest.mark.slow(conformance(SofterNegatives(), trainer="grpo"))
+
+
+def test_each_case_has_a_plugin_that_breaks_it() -> None:
+    assert set(BROKEN) == set(CASES) - {"cost"}  # which measures
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FAST else pytest.mark.slow) for n in BROKEN])
+def test_a_case_finds_the_plugin_that_is_broken_in_its_way(name: str, tmp_path: Path) -> None:
+    subject, said = BROKEN[name]
+    assert CASES[name] in cases_of(subject)
+    outcome = outcome_of(CASES[name], subject, tmp_path)
+    assert outcome.verdict == "FAILED", outcome
+    assert said in outcome.remark
+
+
+def test_the_ratio_of_costs_counts_an_extra_forward(tmp_path: Path) -> None:
+    """A training step is a forward and a backward of twice its operations, so that one more forward makes 4/3."""
+    outcome = outcome_of(CASES["cost"], Subject(EveryStep(), "sft"), tmp_path)
+    assert outcome.verdict == "passed"
+    assert 1.2 < float(outcome.remark.partition("x")[0]) < 1.5
+
+
+# -- what a plugin declares not to support -----------------------------------------------------------------------------
+
+
+class NoPacking(Focal):
+    unsupported = {"packing": "Rows are taken for samples."}
+
+
+class NoSuchCase(Focal):
+    unsupported = {"pakcing": "Rows are taken for samples."}
+
+
+class SaysNothing(Focal):
+    unsupported = {"changes_something": "It is the baseline."}
+
+
+def test_a_declared_setting_is_refused_and_reported(tmp_path: Path) -> None:
+    subject = Subject(NoPacking(), "sft")
+    outcome = outcome_of(CASES["packing"], subject, tmp_path)
+    assert (outcome.verdict, outcome.remark) == ("unsupported", "Rows are taken for samples.")
+    with pytest.raises(ConfigurationError, match=r"NoPacking.* does not support packing: Rows .*; set packing=False"):
+        subject.build(tmp_path / "run", packing=True)
+
+
+def test_a_declared_limit_that_no_run_is_held_to_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl_ext.startup import unsupported
+
+    monkeypatch.delitem(unsupported.SETTINGS, "packing")
+    outcome = outcome_of(CASES["packing"], Subject(NoPacking(), "sft"), tmp_path)
+    assert outcome.verdict == "FAILED"
+    assert "no run was refused" in outcome.remark
+
+
+def test_a_property_that_is_not_claimed_is_not_run(tmp_path: Path) -> None:
+    outcome = outcome_of(CASES["changes_something"], Subject(SaysNothing(), "sft"), tmp_path)
+    assert (outcome.verdict, outcome.remark) == ("unsupported", "It is the baseline.")
+
+
+def test_an_unknown_case_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"unsupported = \{'pakcing': \.\.\.\}.* Did you mean 'packing'"):
+        conformance(NoSuchCase(), trainer="sft")
+
+
+def test_bf16_weights_are_refused_once_the_model_is_there(tmp_path: Path) -> None:
+    from trl_ext.records import RunDescription
+    from trl_ext.startup.unsupported import SETTINGS
+
+    def run(model: nn.Module | str) -> RunDescription:
+        return RunDescription("sft", None, model, (), (), (), False, 1, "none")
+
+    has, _ = SETTINGS["bf16_weights"]
+    assert [has(run(m)) for m in ("id", nn.Linear(2, 2), nn.Linear(2, 2).to(torch.bfloat16))] == [False, False, True]

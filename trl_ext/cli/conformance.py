@@ -1,0 +1,52 @@
+"""`trl-ext plugins check --run`: the conformance kit on an installed plugin, without a test file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from trl_ext.errors import ConfigurationError
+from trl_ext.hookspecs import HOOKS
+from trl_ext.plugins.activation import from_spec
+from trl_ext.plugins.implementations import marked_hooks
+from trl_ext.plugins.plugin_set import ActivePlugin
+from trl_ext.records import TrainerKind
+from trl_ext.specs import parse_specs
+from trl_ext.testing.conformance import Outcome, Subject, cases_of, outcome_of
+
+
+def run_cases(text: str) -> Iterator[tuple[TrainerKind, str, Outcome]]:
+    """Run all cases of a plugin, in each trainer that it acts in; gives trainer, case and outcome one by one.
+
+    Args:
+        text: the plugin, with options as in a config: `power:alpha=10`.
+
+    Raises:
+        ConfigurationError: it is not one plugin, or cannot be activated.
+    """
+    specs = parse_specs(text)
+    if len(specs) != 1:
+        raise ConfigurationError(f"{text!r} names {len(specs)} plugins; give one")
+    active = from_spec(specs[0])
+    logging.disable(logging.WARNING)  # what trainers warn of in a tiny run says nothing of the plugin
+    for trainer in _trainers(active):
+        subject = Subject(active.instance, trainer)
+        with TemporaryDirectory(prefix="conformance-") as folder:
+            for case in cases_of(subject):
+                yield trainer, case.name, outcome_of(case, subject, Path(folder, case.name))
+
+
+def _trainers(active: ActivePlugin) -> list[TrainerKind]:
+    """The trainers that a plugin is for and acts in by itself.
+
+    GRPO calls an objective of supervised data for streams alone, which a plugin without any leaves to another one.
+    """
+    hooks = [name for name in marked_hooks(active.instance) if not HOOKS[name].bystander]
+    alone = {"grpo": {"per_token_loss"} if "streams" not in hooks else set()}
+    return [
+        trainer
+        for trainer in active.declared.trainers
+        if any(trainer in HOOKS[name].trainers for name in hooks if name not in alone.get(trainer, ()))
+    ]
