@@ -55,6 +55,19 @@ def test_the_template_s_apache_licence_is_the_repository_s():
     assert (TEMPLATE / "licences" / "Apache-2.0.txt").read_text() == (ROOT / "LICENSE").read_text()
 
 
+def test_copier_alone_writes_the_same_project(tmp_path):
+    ours, copiers = write(tmp_path, "gradient"), tmp_path / "copiers"
+    answers = ("name=my-method", "kind=gradient", "author=Ada Lovelace", "licence=MIT")
+    data = [word for answer in answers for word in ("--data", answer)]
+    command = [sys.executable, "-m", "copier", "copy", "--defaults", "--quiet", *data, str(TEMPLATE), str(copiers)]
+    subprocess.run(command, check=True)
+    texts = [
+        {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+        for folder in (ours, copiers)
+    ]
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("name", ["My-Method", "my_method", "2nd", "my method", "a/b", "class", "none", "-x", "x-", ""])
 def test_a_name_that_no_module_or_class_could_have_is_refused(name, tmp_path):
     with pytest.raises(ConfigurationError, match="write it as my-plugin"):
