@@ -45,7 +45,7 @@ def _methods_by_distribution(advice: dict[str, Any]) -> Iterator[tuple[str, str,
         yield f"[{distribution}]({card}.md)", f"[Measured here](../results/{card}.md): {about['measured']}.", rows
 
 
-def _method_row(name: str, plugin: type, about: dict[str, Any]) -> tuple[str, ...]:
+def _method_row(name: str, plugin: Any, about: dict[str, Any]) -> tuple[str, ...]:
     from trl_ext.plugins.declarations import read_declarations
 
     say = about["plugins"][name]
@@ -56,7 +56,7 @@ def _method_row(name: str, plugin: type, about: dict[str, Any]) -> tuple[str, ..
         say["when"],
         say["when not"],
         ", ".join(trainer.upper() for trainer in trainers),
-        say.get("cost", about["cost"]),
+        plugin.cost,
     )
 
 

@@ -337,6 +337,21 @@ def test_every_method_has_advice_and_every_card_is_short() -> None:
         assert len(card.read_text().split()) < 700, card
 
 
+def plugin_names() -> list[str]:
+    """Every plugin of the repository, from the metadata of its distributions."""
+    metadata = (tomllib.loads(path.read_text())["project"] for path in sorted(ROOT.glob("plugins/*/pyproject.toml")))
+    return [name for project in metadata for name in project.get("entry-points", {}).get("trl_ext", {})]
+
+
+@pytest.mark.parametrize("name", plugin_names())
+def test_a_plugin_says_what_it_costs(name: str) -> None:
+    """The run's header, `plugins info` and the table of methods show it."""
+    from trl_ext.plugins.discovery import load_plugin
+
+    plugin: Any = load_plugin(name)[0]
+    assert re.fullmatch(r"[a-z0-9][^\n]+[^.]", plugin.cost)
+
+
 def test_readme_names_every_plugin_and_command_of_the_repository() -> None:
     text = (ROOT / "README.md").read_text()
     rows = {match[1]: match[0] for match in re.finditer(r"^\| \[([\w-]+)\]\(plugins/\1\) \|.*$", text, re.MULTILINE)}
