@@ -89,18 +89,16 @@ def _plugins() -> list[tuple[str, ...]]:
     from trl_ext.plugins.declarations import read_declarations
     from trl_ext.plugins.implementations import marked_hooks
 
-    advice = yaml.safe_load((DOCS / "methods" / "methods.yaml").read_text())
     rows = []
     for point, distribution in _points("trl_ext"):
         plugin, name = point.load(), point.name
-        about = advice[distribution]
         row = {
             "name": name,
             "kind": next((kind for hook, kind in KINDS.items() if hook in marked_hooks(plugin)), "diagnostic"),
             "summary": _first_sentence(plugin),
             "citation": getattr(plugin, "citation", ""),
             "trainers": read_declarations(plugin, name, name, name).trainers,
-            "cost": about["plugins"][name].get("cost", about["cost"]),
+            "cost": getattr(plugin, "cost", ""),
             "unsupported": getattr(plugin, "unsupported", {}),
         }
         rows.append(_row(row, distribution))

@@ -11,12 +11,10 @@ from fresh_environment import ROOT, FreshEnvironment
 
 from trl_ext.cli.new_plugin import TEMPLATE, Kind, new_plugin
 from trl_ext.errors import ConfigurationError
-from trl_ext.testing import save_model, tiny_qwen2, tiny_tokenizer
 
 pytest.importorskip("copier", reason="the optional extra trl-ext[new-plugin]")
 KINDS = get_args(Kind)
 PUBLISH = ROOT / "docs" / "publish.md"
-MODEL = "HuggingFaceTB/SmolLM2-135M"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -123,13 +121,12 @@ def test_a_project_installs_from_its_wheel_and_passes_its_own_checks(kind, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_the_transcript_of_the_publishing_page_runs(tmp_path, environment):
-    work = tmp_path / "clone"
-    save_model(tiny_qwen2(), tiny_tokenizer(), work / MODEL)
-    (work / "examples").symlink_to(ROOT / "examples")
+def test_the_transcript_of_the_publishing_page_runs(workplace, environment):
     text = PUBLISH.read_text().partition("## The template")[0]
-    (work / "run.yaml").write_text(re.findall(r"^:caption: run.yaml\n\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[0])
+    (workplace / "run.yaml").write_text(
+        re.findall(r"^:caption: run.yaml\n\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[0]
+    )
     commands = "\n".join(re.findall(r"^```sh\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
     # pip takes the back end and all requirements from what is there.
-    environment.run("bash", "-ec", commands, cwd=work, **OFFLINE, PIP_NO_INDEX="1", PIP_NO_BUILD_ISOLATION="0")
-    assert "trl-ext-my-loss 0.1.0" in (work / "runs" / "my-loss" / "trl_ext_run.json").read_text()
+    environment.run("bash", "-ec", commands, cwd=workplace, **OFFLINE, PIP_NO_INDEX="1", PIP_NO_BUILD_ISOLATION="0")
+    assert "trl-ext-my-loss 0.1.0" in (workplace / "runs" / "my-loss" / "trl_ext_run.json").read_text()
