@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, get_args
 
 import typer
 
-from trl_ext.cli.installing import how_to_install
 from trl_ext.errors import ConfigurationError
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -51,5 +50,7 @@ def _copier() -> Any:
     try:
         import copier
     except ImportError as error:
+        from trl_ext.cli.installing import how_to_install
+
         raise ConfigurationError(f"new-plugin: {how_to_install('copier')}") from error
     return copier
