@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import get_args
 
@@ -16,11 +17,12 @@ pytest.importorskip("copier", reason="the optional extra trl-ext[new-plugin]")
 KINDS = get_args(Kind)
 PUBLISH = ROOT / "docs" / "publish.md"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+AUTHOR = 'Ada "Countess" O\'Lovelace'
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def write(folder: Path, kind: str, name: str = "my-method", licence: str = "MIT") -> Path:
-    new_plugin(name, kind=kind, output=folder / "project", author="Ada Lovelace", licence=licence)
+    new_plugin(name, kind=kind, output=folder / "project", author=AUTHOR, licence=licence)
     return folder / "project"
 
 
@@ -33,6 +35,8 @@ def test_a_project_is_written_whole_and_clean(kind, tmp_path):
         *(f"src/trl_ext_my_method/{name}" for name in ("__init__.py", "my_method.py", "py.typed")),
         "tests/test_my_method.py",
     }
+    metadata = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    assert metadata["authors"] == [{"name": AUTHOR}]
     left = [path for path in files if re.search(r"\{\{ |\{%", (project / path).read_text().replace("${{ ", ""))]
     assert not left, "what copier should have filled in"
     for check in (["check", "."], ["format", "--check", "."]):
@@ -46,7 +50,7 @@ def test_a_project_is_written_whole_and_clean(kind, tmp_path):
 def test_a_licence_is_the_one_chosen_and_names_the_author(licence, expected, tmp_path):
     text = (write(tmp_path, "objective", licence=licence) / "LICENSE").read_text()
     assert text.strip().startswith(expected)
-    assert ("Copyright (c) Ada Lovelace" in text) == (licence != "Apache-2.0")
+    assert (f"Copyright (c) {AUTHOR}" in text) == (licence != "Apache-2.0")
 
 
 def test_the_template_s_apache_licence_is_the_repository_s():
@@ -55,7 +59,7 @@ def test_the_template_s_apache_licence_is_the_repository_s():
 
 def test_copier_alone_writes_the_same_project(tmp_path):
     ours, copiers = write(tmp_path, "gradient"), tmp_path / "copiers"
-    answers = ("name=my-method", "kind=gradient", "author=Ada Lovelace", "licence=MIT")
+    answers = ("name=my-method", "kind=gradient", f"author={AUTHOR}", "licence=MIT")
     data = [word for answer in answers for word in ("--data", answer)]
     command = [sys.executable, "-m", "copier", "copy", "--defaults", "--quiet", *data, str(TEMPLATE), str(copiers)]
     subprocess.run(command, check=True)
