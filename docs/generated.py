@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,7 @@ def _methods_by_distribution(advice: dict[str, Any]) -> Iterator[tuple[str, str,
         yield f"[{distribution}]({card}.md)", f"[Measured here](../results/{card}.md): {about['measured']}.", rows
 
 
-def _method_row(name: str, plugin: type, about: dict[str, Any]) -> tuple[str, ...]:
+def _method_row(name: str, plugin: Any, about: dict[str, Any]) -> tuple[str, ...]:
     from trl_ext.plugins.declarations import read_declarations
 
     say = about["plugins"][name]
@@ -56,7 +58,7 @@ def _method_row(name: str, plugin: type, about: dict[str, Any]) -> tuple[str, ..
         say["when"],
         say["when not"],
         ", ".join(trainer.upper() for trainer in trainers),
-        say.get("cost", about["cost"]),
+        plugin.cost,
     )
 
 
@@ -119,7 +121,29 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(' '.join(str(cell).split()) for cell in line)} |" for line in lines)
 
 
-PARTS: dict[str, Callable[[], str]] = {"methods": methods, "configuration": configuration, "commands": commands}
+def notebook(name: str) -> str:
+    """A notebook of the examples: its texts, its code, and what it printed and drew when it was last run."""
+    path = DOCS.parent / "examples" / "notebooks" / f"{name}.ipynb"
+    return "\n\n".join(part for cell in json.loads(path.read_text())["cells"] for part in _cell(cell))
+
+
+def _cell(cell: dict[str, Any]) -> Iterator[str]:
+    source = "".join(cell["source"])
+    yield f"```python\n{source}\n```" if cell["cell_type"] == "code" else source
+    for output in cell.get("outputs", ()):
+        if picture := output.get("data", {}).get("image/png"):
+            yield f'<img alt="The plot of the cell above" src="data:image/png;base64,{picture.strip()}">'
+        elif output["output_type"] == "stream" and output["name"] == "stdout":
+            yield f"```text\n{''.join(output['text'])}```"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "methods": methods,
+    "configuration": configuration,
+    "commands": commands,
+    "swap_an_objective": partial(notebook, "swap_an_objective"),
+    "combine_and_compare": partial(notebook, "combine_and_compare"),
+}
 
 
 def fill(app: Any, docname: str, source: list[str]) -> None:

@@ -69,3 +69,16 @@ def process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("TRL_EXT_PLUGINS", "")
     monkeypatch.delenv("TRL_EXT_PLUGINS")
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that looks like a clone, in which the names that the documents use mean something small."""
+    from documents import MODEL, ROOT
+
+    from trl_ext.testing import save_model, tiny_qwen2, tiny_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    save_model(tiny_qwen2(), tiny_tokenizer(), tmp_path / MODEL)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    return tmp_path

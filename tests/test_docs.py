@@ -4,49 +4,33 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import textwrap
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import typer
 import yaml
+from documents import DOCUMENTS, MODEL, ROOT, blocks, commands, name, save_adapter, snippets
 
 from trl_ext.hookspecs import HOOKS, HookSpecs, Kind
 from trl_ext.records import TRAINERS
-from trl_ext.testing import save_model, tiny_qwen2, tiny_tokenizer
 
-ROOT = Path(__file__).parent.parent
-DOCUMENTS = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "examples" / "data" / "README.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-    *sorted((ROOT / "plugins").glob("*/README.md")),
-]
 RECIPES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.name != "excursions.yaml")
-MODEL = "HuggingFaceTB/SmolLM2-135M"
-
-
-def blocks(document: Path, *languages: str) -> Iterator[tuple[int, str]]:
-    """The line number and text of each fenced block in one of the languages."""
-    text = document.read_text()
-    for match in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
-        if match[1] in languages:
-            yield text[: match.start(2)].count("\n") + 1, match[2]
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
 
 def having(*languages: str, but: str = "") -> pytest.MarkDecorator:
     documents = [d for d in DOCUMENTS if any(blocks(d, *languages)) and d.name != but]
-    return pytest.mark.parametrize("document", documents, ids=lambda d: str(d.relative_to(ROOT)))
+    return pytest.mark.parametrize("document", documents, ids=name)
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -103,29 +87,12 @@ def test_every_kind_is_explained() -> None:
 # -- snippets --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that looks like a clone, in which the names that the documents use mean something small."""
-    monkeypatch.chdir(tmp_path)
-    save_model(tiny_qwen2(), tiny_tokenizer(), tmp_path / MODEL)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    return tmp_path
-
-
-def snippets(document: Path) -> list[CodeType]:
-    """The Python blocks, compiled as a file of their own, with the document's line numbers for tracebacks."""
-    return [
-        compile("\n" * (line - 1) + text, str(document), "exec", dont_inherit=True)
-        for line, text in blocks(document, "python")
-    ]
-
-
 def python_snippets() -> list[Any]:
     """The Python blocks of the documents but hooks.md, whose blocks share their imports; slow but for the README's."""
     return [
         pytest.param(
             snippet,
-            id=f"{document.relative_to(ROOT)}:{snippet.co_firstlineno}",
+            id=f"{name(document)}:{snippet.co_firstlineno}",
             marks=[] if document == ROOT / "README.md" else pytest.mark.slow,
         )
         for document in DOCUMENTS
@@ -142,15 +109,6 @@ def test_a_python_snippet_runs_alone(snippet: CodeType, workplace: Path, monkeyp
     exec(snippet, {"__name__": "__main__"})
 
 
-def save_adapter(folder: Path) -> None:
-    """An adapter of the documents' model, as `trl-ext average` would leave it."""
-    peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
-    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), config).save_pretrained(folder)
-
-
 def test_each_hook_s_snippet_runs_alone_and_the_last_trains_with_all(workplace: Path) -> None:
     imports, *plugins, run = snippets(ROOT / "docs" / "hooks.md")
     shared: dict[str, Any] = {"__name__": "__main__"}
@@ -163,12 +121,48 @@ def test_each_hook_s_snippet_runs_alone_and_the_last_trains_with_all(workplace: 
     exec(run, together)
 
 
+# -- output ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_header_of_the_first_run_is_what_that_run_prints() -> None:
+    from trl_ext.plugins import activate
+    from trl_ext.startup.report import header, run_facts
+
+    ((_, shown),) = blocks(ROOT / "docs" / "start" / "first_run.md", "text")
+    printed = header(run_facts("sft", activate(["power:alpha=1", "ema:decay=0.99"], trainer="sft"), {}))
+    assert without_versions(shown) == without_versions(printed)
+
+
+def without_versions(text: str) -> list[str]:
+    return re.sub(r"\d+(\.\d+)+(\+\w+)?", "0", text).split()
+
+
+# -- notebooks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(notebook: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And comes to what its text says: `power` and `ema` keep more of the task than the plain run."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    shared: dict[str, Any] = {"__name__": "__main__"}
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), notebook.name, "exec", dont_inherit=True), shared)
+    assert len(plt.get_fignums()) == 1
+    plt.close("all")
+    scores = {name: float(np.mean(values)) for name, values in shared["scores"].items()}
+    plain = scores.pop("nll")
+    assert all(score > plain for score in scores.values())
+
+
 # -- links -----------------------------------------------------------------------------------------------------------
 
 
 def test_links_lead_to_files_of_the_repository() -> None:
     broken = [
-        f"{document.relative_to(ROOT)}: {target}"
+        f"{name(document)}: {target}"
         for document in DOCUMENTS
         for target in re.findall(r"\]\((?!https?://|#)([^)#\s]+)", document.read_text())
         if not (document.parent / target).exists() and document.parent.name != "methods"
@@ -177,16 +171,6 @@ def test_links_lead_to_files_of_the_repository() -> None:
 
 
 # -- commands --------------------------------------------------------------------------------------------------------
-
-
-def commands(document: Path) -> Iterator[tuple[int, list[str]]]:
-    """Each command line of the shell blocks as words, continuation lines joined, comments left out."""
-    for line, text in blocks(document, "sh", "bash"):
-        joined = text.replace("\\\n", " ")
-        for command in joined.splitlines():
-            words = shlex.split(command, comments=True)
-            if words:
-                yield line, words
 
 
 def arguments_of_trl_ext(words: list[str]) -> list[str] | None:
@@ -324,26 +308,38 @@ def test_the_tutorial_ends_with_a_plugin_that_passes_its_tests(site: Any, tmp_pa
     assert "4 passed" in result.stdout
 
 
+def entry_points() -> dict[str, dict[str, dict[str, str]]]:
+    """The entry points of each distribution of the repository: group to name to value."""
+    projects = (tomllib.loads(path.read_text())["project"] for path in sorted(ROOT.glob("plugins/*/pyproject.toml")))
+    return {project["name"]: project.get("entry-points", {}) for project in projects}
+
+
 def test_every_method_has_advice_and_every_card_is_short() -> None:
     """The site's tables are made from entry points; this is what would leave a row empty or a card too long."""
     advice = yaml.safe_load((ROOT / "docs" / "methods" / "methods.yaml").read_text())
-    metadata = {path.parent.name: tomllib.loads(path.read_text()) for path in ROOT.glob("plugins/*/pyproject.toml")}
-    assert set(advice) == set(metadata)
-    for distribution, project in metadata.items():
-        rows = advice[distribution]["plugins"]
-        assert set(rows) == set(project["project"]["entry-points"]["trl_ext"])
-        assert all(row["when"] and row["when not"] for row in rows.values())
+    plugins = {distribution: set(groups.get("trl_ext", {})) for distribution, groups in entry_points().items()}
+    advised = {distribution: set(about["plugins"]) for distribution, about in advice.items()}
+    assert advised == {distribution: names for distribution, names in plugins.items() if names}
+    assert all(row["when"] and row["when not"] for about in advice.values() for row in about["plugins"].values())
+    for distribution in plugins:
         card = ROOT / "plugins" / distribution / "README.md"
         assert len(card.read_text().split()) < 700, card
+
+
+@pytest.mark.parametrize("name", [name for groups in entry_points().values() for name in groups.get("trl_ext", {})])
+def test_a_plugin_says_what_it_costs(name: str) -> None:
+    """The run's header, `plugins info` and the table of methods show it."""
+    from trl_ext.plugins.discovery import load_plugin
+
+    plugin: Any = load_plugin(name)[0]
+    assert re.fullmatch(r"[a-z0-9][^\n]+[^.]", plugin.cost)
 
 
 def test_readme_names_every_plugin_and_command_of_the_repository() -> None:
     text = (ROOT / "README.md").read_text()
     rows = {match[1]: match[0] for match in re.finditer(r"^\| \[([\w-]+)\]\(plugins/\1\) \|.*$", text, re.MULTILINE)}
-    metadata = {path.parent.name: tomllib.loads(path.read_text()) for path in ROOT.glob("plugins/*/pyproject.toml")}
-    assert set(rows) == set(metadata)
-    for distribution, project in metadata.items():
-        groups = project["project"]["entry-points"]
+    assert set(rows) == set(entry_points())
+    for distribution, groups in entry_points().items():
         wanted = {f"`{name}`" for name in groups.get("trl_ext", {})}
         wanted |= {f"`trl-ext {name}`" for name in groups.get("trl_ext.commands", {})}
         wanted |= {f"`trl-ext probe {name}`" for name in groups.get("trl_ext.probes", {})}

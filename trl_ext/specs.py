@@ -15,6 +15,10 @@ PLUGINS_VARIABLE = "TRL_EXT_PLUGINS"
 
 RESERVED = ("name", "label")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_INSTALLED = re.compile(rf"({_NAME.pattern}/)?{_NAME.pattern}")
+# In a module, the class starts with a capital: `power:Alpha` is a class, and `power:alpha` an option without its value.
+_PLACE = re.compile(r"[^:]*\.py:[A-Za-z_]\w*|[A-Za-z_][\w.]*:_*[A-Z]\w*")
+_PLACE_FIRST = re.compile(rf"({_PLACE.pattern})(?=:|$)")
 _OPTION = re.compile(r"\s*([A-Za-z_]\w*)\s*=(.*)", re.DOTALL)
 _CLOSING = {")": "(", "]": "[", "}": "{"}
 
@@ -23,8 +27,10 @@ def parse_specs(value: Any) -> list[dict[str, Any]]:
     """Give the canonical form of a `plugins` setting: `{"name": ..., **options}` each, in the order written.
 
     Accepts None, one text (`"power:alpha=10,ema"` or JSON), or a list of texts and mappings with the key `name`.
-    Options written in a text stay strings; they become numbers by the plugin's annotations when it is activated. The
-    result is JSON-able, and a fixed point: `parse_specs(parse_specs(x)) == parse_specs(x)`.
+    A name is that of an installed plugin (`power`, or `distribution/power` where several distributions have one), or
+    the place of a class: `./file.py:Class` or `package.module:Class`. Options written in a text stay strings; they
+    become numbers by the plugin's annotations when it is activated. The result is JSON-able, and a fixed point:
+    `parse_specs(parse_specs(x)) == parse_specs(x)`.
 
     Raises:
         ConfigurationError: The setting is not of this form, or one plugin comes twice without distinct labels.
@@ -32,9 +38,9 @@ def parse_specs(value: Any) -> list[dict[str, Any]]:
     specs = [] if value is None else _specs(value)
     taken: set[str] = set()
     for spec in specs:
-        repeated = sum(other["name"] == spec["name"] for other in specs) > 1
-        if registered_name(spec) in taken or (repeated and "label" not in spec):
-            labelled = f"plugins: [{spec['name']}:label=first, {spec['name']}:label=second]"
+        alike = [other["name"] for other in specs if own_name(other["name"]) == own_name(spec["name"])]
+        if registered_name(spec) in taken or (len(alike) > 1 and "label" not in spec):
+            labelled = f"plugins: [{alike[0]}:label=first, {alike[-1]}:label=second]"
             raise ConfigurationError(
                 f"plugins: {registered_name(spec)!r} comes more than once. Keep one; or, of a plugin that can run "
                 f"beside another of its kind, label each: {labelled}"
@@ -48,9 +54,19 @@ def is_name(value: Any) -> bool:
     return isinstance(value, str) and _NAME.fullmatch(value) is not None
 
 
+def is_place(name: str) -> bool:
+    """Whether a spec's name is the place of a class, `./file.py:Class` or `package.module:Class`."""
+    return _PLACE.fullmatch(name) is not None
+
+
+def own_name(name: str) -> str:
+    """A plugin's own name, without its distribution, file or module."""
+    return re.split("[/:]", name)[-1]
+
+
 def registered_name(spec: Mapping[str, Any]) -> str:
     """The name that a plugin's metrics and state go under: its label, or else its own name."""
-    return spec.get("label", spec["name"])
+    return spec.get("label", own_name(spec["name"]))
 
 
 def config_line(spec: Mapping[str, Any], **changed: str) -> str:
@@ -117,7 +133,6 @@ def _from_text(text: str) -> list[dict[str, Any]]:
     for part in split_outside_brackets(text):
         if not part.strip():
             continue
-        name, _, option = part.partition(":")
         if continued := _OPTION.fullmatch(part):
             if not specs:
                 raise ConfigurationError(
@@ -125,13 +140,21 @@ def _from_text(text: str) -> list[dict[str, Any]]:
                 )
             _set_option(specs[-1], continued, text)
             continue
-        specs.append(_named({"name": name.strip()}, text))
+        name, option = _split_name(part.strip())
+        specs.append(_named({"name": name}, text))
         if option.strip():
             first = _OPTION.fullmatch(option)
             if first is None:
                 raise ConfigurationError(f"plugins: {option.strip()!r} in {text!r} is not of the form option=value")
             _set_option(specs[-1], first, text)
     return [_named(spec, text) for spec in specs]
+
+
+def _split_name(text: str) -> tuple[str, str]:
+    """Split what names a plugin from its first option."""
+    place = _PLACE_FIRST.match(text)
+    name, _, option = (place[0], ":", text[place.end() + 1 :]) if place else text.partition(":")
+    return name.strip(), option
 
 
 def _set_option(spec: dict[str, Any], match: re.Match[str], text: str) -> None:
@@ -157,9 +180,16 @@ def _from_mapping(value: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _named(spec: dict[str, Any], text: str) -> dict[str, Any]:
-    for key in RESERVED:
-        if key in spec and not is_name(spec[key]):
-            raise ConfigurationError(
-                f"plugins: {key} {spec[key]!r} in {text!r} is not a name (letters, digits, '_', '-', '.')"
-            )
+    if "label" in spec and not is_name(spec["label"]):
+        raise ConfigurationError(
+            f"plugins: label {spec['label']!r} in {text!r} is not a name (letters, digits, '_', '-', '.')"
+        )
+    name = spec["name"]
+    if isinstance(name, str) and name.endswith(".py"):
+        raise ConfigurationError(f"plugins: {name!r} in {text!r} is a file; name the class too: {name}:MyPlugin")
+    if not isinstance(name, str) or not (_INSTALLED.fullmatch(name) or is_place(name)):
+        raise ConfigurationError(
+            f"plugins: name {name!r} in {text!r} is not a name (letters, digits, '_', '-', '.'), and neither "
+            "distribution/name, ./file.py:Class nor package.module:Class"
+        )
     return spec

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from trl_ext.cli.contributed import LightCommand, LightGroup, contributed_group
+from trl_ext.cli.new_plugin import new_plugin
 from trl_ext.cli.plugin_commands import plugins_app
 from trl_ext.records import TRAINERS, TrainerKind
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich takes half of the time of a help
 )
 app.add_typer(plugins_app, name="plugins", cls=LightGroup)
+app.command("new-plugin", cls=LightCommand)(new_plugin)
 
 
 class _Verbatim(LightCommand):

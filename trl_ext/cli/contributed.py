@@ -100,7 +100,7 @@ def _summary(claimed: tuple[metadata.EntryPoint, ...], inspector: SourceInspecto
     """What the sources say of a command, and who brings it."""
     module, _, attribute = claimed[0].value.partition(":")
     try:
-        summary = inspector.inspect(module, attribute, through=False).summary or "From"
+        summary = inspector.inspect(module, attribute).summary or "From"
     except StaticError as error:
         summary = f"BROKEN: {error}"
     return f"{summary.removesuffix('.')} ({' and '.join(map(_origin, claimed))})"

@@ -49,8 +49,12 @@ def run_to_the_end(app: Any, arguments: Sequence[str], kinds: Sequence[str]) -> 
 
 
 def say(line: str) -> None:
-    """Print one line about the command itself, apart from its results."""
-    print(f"trl-ext: {' '.join(line.split())}", file=sys.stderr, flush=True)
+    """Print one line about the command itself, apart from its results, and not behind a progress bar."""
+    text = f"trl-ext: {' '.join(line.split())}"
+    if "tqdm" in sys.modules:
+        sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

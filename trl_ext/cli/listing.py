@@ -24,4 +24,5 @@ def _inspect(entry_point: metadata.EntryPoint, installed: Installation, sources:
         except StaticError as found:
             error = str(found)
     info = installed.describe(entry_point)
-    return dataclasses.replace(info, summary=facts.summary or info.summary, error=error)
+    name = installed.reference(entry_point)
+    return dataclasses.replace(info, name=name, summary=facts.summary or info.summary, error=error)

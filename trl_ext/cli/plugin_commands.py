@@ -143,6 +143,7 @@ def _describe(plugin_class: type, info: PluginInfo) -> list[str]:
     declared = read_declarations(plugin_class, info.name, str(info), config_line({"name": info.name}))
     facts = {
         "Trainers": ", ".join(declared.trainers),
+        "Cost": getattr(plugin_class, "cost", ""),
         "Provides": ", ".join(declared.provides[1:]),
         "Conflicts with": "; ".join(f"{word} ({reason})" for word, reason in declared.conflicts.items()),
         "Comes after": "; ".join(f"{word} ({reason})" for word, reason in declared.after.items()),

@@ -37,25 +37,26 @@ class SourceInspector:
         self._specs: dict[str, ModuleSpec | None] = {}
         self._trees: dict[str, ast.Module | None] = {}
         self._bindings: dict[str, dict[str, ast.stmt]] = {}
-        self._importable: set[str] = set()
+        self._checked: set[str] = set()
 
-    def inspect(self, module: str, attribute: str, through: bool = True) -> Facts:
+    def inspect(self, module: str, attribute: str) -> Facts:
         """Check that `from module import attribute` can work, and read the literals of what it gives.
+
+        Read are the module, the packages around it, and those that hand the attribute on. Of what they import only
+        the existence is checked: reading the whole of each distribution would take most of the time of a listing. A
+        source that is nested too deeply to be parsed is taken to be importable.
 
         Args:
             module, attribute: what an entry point names.
-            through: whether to follow the imports within the module's package; a listing of commands need not. A
-                source that is nested too deeply to be followed is taken to be importable.
 
         Raises:
             StaticError: A module is missing or has a syntax error, a top-level import or `raise` would fail, or the
                 module does not define the attribute.
         """
-        seen: set[str] = set()
         try:
-            self._check_imports(module, seen, through)
-            if through:
-                self._importable |= seen  # only now: nothing of it failed
+            parts = module.split(".")
+            for end in range(1, len(parts)):
+                self._check_imports(".".join(parts[:end]))
             return self._find_definition(module, attribute, set())
         except (RecursionError, MemoryError):  # the parser runs out of its own stack with a MemoryError
             return Facts()
@@ -93,38 +94,32 @@ class SourceInspector:
                 raise StaticError(f"{spec.origin} is no Python source: {error}") from error
         return self._trees[name]
 
-    def _check_imports(self, module: str, seen: set[str], through: bool = True) -> None:
-        """Walk what importing `module` runs: its parents, itself, and its top-level imports within its package."""
-        parts = module.split(".")
-        for name in (".".join(parts[: end + 1]) for end in range(len(parts))):
-            if name in seen or name in self._importable:
-                continue
-            seen.add(name)
-            tree = self._parse(name)
-            for statement in tree.body if tree else ():
-                if isinstance(statement, ast.Raise):
-                    what = ast.unparse(statement)
-                    raise StaticError(f"importing {name!r} fails at line {statement.lineno}: {what}")
-                for wanted, attribute in self._imports(statement, name):
-                    if wanted.split(".")[0] != parts[0]:
-                        if self._find_module(wanted.split(".")[0]) is None:
-                            raise StaticError(f"{name!r} imports {wanted!r}, which is not installed")
-                        continue
-                    if not through:
-                        continue
-                    self._check_imports(wanted, seen)
-                    if attribute and self._find_module(f"{wanted}.{attribute}"):
-                        self._check_imports(f"{wanted}.{attribute}", seen)
-                    elif attribute:
-                        self._find_definition(wanted, attribute, set())
+    def _check_imports(self, module: str) -> None:
+        """Look at what importing `module` itself runs: its top-level statements."""
+        if module in self._checked:
+            return
+        tree = self._parse(module)
+        for statement in tree.body if tree else ():
+            if isinstance(statement, ast.Raise):
+                what = ast.unparse(statement)
+                raise StaticError(f"importing {module!r} fails at line {statement.lineno}: {what}")
+            for wanted in self._imports(statement, module):
+                self._check_exists(wanted, module)
+        self._checked.add(module)
 
-    def _imports(self, statement: ast.stmt, module: str) -> Iterator[tuple[str, str | None]]:
-        """The (module, attribute) pairs of an import statement; the attribute is None for `import module` and `*`."""
+    def _check_exists(self, wanted: str, importing: str) -> None:
+        package = wanted.split(".")[0]
+        if package == importing.split(".")[0]:
+            if self._find_module(wanted) is None:
+                raise StaticError(f"there is no module {wanted!r}")
+        elif self._find_module(package) is None:
+            raise StaticError(f"{importing!r} imports {wanted!r}, which is not installed")
+
+    def _imports(self, statement: ast.stmt, module: str) -> list[str]:
+        """The modules that an import statement names."""
         if isinstance(statement, ast.Import):
-            yield from ((alias.name, None) for alias in statement.names)
-        elif isinstance(statement, ast.ImportFrom):
-            source = self._absolute(statement, module)
-            yield from ((source, None if alias.name == "*" else alias.name) for alias in statement.names)
+            return [alias.name for alias in statement.names]
+        return [self._absolute(statement, module)] if isinstance(statement, ast.ImportFrom) else []
 
     def _absolute(self, statement: ast.ImportFrom, module: str) -> str:
         """The absolute name of what `from ... import` names."""
@@ -138,6 +133,7 @@ class SourceInspector:
 
     def _find_definition(self, module: str, name: str, seen: set[tuple[str, str]]) -> Facts:
         """Find what a module binds to a name, through imports within its package; no facts about a plain value."""
+        self._check_imports(module)
         tree = self._parse(module)
         if tree is None or (module, name) in seen:
             return Facts()

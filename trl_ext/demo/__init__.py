@@ -26,7 +26,7 @@ from trl_ext.demo.settings import QUICK, RUNS, Settings
 from trl_ext.errors import ConfigurationError
 
 _NEEDED = {
-    "matplotlib": "trl-ext[plot]",
+    "matplotlib": "matplotlib",
     "trl_ext_objectives": "trl-ext-objectives",
     "trl_ext_averaging": "trl-ext-averaging",
 }

@@ -1,7 +1,7 @@
 """Which plugins are installed, read from metadata alone; importing one is `load_plugin`'s business only.
 
-A plugin is an entry point of the group `trl_ext`: its name is the plugin's name, its value a dataclass. Installed is
-not active: nothing here runs a plugin.
+An installed plugin is an entry point of the group `trl_ext`: its name is the plugin's name, its value a dataclass.
+Installed is not active: nothing here runs a plugin.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from typing import Any
 from packaging.markers import default_environment
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.utils import canonicalize_name
 
 from trl_ext.errors import ConfigurationError, did_you_mean
 from trl_ext.hookspecs import API_VERSION
-from trl_ext.specs import is_name
+from trl_ext.plugins.places import load_place
+from trl_ext.specs import is_name, is_place, own_name
 
 ENTRY_POINT_GROUP = "trl_ext"
 
 
 @dataclasses.dataclass(frozen=True)
 class PluginInfo:
-    """One installed plugin. `error` says why it cannot be used (BROKEN), or is None."""
+    """One plugin. `error` says why it cannot be used (BROKEN), or is None."""
 
     name: str
     distribution: str
+    """The file or module, of a plugin that a config names by its place."""
     version: str
     value: str
     """Of the entry point: `trl_ext_objectives:Power`."""
@@ -44,28 +47,14 @@ class PluginInfo:
 def load_plugin(name: str) -> tuple[type, PluginInfo]:
     """Import one plugin's class.
 
+    Args:
+        name: As `parse_specs` gives it; naming a plugin by its place runs the code that is there.
+
     Raises:
         ConfigurationError: There is no such plugin, it does not fit what is installed, or its import fails (the
             original error is the cause).
     """
-    installed = Installation()
-    entry_point = next(iter(installed.claims(name)), None)
-    if entry_point is None:
-        names = sorted({entry_point.name for entry_point in installed.entry_points})
-        raise ConfigurationError(
-            f"plugins: [{name}]: no plugin of this name is installed. {did_you_mean(name, names)}"
-            f"Installed: {', '.join(names) or 'none'}"
-        )
-    info = installed.describe(entry_point)
-    if problem := installed.problem(entry_point):
-        raise ConfigurationError(f"plugin {info} is broken: {problem}. Remove {name!r} from plugins, or repair it")
-    try:
-        plugin_class = entry_point.load()
-    except (Exception, SystemExit) as error:  # a plugin's import may raise anything, and the message names the plugin
-        raise ConfigurationError(
-            f"plugin {info} is broken: importing {info.value!r} raised {type(error).__name__}: {error}. "
-            f"{_hint_of_core(error)}Remove {name!r} from plugins, or repair it"
-        ) from error
+    plugin_class, info = _load_from_place(name) if is_place(name) else _load_installed(name)
     if not (isinstance(plugin_class, type) and dataclasses.is_dataclass(plugin_class)):
         raise ConfigurationError(
             f"plugin {info} is broken: {info.value!r} is not a dataclass, whose fields would be the options"
@@ -75,6 +64,26 @@ def load_plugin(name: str) -> tuple[type, PluginInfo]:
             f"plugin {info} {problem}. Remove {name!r} from plugins, or install a version of it that fits"
         )
     return plugin_class, info
+
+
+def _load_from_place(name: str) -> tuple[Any, PluginInfo]:
+    found, version = load_place(name)
+    return found, PluginInfo(own_name(name), name.rpartition(":")[0], version, name, "")
+
+
+def _load_installed(name: str) -> tuple[Any, PluginInfo]:
+    installed = Installation()
+    entry_point = installed.find(name)
+    info = installed.describe(entry_point)
+    if problem := installed.problem(entry_point):
+        raise ConfigurationError(f"plugin {info} is broken: {problem}. Remove {name!r} from plugins, or repair it")
+    try:
+        return entry_point.load(), info
+    except (Exception, SystemExit) as error:  # a plugin's import may raise anything, and the message names the plugin
+        raise ConfigurationError(
+            f"plugin {info} is broken: importing {info.value!r} raised {type(error).__name__}: {error}. "
+            f"{_hint_of_core(error)}Remove {name!r} from plugins, or repair it"
+        ) from error
 
 
 def _hint_of_core(error: BaseException) -> str:
@@ -138,9 +147,31 @@ class Installation:
         for entry_point in self.entry_points:
             self._claims[entry_point.name].append(entry_point)
 
-    def claims(self, name: str) -> list[metadata.EntryPoint]:
-        """The entry points of this name: more than one is a conflict."""
-        return self._claims.get(name, [])
+    def find(self, name: str) -> metadata.EntryPoint:
+        """The plugin that a config names, `power` or `distribution/power`.
+
+        Raises:
+            ConfigurationError: There is none, or several distributions have one and the name does not say which.
+        """
+        *distribution, own = name.split("/")
+        wanted = {canonicalize_name(part) for part in distribution}
+        claims = [c for c in self._claims[own] if not wanted or canonicalize_name(self._origin(c.dist)[0]) in wanted]
+        if len(claims) == 1:
+            return claims[0]
+        if claims:
+            origins = " and ".join(" ".join(self._origin(claim.dist)[:2]) for claim in claims)
+            lines = " or ".join(f"plugins: [{self.reference(claim)}]" for claim in claims)
+            raise ConfigurationError(f"{origins} both provide a plugin named {own!r}. Write {lines}")
+        names = sorted({self.reference(entry_point) for entry_point in self.entry_points})
+        raise ConfigurationError(
+            f"plugins: [{name}]: no plugin of this name is installed. {did_you_mean(own, names)}"
+            f"Installed: {', '.join(names) or 'none'}"
+        )
+
+    def reference(self, entry_point: metadata.EntryPoint) -> str:
+        """What a config writes for a plugin: its name, with its distribution where another one has the same."""
+        name = entry_point.name
+        return name if len(self._claims[name]) == 1 else f"{self._origin(entry_point.dist)[0]}/{name}"
 
     def describe(self, entry_point: metadata.EntryPoint) -> PluginInfo:
         """What metadata says of a plugin."""
@@ -148,11 +179,8 @@ class Installation:
         return PluginInfo(entry_point.name, distribution, version, entry_point.value, summary)
 
     def problem(self, entry_point: metadata.EntryPoint) -> str | None:
-        """Why the metadata alone rules a plugin out: its name, its value, another claimant, an unmet requirement."""
-        name, value, claims = entry_point.name, entry_point.value, self.claims(entry_point.name)
-        if len(claims) > 1:
-            claimants = " and ".join(" ".join(self._origin(claim.dist)[:2]) for claim in claims)
-            return f"{claimants} both provide a plugin named {name!r}; uninstall one of them"
+        """Why the metadata alone rules a plugin out: its name, its value, an unmet requirement."""
+        name, value = entry_point.name, entry_point.value
         if not is_name(name):
             return f"its name {name!r} cannot be written in a config (letters, digits, '_', '-', '.')"
         if not re.fullmatch(r"[\w.]+:\w+", value):

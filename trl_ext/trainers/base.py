@@ -24,6 +24,8 @@ class Opened(Trainer):
 
     ext_kind: ClassVar[TrainerKind]
     ext_config_class: ClassVar[type]
+    ext_called_from: ClassVar[Mapping[str, str]]
+    """Hook to the method of TRL in whose override it is called, for the methods that a user's subclass may replace."""
 
     ext_plugins: PluginSet = PluginSet()
     """The active plugins, in order."""
@@ -31,6 +33,8 @@ class Opened(Trainer):
     """Auxiliary data sets by role."""
     ext_weights: WeightsView = None  # type: ignore[assignment]
     """The trainable parameters; set when the model is prepared."""
+    ext_reached: set[str]
+    """The methods of `ext_called_from` that ran for the micro-batch at hand, or for its completions."""
     ext_run: RunContext
     ext_passes: ExtraPasses
     ext_step: OptimizerStep

@@ -55,6 +55,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         plan = plan_run(self.ext_kind, self.ext_config_class, given, plugins or (), streams or {})
         self.ext_plugins = plan.plugins
+        self.ext_reached = set(self.ext_called_from.values())
         super().__init__(**plan.arguments)
         check_loaded(plan, self.accelerator, self.model)
         self._ext_open(plan)

@@ -36,6 +36,11 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
 
     ext_kind = "grpo"
     ext_config_class = GRPOConfig
+    ext_called_from = {
+        "policy_loss": "_compute_loss",
+        "auxiliary_losses": "_compute_loss",
+        "advantages": "_generate_and_score_completions",
+    }
 
     reward_funcs: list[Any]
     _buffered_inputs: list[dict[str, Any]] | None
@@ -88,6 +93,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         return PromptSampler(sampler, partial(self.ext_order.choose, rows))
 
     def _generate(self, prompts: Any) -> Any:
+        self.ext_reached.discard("_generate_and_score_completions")
         with self.ext_swaps.to_sample():
             return super()._generate(prompts)
 
@@ -102,6 +108,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
+        self.ext_reached.add("_generate_and_score_completions")
         nonfinite = self.ext_step.nonfinite
         rows, rewards = self._ext_scored
         fault = None if nonfinite == "ignore" else reward_fault(rewards.per_function, rewards.names, self.reward_funcs)
@@ -130,6 +137,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         return self.ext_loss.log_probs(super()._get_per_token_logps_and_entropies, *args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if self.model.training:
+            self.ext_reached.add("_compute_loss")
         return self.ext_loss.loss(super()._compute_loss, model, inputs)
 
     # -- checkpoints -------------------------------------------------------------------------------------------------

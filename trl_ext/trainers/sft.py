@@ -28,6 +28,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
 
     ext_kind = "sft"
     ext_config_class = SFTConfig
+    ext_called_from = dict.fromkeys(("per_token_loss", "sample_weights", "auxiliary_losses"), "compute_loss")
 
     def _ext_open(self, plan: RunPlan) -> None:
         super()._ext_open(plan)
@@ -52,6 +53,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     ) -> Any:
         if not self.ext_plugins:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training:
+            self.ext_reached.add("compute_loss")
         return self.ext_loss.loss(super().compute_loss, model, inputs, return_outputs, num_items_in_batch)
 
 

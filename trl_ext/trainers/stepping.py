@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from trl_ext.engine.step import OptimizerStep
+from trl_ext.errors import ConfigurationError
 from trl_ext.trainers.base import Opened
 
 
@@ -22,7 +23,26 @@ class SteppingMixin(Opened):
         return samples, num_items
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        return self.ext_step.micro_step(model, partial(super().training_step, model, inputs, num_items_in_batch))
+        self.ext_reached -= {"compute_loss", "_compute_loss"}
+        loss = self.ext_step.micro_step(model, partial(super().training_step, model, inputs, num_items_in_batch))
+        self._ext_refuse_bypassed()
+        return loss
+
+    def _ext_refuse_bypassed(self) -> None:
+        """Refuse that a user's subclass replaces a method of TRL in which a hook of an active plugin is called.
+
+        Which methods a class replaces is the same on all ranks.
+
+        Raises:
+            ConfigurationError: with the method to call.
+        """
+        for hook, method in self.ext_called_from.items():
+            if method not in self.ext_reached and self.ext_plugins.implements(hook):
+                plugin, _ = self.ext_plugins.calls(hook)[0]
+                raise ConfigurationError(
+                    f"{type(self).__name__} does without TRL's {method}, in which '{hook}' of plugin '{plugin}' is "
+                    f"called; call super().{method}(...) there and go on from its result, or remove the plugin"
+                )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)

@@ -35,6 +35,7 @@ class Lawa(OnlineAverage):
 
     method: ClassVar[str] = "lawa"
     citation: ClassVar[str] = "Early weight averaging meets high learning rates for LLM pre-training, arXiv:2306.03241"
+    cost: ClassVar[str] = "k copies of the weights, in host memory"
 
     def copy_kinds(self) -> Mapping[str, CopyKind]:
         return {f"snapshot_{i}": "exact" for i in range(self.k)}

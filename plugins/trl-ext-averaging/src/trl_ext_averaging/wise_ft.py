@@ -38,6 +38,7 @@ class WiseFt(OnlineAverage):
     method: ClassVar[str] = "wise-ft"
     follows: ClassVar[bool] = False
     citation: ClassVar[str] = "Robust fine-tuning of zero-shot models, arXiv:2109.01903"
+    cost: ClassVar[str] = "a copy of the weights, in host memory"
 
     def __post_init__(self) -> None:
         self._alphas = tuple(self.alpha) if isinstance(self.alpha, Sequence) else (self.alpha,)

@@ -55,6 +55,7 @@ class GradientSurgery:
     provides: ClassVar[tuple[str, ...]] = (COMBINES_TARGET,)
     conflicts: ClassVar[Mapping[str, str]] = {COMBINES_TARGET: COMBINED_TWICE}
     citation: ClassVar[str] = "Chaudhry et al., Efficient lifelong learning with A-GEM, arXiv:1812.00420"
+    cost: ClassVar[str] = "a forward and a backward of the target batch"
 
     def __post_init__(self) -> None:
         self._weighting = weighting(self.method)

@@ -51,7 +51,7 @@ def weighting(name: str) -> Weighting:
         return CLOSED_FORMS[name]
     if name not in TORCHJD:
         raise ValueError(f"{name!r} is not one of {', '.join((*CLOSED_FORMS, *TORCHJD))}")
-    hint = 'pip install "trl-ext-data-regularization[torchjd]"'
+    hint = "pip install 'torchjd[quadprog-projector]'"
     try:
         from torchjd import aggregation
     except ImportError as error:

@@ -50,6 +50,7 @@ class HPT(UnsolvedPrompts):
     method: ClassVar[str] = "hpt"
     after: ClassVar[Mapping[str, str]] = AFTER_NEW_ADVANTAGES
     citation: ClassVar[str] = "Lv et al., Towards a Unified View of LLM Post-Training (HPT), arXiv:2509.04419"
+    cost: ClassVar[str] = "a forward and a backward of the demonstrations for unsolved prompts"
 
     def __post_init__(self) -> None:
         super().__post_init__()

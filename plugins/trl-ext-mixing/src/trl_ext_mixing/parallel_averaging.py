@@ -61,6 +61,7 @@ class ParallelAveraging(TwoGradients):
 
     method: ClassVar[str] = "parallel-averaging"
     citation: ClassVar[str] = "Bansal et al., RL Excursions during Pre-Training, arXiv:2606.04272"
+    cost: ClassVar[str] = "an SFT step on the demonstrations, a second pair of moments, and a gradient"
 
     def __post_init__(self) -> None:
         super().__post_init__()

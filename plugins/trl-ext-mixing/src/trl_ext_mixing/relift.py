@@ -55,6 +55,7 @@ class ReLIFT(UnsolvedPrompts):
     method: ClassVar[str] = "relift"
     state_version: ClassVar[int] = 1
     citation: ClassVar[str] = "Ma et al., Learning What Reinforcement Learning Can't (ReLIFT), arXiv:2506.07527"
+    cost: ClassVar[str] = "an SFT step each time enough prompts are collected"
 
     def __post_init__(self) -> None:
         super().__post_init__()

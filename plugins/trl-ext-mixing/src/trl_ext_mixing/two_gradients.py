@@ -56,6 +56,7 @@ class TwoGradients:
 
     method: ClassVar[str]
     requires_api: ClassVar[str] = "1"
+    cost: ClassVar[str] = "a forward and a backward of the demonstrations"
     trainers: ClassVar[tuple[str, ...]] = ("grpo",)
     provides: ClassVar[tuple[str, ...]] = (MIXING,)
     conflicts: ClassVar[Mapping[str, str]] = ONE_AT_A_TIME

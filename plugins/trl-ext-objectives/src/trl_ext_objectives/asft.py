@@ -39,6 +39,9 @@ class ASFT(ReferenceObjective):
     """
 
     citation: ClassVar[str] = "Anchored Supervised Fine-Tuning, arXiv 2509.23753"
+    cost: ClassVar[str] = (
+        "a forward of the reference, two passes of each LM head, and with reference=start a copy of the weights"
+    )
     alone = "it reads the hidden states of the model's own forward, which a second objective may run again"
 
     reference: str = "start"

@@ -20,6 +20,7 @@ class DEFT(Objective):
     """The exponent is how concentrated the distribution is: like NLL where the model is unsure, like -p where sure."""
 
     citation: ClassVar[str] = "Dynamic Entropy Fine-Tuning, arXiv 2602.11424"
+    cost: ClassVar[str] = "one more output of the fused head"
     fused_outputs = ("log_sum_sq_probs",)
 
     @hookimpl

@@ -45,6 +45,7 @@ class EAFT(Objective):
     """
 
     citation: ClassVar[str] = "Entropy-Adaptive Fine-Tuning, arXiv 2601.02151"
+    cost: ClassVar[str] = "one more pass of the LM head over the label tokens; none with gate=whole"
 
     support: Annotated[int, Range(ge=2)] = 20
     exponent: Annotated[Scheduled, Range(gt=0)] = 1.0

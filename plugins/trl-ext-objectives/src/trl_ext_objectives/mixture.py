@@ -47,6 +47,7 @@ class Mixture(Objective):
     """
 
     citation: ClassVar[str] = "Beyond Log Likelihood: Probability-Based Objectives for SFT, arXiv 2510.00526"
+    cost: ClassVar[str] = "what its two objectives cost"
     state_version: ClassVar[int] = 1
 
     first: str | dict[str, Any] = "power"

@@ -24,6 +24,7 @@ class Objective(ABC):
 
     requires_api: ClassVar[str] = "1"
     citation: ClassVar[str]
+    cost: ClassVar[str] = "none that can be measured"
     trainers: tuple[str, ...] = ("sft", "grpo")
     fused_outputs: tuple[str, ...] = ()
     """Outputs of TRL's fused head, beside `log_probs` and `entropy`, that the formula needs."""

@@ -45,6 +45,7 @@ class PSFT(Objective):
     """
 
     citation: ClassVar[str] = "Proximal Supervised Fine-Tuning, arXiv 2508.17784"
+    cost: ClassVar[str] = "a forward, and a copy of the trainable weights"
     state_version: ClassVar[int] = 1
 
     low: Annotated[float, Range(ge=0, le=1)] = 0.2

@@ -43,6 +43,7 @@ class ReferenceObjective(Objective):
     """
 
     state_version: ClassVar[int] = 1
+    cost: ClassVar[str] = "a forward of the reference; none with a cache"
     reference: str
 
     def __post_init__(self) -> None:

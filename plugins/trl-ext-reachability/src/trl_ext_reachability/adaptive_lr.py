@@ -35,6 +35,7 @@ class AdaptiveLr:
     citation: ClassVar[str] = (
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957 (adaptive rate)"
     )
+    cost: ClassVar[str] = "none that can be measured"
 
     constant: Annotated[float, Range(gt=0)] = 4.0
     slope: Annotated[float, Range(ge=0)] = 2.0

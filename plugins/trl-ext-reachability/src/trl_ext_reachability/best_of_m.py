@@ -56,6 +56,7 @@ class BestOfM:
     citation: ClassVar[str] = (
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957 (best of m)"
     )
+    cost: ClassVar[str] = "none that can be measured"
     provides: ClassVar[tuple[str, ...]] = (NEW_ADVANTAGES,)
     conflicts: ClassVar[Mapping[str, str]] = ALONE
 

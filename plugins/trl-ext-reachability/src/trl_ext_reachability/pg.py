@@ -73,6 +73,7 @@ class PG:
     citation: ClassVar[str] = (
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957"
     )
+    cost: ClassVar[str] = "none that can be measured; with adaptive=true one more backward a sequence"
     provides: ClassVar[tuple[str, ...]] = (NEW_ADVANTAGES,)
     conflicts: ClassVar[Mapping[str, str]] = ALONE
 

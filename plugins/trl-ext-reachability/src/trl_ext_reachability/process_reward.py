@@ -98,6 +98,7 @@ class ProcessReward(StepVerification):
     citation: ClassVar[str] = (
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957 (process rewards)"
     )
+    cost: ClassVar[str] = "the verifier's time"
     provides: ClassVar[tuple[str, ...]] = (NEW_ADVANTAGES,)
     conflicts: ClassVar[Mapping[str, str]] = ALONE
 

@@ -73,6 +73,7 @@ class Reachability:
     citation: ClassVar[str] = (
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957"
     )
+    cost: ClassVar[str] = "the probe, once; with the stream a batch of demonstrations a step"
     after: ClassVar[Mapping[str, str]] = AFTER
 
     probe: str

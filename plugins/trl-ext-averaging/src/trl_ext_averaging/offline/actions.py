@@ -171,7 +171,7 @@ def _keep_points(points: Sequence[Point], folder: Path, option: str, label: str)
     try:
         plot(points, folder / "sweep.png", option, label)
     except ImportError:
-        console.print("no plot: pip install trl-ext[plot]")
+        console.print("no plot: matplotlib is not installed (pip install matplotlib)")
 
 
 def _announce(plan: Plan, to: Destination) -> None:

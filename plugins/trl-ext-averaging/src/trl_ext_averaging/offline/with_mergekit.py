@@ -1,4 +1,4 @@
-"""Merge methods beyond linear ones, done by mergekit (LGPL, optional: `pip install trl-ext-averaging[mergekit]`)."""
+"""Merge methods beyond linear ones, done by mergekit (LGPL, optional: `pip install mergekit`)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def merge(config: Mapping[str, Any], inputs: Sequence[Checkpoint], folder: Path)
         from mergekit.config import MergeConfiguration  # type: ignore[import-not-found,unused-ignore]
         from mergekit.merge import MergeOptions, run_merge  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
-        raise ConfigurationError("mergekit is not installed: pip install trl-ext-averaging[mergekit]") from error
+        raise ConfigurationError("mergekit is not installed: pip install mergekit") from error
     try:
         parsed = MergeConfiguration.model_validate(dict(config))
     except ValueError as error:

@@ -1,0 +1,40 @@
+"""The gallery of plugins says what the plugins say, and takes those of others."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture
+def gallery(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import gallery
+
+    yield gallery
+    for module in ("gallery", "generated"):
+        sys.modules.pop(module, None)
+
+
+def test_the_gallery_is_up_to_date(gallery):
+    assert gallery.PAGE.read_text() == gallery.page(), "run `python docs/gallery.py`"
+
+
+def test_the_entry_that_the_page_shows_becomes_a_row(gallery, tmp_path, monkeypatch):
+    _, _, shown = gallery.page().partition("```{code-block} yaml\n")
+    (tmp_path / "third_party.yaml").write_text(shown.partition("```")[0])
+    monkeypatch.setattr(gallery, "THIRD_PARTY", tmp_path / "third_party.yaml")
+    row = next(line for line in gallery.page().splitlines() if line.startswith("| `my-loss`"))
+    assert [cell.strip() for cell in row.strip("|").split("|")] == [
+        *("`my-loss`", "objective", "Weighs tokens by their probability."),
+        *("[1708.02002](https://arxiv.org/abs/1708.02002)", "SFT", "none that can be measured", ""),
+        "[trl-ext-my-loss](https://pypi.org/project/trl-ext-my-loss)",
+    ]
+
+
+def test_the_list_of_others_is_yaml_with_what_a_row_needs(gallery):
+    for plugin in yaml.safe_load(gallery.THIRD_PARTY.read_text()) or ():
+        assert {"name", "kind", "summary", "distribution", "url"} <= set(plugin)
