@@ -1,54 +1,55 @@
 """Engines: prompts in, completions out, behind one interface.
 
 The same seed gives the same completions, whatever the batches, the order of the prompts, the ranks or interruptions
-(but for rounding): the noise of a draw depends on (seed, prompt, sample, position) alone.
+(but for rounding): the noise of a draw depends on (seed, prompt, sample, position) alone. A server decides for itself
+whether it keeps to the seed.
+
+| engine | completes with |
+|---|---|
+| `transformers` | a model in this process |
+| `server` | OpenAI-compatible servers |
+| `vllm` | vLLM in this process |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import inspect
+from importlib import import_module
+from typing import Any
 
-Messages = list[dict[str, Any]]
-Prompt = str | Messages
-"""Text, or the messages of a conversation, to which the model's chat template applies."""
+from trl_ext.errors import ConfigurationError, did_you_mean
+from trl_ext_probing.engines.draws import outstanding, share
+from trl_ext_probing.engines.interface import Completion, Draw, Engine, Messages, Prompt
+
+__all__ = ["ENGINES", "Completion", "Draw", "Engine", "Messages", "Prompt", "engine", "outstanding", "share"]
+
+ENGINES = {
+    "transformers": "transformers_engine:TransformersEngine",
+    "server": "server_engine:ServerEngine",
+    "vllm": "vllm_engine:VllmEngine",
+}
 
 
-@dataclass(frozen=True)
-class Completion:
-    """One completion of one prompt.
+def engine(name: str, **options: Any) -> Engine:
+    """Make the engine of this name, one of `ENGINES`, with the options of its class.
 
-    Attributes:
-        prompt_index: Position of the prompt among those given.
-        sample_index: 0 to n - 1 within the prompt.
-        token_ids: The tokens, the end token included where it was drawn; None where the engine does not tell.
-        text: The tokens in words, special tokens left out.
-        finish_reason: `"stop"` at an end token, `"length"` at the limit.
-        log_probs: Of the tokens, in nats at the temperature of the draw; None where the engine does not tell.
+    Raises:
+        ConfigurationError: There is no such engine or option, a package is missing, or an option cannot be used.
     """
-
-    prompt_index: int
-    sample_index: int
-    token_ids: tuple[int, ...] | None
-    text: str
-    finish_reason: str
-    log_probs: tuple[float, ...] | None = None
-
-
-class Engine(Protocol):
-    """Samples completions of prompts."""
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        n: int = 1,
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-    ) -> Iterator[Completion]:
-        """Give each completion as soon as it is finished, in any order; greedy at temperature 0."""
-        ...
+    if name not in ENGINES:
+        raise ConfigurationError(
+            f"engine {name!r} is unknown. {did_you_mean(name, ENGINES)}There are {', '.join(ENGINES)}"
+        )
+    module, attribute = ENGINES[name].split(":")
+    try:
+        engine_class = getattr(import_module(f"{__name__}.{module}"), attribute)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"engine {name!r} needs the package {error.name}: pip install 'trl-ext-probing[{name}]'"
+        ) from error
+    try:
+        inspect.signature(engine_class).bind(**options)
+    except TypeError as error:
+        raise ConfigurationError(f"engine {name!r}: {error}") from None
+    made: Engine = engine_class(**options)
+    return made
