@@ -182,7 +182,7 @@ def train_arm(
 
 def probe(setup: Setup, model: str, rows: Sequence[Row], folder: Path, **settings: Any) -> dict[str, Any]:
     """What `trl-ext probe reachability` finds; the folder keeps it."""
-    from trl_ext_probing.reachability.reach_command import reachability
+    from trl_ext_probing.commands import reachability
 
     folder.mkdir()
     data = folder / "data.jsonl"

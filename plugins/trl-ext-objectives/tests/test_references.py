@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trl_ext_objectives.iw_sft import IwSFT
 from trl_ext_objectives.live_reference import StartModel
 from trl_ext_objectives.psft import PSFT
-from trl_ext_probing.capability.capability_command import capability
+from trl_ext_probing.commands import capability
 
 from trl_ext import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, hookimpl
 from trl_ext.errors import ConfigurationError, PluginError

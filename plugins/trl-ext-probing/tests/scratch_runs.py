@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from trl_ext_probing.from_scratch.arms import Base
-from trl_ext_probing.from_scratch.control_command import FromScratchSettings
+from trl_ext_probing.from_scratch.control_settings import FromScratchSettings
 
 from trl_ext.cli.patching import PLACES
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer

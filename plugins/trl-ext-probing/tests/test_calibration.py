@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom  # type: ignore[import-untyped]
+from trl_ext_probing.commands import reachability
 from trl_ext_probing.reachability.calibration import (
     brier_score,
     calibration_bins,
@@ -17,7 +18,6 @@ from trl_ext_probing.reachability.calibration import (
     score_calibration,
 )
 from trl_ext_probing.reachability.checking import ALIKE, check_against
-from trl_ext_probing.reachability.reach_command import reachability
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer

@@ -12,8 +12,8 @@ import pytest
 import torch
 from interruption import killed_after, results_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl_ext_probing.capability.capability_command import CapabilitySettings
 from trl_ext_probing.capability.capability_run import run
+from trl_ext_probing.capability.capability_settings import CapabilitySettings
 from trl_ext_probing.capability.continuum import OBSERVED, recommend
 from trl_ext_probing.capability.log_prob_cache import LogProbCache
 from trl_ext_probing.capability.positions import Capability

@@ -16,8 +16,8 @@ from tokenizers import models, processors
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
-from trl_ext_probing.drift.drift_command import DriftSettings
 from trl_ext_probing.drift.drift_run import Change, compare, run
+from trl_ext_probing.drift.drift_settings import DriftSettings
 from trl_ext_probing.encoding import Encoded, drawn_ids, encode
 from trl_ext_probing.intervals import ratio_with_interval
 from trl_ext_probing.scored_data import Scores

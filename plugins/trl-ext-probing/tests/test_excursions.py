@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
-from trl_ext_probing.excursions.excursions_command import ExcursionSettings, excursions
+from trl_ext_probing.commands import excursions
+from trl_ext_probing.excursions.excursions_settings import ExcursionSettings
 from trl_ext_probing.excursions.recipes import read
 
 from trl_ext.errors import ConfigurationError

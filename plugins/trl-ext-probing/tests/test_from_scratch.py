@@ -23,7 +23,7 @@ from scratch_runs import SEED, own_process, prepare, write
 from transformers import AutoModelForCausalLM
 from trl_ext_probing.from_scratch.arms import Base
 from trl_ext_probing.from_scratch.control import run
-from trl_ext_probing.from_scratch.control_command import EXACT, FromScratchSettings
+from trl_ext_probing.from_scratch.control_settings import EXACT, FromScratchSettings
 from trl_ext_probing.from_scratch.evaluating import Evaluator, load_set
 from trl_ext_probing.from_scratch.procedure import Procedure
 from trl_ext_probing.from_scratch.watched_training import WatchedTrainer, points_of, train

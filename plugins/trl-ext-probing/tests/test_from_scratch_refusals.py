@@ -13,7 +13,7 @@ from scratch_runs import own_process, prepare
 from transformers import PreTrainedModel
 from trl_ext_probing.answers import exact_text
 from trl_ext_probing.from_scratch.control import run
-from trl_ext_probing.from_scratch.control_command import EXACT, FromScratchSettings
+from trl_ext_probing.from_scratch.control_settings import EXACT, FromScratchSettings
 from trl_ext_probing.from_scratch.evaluating import load_set
 from trl_ext_probing.from_scratch.procedure import Procedure
 

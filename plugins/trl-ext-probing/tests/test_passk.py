@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 from interruption import killed_after, lines_of, results_of, same_results
+from trl_ext_probing.commands import passk
 from trl_ext_probing.fingerprints import describe_work
 from trl_ext_probing.journal import Journal
 from trl_ext_probing.passk.estimator import pass_at_k
-from trl_ext_probing.passk.passk_command import PasskSettings, passk
 from trl_ext_probing.passk.passk_results import Result, describe
 from trl_ext_probing.passk.passk_run import run
+from trl_ext_probing.passk.passk_settings import PasskSettings
 from trl_ext_probing.results import journal_of
 from trl_ext_probing.rows import load_problems
 from trl_ext_probing.sampling import Samples

@@ -16,8 +16,8 @@ from trl_ext_probing.encoding import Encoded, drawn_ids, prompt_ids
 from trl_ext_probing.journal import Journal
 from trl_ext_probing.reachability.keys import prompt_key
 from trl_ext_probing.reachability.measurement import Measurement
-from trl_ext_probing.reachability.reach_command import ReachabilitySettings
 from trl_ext_probing.reachability.reach_run import run
+from trl_ext_probing.reachability.reach_settings import ReachabilitySettings
 from trl_ext_probing.results import read_rows
 from trl_ext_probing.rows import load_problems
 from trl_ext_probing.scoring import Scorer

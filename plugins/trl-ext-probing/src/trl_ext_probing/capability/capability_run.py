@@ -8,8 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from trl_ext_probing.capability.capability_command import CapabilitySettings
 from trl_ext_probing.capability.capability_plot import draw_capability
+from trl_ext_probing.capability.capability_settings import CapabilitySettings
 from trl_ext_probing.capability.continuum import recommend
 from trl_ext_probing.capability.log_prob_cache import write_cache
 from trl_ext_probing.capability.positions import SHARE_ABOVE, Capability

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.drift.drift_command import DriftSettings
+from trl_ext_probing.drift.drift_settings import DriftSettings
 from trl_ext_probing.intervals import Estimate, ratio_with_interval
 from trl_ext_probing.plots import GREY, draw_estimates, figure, save
 from trl_ext_probing.results import write_results

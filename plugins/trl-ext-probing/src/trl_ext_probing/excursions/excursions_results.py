@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trl_ext_probing.excursions.excursions_command import ExcursionSettings
+from trl_ext_probing.excursions.excursions_settings import ExcursionSettings
 from trl_ext_probing.intervals import Estimate
 from trl_ext_probing.plots import GREY, draw_estimates, figure, save
 from trl_ext_probing.results import write_results

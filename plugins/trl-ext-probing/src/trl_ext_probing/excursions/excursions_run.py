@@ -13,13 +13,13 @@ import subprocess
 from collections.abc import Mapping, Sequence
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.drift.drift_command import DriftSettings
 from trl_ext_probing.drift.drift_run import run as run_drift
-from trl_ext_probing.excursions.excursions_command import ExcursionSettings
+from trl_ext_probing.drift.drift_settings import DriftSettings
 from trl_ext_probing.excursions.excursions_results import Row, write_excursions
+from trl_ext_probing.excursions.excursions_settings import ExcursionSettings
 from trl_ext_probing.excursions.recipes import Excursions, Stage, read
-from trl_ext_probing.passk.passk_command import PasskSettings
 from trl_ext_probing.passk.passk_run import run as run_passk
+from trl_ext_probing.passk.passk_settings import PasskSettings
 from trl_ext_probing.progress import say
 from trl_ext_probing.ranks import refuse_several
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import shlex
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.drift.drift_command import drift
-from trl_ext_probing.excursions.excursions_command import ExcursionSettings
-from trl_ext_probing.passk.passk_command import passk
+from trl_ext_probing.drift.drift_settings import DriftSettings
+from trl_ext_probing.excursions.excursions_settings import ExcursionSettings
+from trl_ext_probing.passk.passk_settings import PasskSettings
 from trl_ext_probing.results import slug
 
 KEYS = {"checkpoints": list, "recipes": dict, "passk": dict, "drift": dict, "launcher": str}
@@ -81,8 +80,8 @@ def read(settings: ExcursionSettings) -> Excursions:
         checkpoints=checkpoints,
         recipes=recipes,
         output=settings.output,
-        passk=_options(path, "passk", passk, asked["passk"], OURS),
-        drift=_options(path, "drift", drift, asked["drift"], OURS) if "drift" in asked else None,
+        passk=_options(path, "passk", PasskSettings, asked["passk"]),
+        drift=_options(path, "drift", DriftSettings, asked["drift"]) if "drift" in asked else None,
         launcher=tuple(shlex.split(asked["launcher"])) if "launcher" in asked else default,
     )
 
@@ -102,14 +101,12 @@ def _stages(path: Path, recipe: str, stages: Any) -> tuple[Stage, ...]:
     return tuple(result)
 
 
-def _options(
-    path: Path, key: str, probe: Callable[..., None], given: Mapping[str, Any], ours: set[str]
-) -> dict[str, Any]:
-    """Options of a probe, by the names that its function has."""
-    parameters = {name: p for name, p in inspect.signature(probe).parameters.items() if name not in ours}
-    if unknown := sorted(given.keys() - parameters.keys()):
-        raise ConfigurationError(f"{path}: {key} has no option {unknown[0]}; there are {', '.join(parameters)}")
-    needed = {name for name, p in parameters.items() if p.default is inspect.Parameter.empty}
+def _options(path: Path, key: str, settings: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a probe, by the names that its settings have."""
+    options = {field.name: field for field in fields(settings) if field.name not in OURS}
+    if unknown := sorted(given.keys() - options.keys()):
+        raise ConfigurationError(f"{path}: {key} has no option {unknown[0]}; there are {', '.join(options)}")
+    needed = {name for name, f in options.items() if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(needed - given.keys()):
         raise ConfigurationError(f"{path}: {key} lacks {', '.join(missing)}")
     return dict(given)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from trl_ext_probing.from_scratch.control_command import FromScratchSettings
 from trl_ext_probing.from_scratch.control_plots import draw
 from trl_ext_probing.from_scratch.control_report import describe
+from trl_ext_probing.from_scratch.control_settings import FromScratchSettings
 from trl_ext_probing.from_scratch.control_summary import summarize
 from trl_ext_probing.from_scratch.procedure import Procedure
 from trl_ext_probing.journal import Journal

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trl_ext_probing.from_scratch.conclusions import MOST, WHERE
-from trl_ext_probing.from_scratch.control_command import FromScratchSettings
+from trl_ext_probing.from_scratch.control_settings import FromScratchSettings
 from trl_ext_probing.plots import COLOURS, GREY, MARKERS, figure, save, undefined
 
 _LINES = {"pretrained": "--", "scratch": "-", "embeddings": ":"}

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from trl_ext_probing.from_scratch.conclusions import WHERE
-from trl_ext_probing.from_scratch.control_command import FromScratchSettings
+from trl_ext_probing.from_scratch.control_settings import FromScratchSettings
 from trl_ext_probing.intervals import Estimate
 from trl_ext_probing.tables import shown, table
 

@@ -11,7 +11,7 @@ from typing import Any
 from trl_ext.errors import ConfigurationError, NonFiniteError
 from trl_ext_probing.encoding import encode
 from trl_ext_probing.engines import engine, outstanding
-from trl_ext_probing.from_scratch.control_command import EXACT, FromScratchSettings
+from trl_ext_probing.from_scratch.control_settings import EXACT, FromScratchSettings
 from trl_ext_probing.from_scratch.row_texts import completion_text, evaluation_row
 from trl_ext_probing.models import load_model
 from trl_ext_probing.rewards import Judge, mean_of_judged

@@ -13,7 +13,7 @@ from trl_ext.errors import ConfigurationError, NonFiniteError
 from trl_ext_probing.fingerprints import rows_fingerprint, weights_fingerprint
 from trl_ext_probing.from_scratch.arms import Base
 from trl_ext_probing.from_scratch.contamination import contaminated
-from trl_ext_probing.from_scratch.control_command import FromScratchSettings
+from trl_ext_probing.from_scratch.control_settings import FromScratchSettings
 from trl_ext_probing.from_scratch.evaluating import Evaluator, Rows, has_answers, load_set
 from trl_ext_probing.from_scratch.floors import Floor, floor_of
 from trl_ext_probing.from_scratch.trained_run import Run

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.from_scratch.control_command import FromScratchSettings
+from trl_ext_probing.from_scratch.control_settings import FromScratchSettings
 from trl_ext_probing.ranks import refuse_several
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from trl_ext.errors import ConfigurationError
 from trl_ext_probing.intervals import Estimate, mean_difference, mean_with_interval
 from trl_ext_probing.passk.estimator import pass_at_k
-from trl_ext_probing.passk.passk_command import PasskSettings
+from trl_ext_probing.passk.passk_settings import PasskSettings
 from trl_ext_probing.plots import draw_estimates, figure, save
 from trl_ext_probing.results import write_results
 from trl_ext_probing.sampling import Samples

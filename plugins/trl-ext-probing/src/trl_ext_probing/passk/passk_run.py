@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from trl_ext_probing.engines import outstanding
 from trl_ext_probing.fingerprints import describe_work
 from trl_ext_probing.journal import Journal
-from trl_ext_probing.passk.passk_command import PasskSettings
 from trl_ext_probing.passk.passk_results import Result, write_passk
+from trl_ext_probing.passk.passk_settings import PasskSettings
 from trl_ext_probing.progress import Report
 from trl_ext_probing.results import journal_of
 from trl_ext_probing.rewards import Judge

@@ -15,7 +15,7 @@ from trl_ext_probing.intervals import Floats, clopper_pearson
 from trl_ext_probing.journal import Journal
 from trl_ext_probing.progress import Report
 from trl_ext_probing.reachability.keys import prompt_key
-from trl_ext_probing.reachability.reach_command import ReachabilitySettings
+from trl_ext_probing.reachability.reach_settings import ReachabilitySettings
 from trl_ext_probing.reachability.routing import choose_route, undecided
 from trl_ext_probing.reachability.statistics import BetaPrior, expected_queries, fit_prior
 from trl_ext_probing.rewards import Judge, refuse_unjudged

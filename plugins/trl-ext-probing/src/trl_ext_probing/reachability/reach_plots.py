@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trl_ext_probing.plots import COLOURS, GREY, figure, log_axis_with_zero, save
-from trl_ext_probing.reachability.reach_command import ReachabilitySettings
+from trl_ext_probing.reachability.reach_settings import ReachabilitySettings
 from trl_ext_probing.reachability.reach_summary import LABELS, Records
 from trl_ext_probing.reachability.routing import ROUTES
 

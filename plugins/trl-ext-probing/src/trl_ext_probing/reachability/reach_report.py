@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from trl_ext_probing.intervals import Estimate
-from trl_ext_probing.reachability.reach_command import ReachabilitySettings
+from trl_ext_probing.reachability.reach_settings import ReachabilitySettings
 from trl_ext_probing.reachability.reach_summary import LABELS
 from trl_ext_probing.reachability.routing import ADVICE
 from trl_ext_probing.tables import percent, table

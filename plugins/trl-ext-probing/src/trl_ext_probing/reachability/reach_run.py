@@ -13,9 +13,9 @@ from trl_ext_probing.progress import Report
 from trl_ext_probing.ranks import is_first
 from trl_ext_probing.reachability import checking
 from trl_ext_probing.reachability.measurement import Measurement
-from trl_ext_probing.reachability.reach_command import ReachabilitySettings
 from trl_ext_probing.reachability.reach_plots import draw_reachability
 from trl_ext_probing.reachability.reach_report import describe
+from trl_ext_probing.reachability.reach_settings import ReachabilitySettings
 from trl_ext_probing.reachability.reach_summary import summarize
 from trl_ext_probing.results import journal_of, write, write_results
 from trl_ext_probing.rewards import Judge

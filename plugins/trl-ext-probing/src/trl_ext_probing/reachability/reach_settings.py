@@ -1,4 +1,4 @@
-"""`trl-ext probe reachability`: its settings, what follows from them before a model loads, and its command."""
+"""`trl-ext probe reachability`: its settings, and what follows from them before a model loads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.settings import DataSettings, Option, RewardSettings, SampledModelSettings, probe
+from trl_ext_probing.settings import DataSettings, Option, RewardSettings, SampledModelSettings
 
 if TYPE_CHECKING:
     from trl_ext_probing.reachability.routing import Budget
@@ -91,11 +91,3 @@ class ReachabilitySettings(SampledModelSettings, DataSettings, RewardSettings):
     def deciding(self) -> dict[str, Any]:
         """The settings that decide what is measured, with the limit of rollouts as a number."""
         return {**super().deciding, "max_rollouts": self.totals[-1]}
-
-
-@probe
-def reachability(settings: ReachabilitySettings) -> None:
-    """Measure how often a base model solves each prompt, and which training it is ready for; resumes when killed."""
-    from trl_ext_probing.reachability.reach_run import run
-
-    run(settings)

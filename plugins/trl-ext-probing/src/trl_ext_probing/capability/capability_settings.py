@@ -1,4 +1,4 @@
-"""`trl-ext probe capability`: its settings and its command."""
+"""`trl-ext probe capability`: its settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.settings import Option, ScoringSettings, probe
+from trl_ext_probing.settings import Option, ScoringSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +35,3 @@ class CapabilitySettings(ScoringSettings):
     def deciding(self) -> dict[str, Any]:
         """The settings that decide what is measured; where the probabilities go does not."""
         return {**super().deciding, "log_probs": self.log_probs is not None}
-
-
-@probe
-def capability(settings: CapabilitySettings) -> None:
-    """Measure how likely a base model finds a data set's responses, and recommend an objective."""
-    from trl_ext_probing.capability.capability_run import run
-
-    run(settings)

@@ -1,4 +1,4 @@
-"""`trl-ext probe from-scratch`: its settings, refused before a model loads where they cannot work, and its command."""
+"""`trl-ext probe from-scratch`: its settings, refused before a model loads where they cannot work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.settings import Option, RewardSettings, SamplingSettings, numbers, probe
+from trl_ext_probing.settings import Option, RewardSettings, SamplingSettings, numbers
 
 MIN_SEEDS = 3
 MULTIPLIERS = "0.3,1,3,10,30"
@@ -109,11 +109,3 @@ class FromScratchSettings(SamplingSettings, RewardSettings):
         if not found[0] > 0:
             raise ConfigurationError(f"{flag} {text!r}: learning rates are above 0, unlike {found[0]:g}")
         return tuple(found)
-
-
-@probe
-def from_scratch(settings: FromScratchSettings) -> None:
-    """Fine-tune from pre-trained and from random weights, and tell what pre-training gave; resumes when killed."""
-    from trl_ext_probing.from_scratch.control import run
-
-    run(settings)

@@ -1,4 +1,4 @@
-"""`trl-ext probe drift`: its settings and its command."""
+"""`trl-ext probe drift`: its settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from trl_ext_probing.settings import Option, ScoringSettings, probe
+from trl_ext_probing.settings import Option, ScoringSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +20,3 @@ class DriftSettings(ScoringSettings):
 
     probe: ClassVar[str] = "drift"
     free: ClassVar[frozenset[str]] = ScoringSettings.free | {"base"}
-
-
-@probe
-def drift(settings: DriftSettings) -> None:
-    """Negative log-likelihood and next-token accuracy on general data, before and after, with paired intervals."""
-    from trl_ext_probing.drift.drift_run import run
-
-    run(settings)

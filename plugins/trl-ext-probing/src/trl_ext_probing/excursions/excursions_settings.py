@@ -1,4 +1,4 @@
-"""`trl-ext probe excursions`: its settings and its command."""
+"""`trl-ext probe excursions`: its settings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from trl_ext_probing.settings import Option, ProbeSettings, probe
+from trl_ext_probing.settings import Option, ProbeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +21,3 @@ class ExcursionSettings(ProbeSettings):
     )
 
     probe: ClassVar[str] = "excursions"
-
-
-@probe
-def excursions(settings: ExcursionSettings) -> None:
-    """Train by several recipes from each checkpoint, and compare pass@k and drift; run it again to go on."""
-    from trl_ext_probing.excursions.excursions_run import run
-
-    run(settings)

@@ -1,4 +1,4 @@
-"""`trl-ext probe passk`: its settings and its command."""
+"""`trl-ext probe passk`: its settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.settings import DataSettings, Option, RewardSettings, SampledModelSettings, probe
+from trl_ext_probing.settings import DataSettings, Option, RewardSettings, SampledModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +44,3 @@ class PasskSettings(SampledModelSettings, DataSettings, RewardSettings):
         if ks[0] < 1 or ks[-1] > self.n:
             raise ConfigurationError(f"--k {self.k!r} with --n {self.n}: every k is in [1, n]; raise --n or lower --k")
         return ks
-
-
-@probe
-def passk(settings: PasskSettings) -> None:
-    """pass@k on problems, unbiased, with confidence intervals; run it again to go on where it was interrupted."""
-    from trl_ext_probing.passk.passk_run import run
-
-    run(settings)
