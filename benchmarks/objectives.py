@@ -28,8 +28,8 @@ from measure import hardware, in_own_process, one_thread, peak_memory, ratio, se
 from peft import LoraConfig
 from transformers import PrinterCallback, logging
 from transformers.utils.logging import disable_progress_bar
-from trl_ext_objectives.log_prob_cache import write_cache
-from trl_ext_objectives.sample_keys import sample_key, vocabulary_digest
+from trl_ext_probing.capability.log_prob_cache import write_cache
+from trl_ext_probing.capability.sample_keys import sample_key, vocabulary_digest
 
 import trl_ext
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer

@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from trl_ext_probing.reachability.statistics import likelihood_quantile
 from trl_ext_reachability.pg import adaptive_rate
-from trl_ext_reachability.statistics import likelihood_quantile
 
 ARMS = ("outcome", "process", "outcome, 0/1", "process, 0/1", "outcome, constant rate", "outcome, adaptive rate")
 

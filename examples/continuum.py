@@ -129,7 +129,7 @@ def run_seed(seed: int, setup: Setup) -> list[dict[str, Any]]:
             row = {
                 "seed": seed,
                 "pretraining": pretraining,
-                "capability": capability(path, demonstrations, folder),
+                "capability": capability(path, demonstrations),
                 "base": accuracy(base, tokenizer, held_out),
             }
             for name, plugin in OBJECTIVES.items():
@@ -153,15 +153,16 @@ def run_seed(seed: int, setup: Setup) -> list[dict[str, Any]]:
     return rows
 
 
-def capability(model: str, demonstrations: Any, scratch: Path) -> float:
+def capability(model: str, demonstrations: Any) -> float:
     """Mean probability of the demonstrations' response tokens, by the code of `trl-ext probe capability`."""
-    from trl_ext_objectives.capability import Tally
-    from trl_ext_objectives.scoring import CapabilitySettings, Scorer
+    import numpy as np
+    from trl_ext_probing.encoding import encode
+    from trl_ext_probing.models import load_model
+    from trl_ext_probing.scoring import Scorer
 
-    scorer = Scorer(CapabilitySettings(model, "demonstrations"), demonstrations, 0, scratch)
-    scores, tally = scorer.score(list(scorer.examples())), Tally()
-    tally.add(scores.histogram, scores.tokens, scores.sum_p, scores.sum_nll)
-    return tally.summarize({}).mean_p
+    loaded, tokenizer = load_model(model)
+    scores = Scorer(loaded).score([encode(tokenizer, row) for row in demonstrations])
+    return float(np.exp(np.concatenate([of_row.log_probs for of_row in scores])).mean())
 
 
 def accuracy(model: Any, tokenizer: Any, rows: Any) -> dict[str, float]:

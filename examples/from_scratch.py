@@ -109,7 +109,7 @@ def main() -> None:
         *("--eval-in", str(folder / "in.jsonl"), "--eval-out", str(folder / "out.jsonl")),
         *("--validation", str(folder / "validation.jsonl"), "--floor", "format"),
         *("--lr-multipliers", "0.1,0.3,1,3", "--points", "2" if options.quick else "5", "--max-completion-length", "8"),
-        *("--seeds", str(options.seeds), "--eval-batch-size", "200", "--output", str(folder / "control")),
+        *("--seeds", str(options.seeds), "--batch-size", "200", "--output", str(folder / "control")),
         *(["--embeddings"] if options.embeddings else []),
     ]
     print(shlex.join(["trl-ext", *command[3:]]), flush=True)

@@ -15,6 +15,7 @@ expected share that answers sampled at temperature 1 solve. `--large` is for a G
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import random
 import shutil
@@ -121,16 +122,15 @@ def train_base(setup: Setup, seed: int, folder: Path) -> str:
 
 def likelihoods(model: str, rows: Sequence[Row]) -> np.ndarray:
     """(rows,) probability of the right answer at temperature 1, by teacher forcing."""
-    from trl_ext_reachability.sampled_policy import Policy, Sampler
+    from trl_ext_probing.encoding import Encoded, drawn_ids, prompt_ids
+    from trl_ext_probing.models import load_model
+    from trl_ext_probing.scoring import Scorer
 
-    policy = Policy(model, Sampler(), "float32")
-    found = []
-    for start in range(0, len(rows), 256):
-        batch = rows[start : start + 256]
-        prompts = [policy.prompt_ids(row["prompt"]) for row in batch]
-        answers = [policy.demonstration_ids(row["prompt"], row["answer"]) for row in batch]
-        found += [float(values.sum().exp()) for values in policy.log_probs(prompts, answers)]
-    return np.array(found)
+    loaded, tokenizer = load_model(model, "float32")
+    heads = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    answers = [drawn_ids(tokenizer, row["prompt"], row["answer"], [tokenizer.eos_token_id]) for row in rows]
+    examples = [Encoded(head + answer, len(head)) for head, answer in zip(heads, answers, strict=True)]
+    return np.array([float(np.exp(scores.log_probs.sum(dtype=float))) for scores in Scorer(loaded).score(examples)])
 
 
 def train_arm(
@@ -139,7 +139,7 @@ def train_arm(
     """GRPO from the base model; the share solved of each test set on the way."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl_ext_reachability.answer_rewards import exact
+    from trl_ext_probing.answers import exact_text
 
     from trl_ext import GRPOConfig, GRPOTrainer
     from trl_ext.testing import save_model, tiny_tokenizer
@@ -162,7 +162,7 @@ def train_arm(
         rows = [problems(setup, 1 + i % setup.letters, setup.prompts, 1000 + seed)[i] for i in range(setup.prompts)]
     GRPOTrainer(
         model=base,
-        reward_funcs=exact,
+        reward_funcs=exact_text,
         args=GRPOConfig(
             str(folder / "grpo"),
             plugins=[PROCESS] if arm == "process" else [],
@@ -182,20 +182,18 @@ def train_arm(
 
 def probe(setup: Setup, model: str, rows: Sequence[Row], folder: Path, **settings: Any) -> dict[str, Any]:
     """What `trl-ext probe reachability` finds; the folder keeps it."""
-    from trl_ext_reachability.measurement_settings import MeasurementSettings
-    from trl_ext_reachability.reach_probe import measure
+    from trl_ext_probing.commands import reachability
 
     folder.mkdir()
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     plan = {"num_generations": setup.num_generations, "batch_size": 512, "max_completion_length": setup.letters + 1}
     plan["epochs"] = setup.steps * setup.batch_size / setup.num_generations / setup.prompts
-    reward = "trl_ext_reachability.answer_rewards:exact"
-    for _ in measure(MeasurementSettings(model, str(data), reward, dtype="float32", **plan, **settings), folder):
-        pass
-    summary = json.loads((folder / "reachability.json").read_text())
-    records = map(json.loads, (folder / "prompts.jsonl").read_text().splitlines())
-    successes = sum(record["successes"] for record in records)
+    named = {"model": [model], "dataset": str(data), "reward": ["trl_ext_probing.answers:exact_text"], "output": folder}
+    reachability(**named, dtype="float32", **plan, **settings)
+    (summary,) = json.loads((folder / "results.json").read_text())["models"]
+    with (folder / "rows.csv").open() as file:
+        successes = sum(int(record["successes"]) for record in csv.DictReader(file))
     return {"rollouts": summary["rollouts"], "successes": successes, "routes": summary["routes"]}
 
 
@@ -214,7 +212,7 @@ def run_seed(setup: Setup, seed: int, output: Path) -> dict[str, Any]:
             "probe of whole words": probed,
             "curves": {arm: train_arm(setup, seed, base, arm, test, folder) for arm in ARMS},
         }
-        shutil.copy(folder / "train" / "reachability.png", output / f"seed{seed}-reachability.png")
+        shutil.copy(folder / "train" / "plot.png", output / f"seed{seed}-reachability.png")
     ends = ", ".join(f"{arm} {curve[-1]['whole words']:.3g}" for arm, curve in result["curves"].items())
     print(f"seed {seed}: whole words {ends} ({time.perf_counter() - start:.0f} s)", flush=True)
     return result

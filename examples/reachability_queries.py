@@ -13,10 +13,10 @@ Written: results.json, report.md, queries.png, and the calibration plot of each 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,23 +37,26 @@ class Sizes:
 
 def queries(setup: Setup, sizes: Sizes, model: str, rows: Sequence[Row], seed: int) -> list[dict[str, float]]:
     """Probability of the right answer and draws until it comes, of each prompt in reach of `most_draws`."""
-    from trl_ext_reachability.answer_rewards import exact
-    from trl_ext_reachability.queries import draws_until_solved
-    from trl_ext_reachability.sampled_policy import Policy, Sampler
+    from trl_ext_probing.engines import engine
+    from trl_ext_probing.models import load_model
+    from trl_ext_probing.reachability.queries import draws_until_solved
 
     alphas = likelihoods(model, rows)
     known = [i for i, alpha in enumerate(alphas) if alpha > 1 / sizes.most_draws]
-    policy = Policy(model, Sampler(setup.letters + 1), "float32")
-    calls = itertools.count(1_000_000 * seed)
+    prompts, answers = ([rows[i][name] for i in known] for name in ("prompt", "answer"))
+    loaded, tokenizer = load_model(model, "float32")
+    sampler = engine("transformers", model=loaded, tokenizer=tokenizer, batch_size=512)
+    drawn: Counter[int] = Counter()
 
     def draw(places: list[int]) -> list[bool]:
-        hits: list[bool] = []
-        for start in range(0, len(places), 512):
-            batch = [rows[known[i]] for i in places[start : start + 512]]
-            drawn = policy.sample([policy.prompt_ids(row["prompt"]) for row in batch], next(calls))
-            texts = [policy.text(ids) for ids in drawn]
-            hits += [reward == 1 for reward in exact(texts, [row["answer"] for row in batch])]
-        return hits
+        wanted = []
+        for place in places:
+            wanted.append((place, drawn[place]))
+            drawn[place] += 1
+        n = max(drawn.values())
+        found = sampler.generate(prompts, n=n, draws=wanted, max_tokens=setup.letters + 1, seed=seed)
+        right = {(c.prompt_index, c.sample_index): c.text.strip() == answers[c.prompt_index] for c in found}
+        return [right[pair] for pair in wanted]
 
     counts = draws_until_solved(draw, len(known), sizes.most_draws)
     return [{"alpha": float(alphas[i]), "draws": int(n)} for i, n in zip(known, counts, strict=True)]
@@ -61,10 +64,10 @@ def queries(setup: Setup, sizes: Sizes, model: str, rows: Sequence[Row], seed: i
 
 def run_seed(setup: Setup, sizes: Sizes, seed: int, output: Path) -> dict[str, Any]:
     """One base model: draws until success, and predicted against observed on held-out prompts."""
-    from trl_ext_reachability.checking import check_against
+    from trl_ext_probing.reachability.checking import check_against
 
     rows = [row for n in setup.in_reach for row in problems(setup, n, setup.held_out, seed, "held_out")]
-    fixed = {"rollouts": sizes.rollouts, "max_rollouts": sizes.rollouts}
+    fixed = {"n": sizes.rollouts, "max_rollouts": sizes.rollouts}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         base = train_base(setup, seed, folder)
@@ -77,7 +80,7 @@ def run_seed(setup: Setup, sizes: Sizes, seed: int, output: Path) -> dict[str, A
 
 def report(sizes: Sizes, results: Sequence[Mapping[str, Any]], bins: Sequence[Mapping[str, Any]]) -> str:
     """The tables in Markdown."""
-    from trl_ext_reachability.queries import describe_queries
+    from trl_ext_probing.reachability.queries import describe_queries
 
     lines = [
         f"{len(results)} seeds.",
@@ -113,8 +116,8 @@ def main() -> None:
     setup, sizes = (LARGE, Sizes(8192, 64)) if options.large else (Setup(), Sizes())
     quiet(setup)
     options.output.mkdir(parents=True, exist_ok=True)
-    from trl_ext_reachability.queries import query_ratios
-    from trl_ext_reachability.reach_plots import draw_queries
+    from trl_ext_probing.reachability.queries import query_ratios
+    from trl_ext_probing.reachability.reach_plots import draw_queries
 
     results = [run_seed(setup, sizes, seed, options.output) for seed in range(options.seeds)]
     found = [query for result in results for query in result["queries"]]

@@ -28,9 +28,10 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
-from trl_ext_mixing.drift import compare, score
-from trl_ext_mixing.estimators import pass_at_k
-from trl_ext_mixing.sampling import complete
+from trl_ext_probing.encoding import encode
+from trl_ext_probing.engines import engine
+from trl_ext_probing.passk.estimator import pass_at_k
+from trl_ext_probing.scoring import Scorer
 
 from trl_ext import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from trl_ext.testing import Copy, ModularChain, tiny_llama, tiny_tokenizer
@@ -156,18 +157,20 @@ def pass_rates(run: Run, model: PreTrainedModel) -> dict[str, float]:
     """pass@k on held-out problems, from max(KS) samples of each."""
     rows = run.task.dataset(run.size.held_out, "prompt_only", split="held_out", seed=0)
     n = max(KS)
-    sampling = {"temperature": 0.6, "top_p": 1.0, "max_new_tokens": 2 * run.size.chain + 2}
-    drawn = complete(model, tiny_tokenizer(), list(rows["prompt"]) * n, seed=0, **sampling)
-    right = torch.tensor(run.task.reward([text for text, _ in drawn], list(rows["answer"]) * n))
-    solved = right.view(n, len(rows)).sum(0).int().tolist()
+    sampler = engine("transformers", model=model.eval(), tokenizer=tiny_tokenizer(), batch_size=1024)
+    drawn = sampler.generate(list(rows["prompt"]), n=n, max_tokens=2 * run.size.chain + 2, temperature=0.6)
+    solved = [0] * len(rows)
+    for c in drawn:
+        solved[c.prompt_index] += int(run.task.reward([c.text], [rows[c.prompt_index]["answer"]])[0])
     return {f"pass@{k}": statistics.mean(pass_at_k(n, c, k) for c in solved) for k in KS}
 
 
 def measure(run: Run, model: PreTrainedModel, base: PreTrainedModel) -> dict[str, float]:
     """pass@k, and the drift from the checkpoint that the recipe started at."""
-    general = list(run.general(200, seed=7))  # one batch
-    before, after = (next(iter(score(m.eval(), tiny_tokenizer(), general, batch_size=200))) for m in (base, model))
-    return {**pass_rates(run, model), "drift": compare(before, after)["nll"].change}
+    general = [encode(tiny_tokenizer(), row) for row in run.general(200, seed=7)]
+    before, after = (Scorer(m).score(general) for m in (base, model))
+    moved = sum(float(x.log_probs.sum() - y.log_probs.sum()) for x, y in zip(before, after, strict=True))
+    return {**pass_rates(run, model), "drift": moved / sum(example.labels for example in general)}
 
 
 def fresh(run: Run, weights: dict[str, torch.Tensor] | None = None) -> PreTrainedModel:

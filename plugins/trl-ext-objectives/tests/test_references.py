@@ -11,11 +11,10 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from trl_ext_objectives.capability_probe import measure
 from trl_ext_objectives.iw_sft import IwSFT
 from trl_ext_objectives.live_reference import StartModel
 from trl_ext_objectives.psft import PSFT
-from trl_ext_objectives.scoring import CapabilitySettings
+from trl_ext_probing.commands import capability
 
 from trl_ext import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
@@ -88,8 +87,8 @@ def test_reference_is_the_start_model_throughout(reference: str, lora: bool, tmp
         with (tmp_path / "data.jsonl").open("w") as file:
             for row in Addition(digits=2).dataset(32):
                 file.write(json.dumps({"prompt": row["prompt"], "completion": row["completion"]}) + "\n")
-        settings = CapabilitySettings(path, str(tmp_path / "data.jsonl"), log_probs=True)
-        list(measure(settings, tmp_path / "probe", tmp_path / "cache"))
+        data = str(tmp_path / "data.jsonl")
+        capability(model=[path], dataset=data, output=tmp_path / "probe", log_probs=tmp_path / "cache", device="cpu")
     noting = Noting(spec)
     train(tmp_path / "run", [noting], lora=lora)
     assert len(noting.seen) == 4

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +95,20 @@ def weights(trainer: Any) -> list[Tensor]:
 def distance(a: list[Tensor], b: list[Tensor]) -> float:
     """Largest difference of two weights."""
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
+
+
+COLUMNS = (
+    "key", "rollouts", "successes", "first_rollouts", "first_successes", "low", "high", "worst_token",
+    "demonstration_correct", "route",
+)  # fmt: skip
+
+
+def write_measurement(folder: Path, settings: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> None:
+    """What training reads of a finished `trl-ext probe reachability`."""
+    models = [{"model": "m", "prior": [0.5, 2.0]}]
+    content = {"schema": 1, "probe": "reachability", "settings": settings, "models": models}
+    (folder / "results.json").write_text(json.dumps(content))
+    with (folder / "rows.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        table.writeheader()
+        table.writerows({k: "" if v is None else v for k, v in record.items()} for record in records)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from runs import checksum_reward, grpo
 from test_pg import Record, sequence_gradients
+from trl_ext_probing.reachability.statistics import expected_queries
 from trl_ext_reachability.best_of_m import BestOfM, first_correct
-from trl_ext_reachability.statistics import expected_queries
 
 from trl_ext.errors import ConfigurationError
 

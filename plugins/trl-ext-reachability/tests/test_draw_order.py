@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runs import distance, grpo, prompts, weights
 from test_reachability import PROMPTS, Record, write_probe
+from trl_ext_probing.reachability.routing import ROUTES
 from trl_ext_reachability.draw_order import draw_order
 from trl_ext_reachability.merged_groups import group_advantages, group_labels
 from trl_ext_reachability.reachability import Reachability
-from trl_ext_reachability.routing import ROUTES
 
 from trl_ext.errors import ConfigurationError, PluginError
 
@@ -123,11 +122,12 @@ def drawn(record: Record) -> list[str]:
 
 def test_prompts_come_in_the_order_of_their_success_rates(tmp_path: Path) -> None:
     folder = Path(write_probe(tmp_path / "probe"))
-    records = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
-    counts = [int(k) for k in np.random.default_rng(0).permutation(len(records))]
-    for record, k in zip(records, counts, strict=True):
-        record["successes"] = k
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    counts = [int(k) for k in np.random.default_rng(0).permutation(len(PROMPTS))]
+    head, *lines = (folder / "rows.csv").read_text().splitlines()
+    place = head.split(",").index("successes")
+    changed = [",".join([*(cells := line.split(","))[:place], str(k), *cells[place + 1 :]])
+               for line, k in zip(lines, counts, strict=True)]  # fmt: skip
+    (folder / "rows.csv").write_text("\n".join([head, *changed]) + "\n")
     known = dict(zip(PROMPTS, counts, strict=True))
     for order, sign in (("easy-first", -1), ("hard-first", 1)):
         seen = Record()

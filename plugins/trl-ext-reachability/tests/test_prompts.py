@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from trl_ext_reachability.finished import merge_duplicates
-from trl_ext_reachability.keys import prompt_key, prompt_number
+from runs import write_measurement
+from trl_ext_probing.reachability.finished import merge_duplicates
+from trl_ext_probing.reachability.keys import prompt_key, prompt_number
+from trl_ext_probing.reachability.routing import HOPELESS, Budget
 from trl_ext_reachability.prompts import Prompts
-from trl_ext_reachability.routing import HOPELESS, Budget
 
-SETTINGS = {"num_generations": 8, "epochs": 3.0, "rollouts": 8, "max_rollouts": 128, "confidence": 0.95}
+SETTINGS = {"num_generations": 8, "epochs": 3.0, "n": 8, "max_rollouts": 128, "confidence": 0.95}
 BUDGET = Budget(8, 3.0)
 
 
 def record(prompt: str, successes: int, rollouts: int, route: str, **more: Any) -> dict[str, Any]:
-    common = {"key": prompt_key(prompt), "demonstration_correct": None, "worst_steps": None}
+    common = {"key": prompt_key(prompt), "demonstration_correct": None, "worst_token": None}
     return {**common, "successes": successes, "rollouts": rollouts, "route": route, **more}
 
 
 def known(folder: Path, *records: dict[str, Any]) -> Prompts:
-    (folder / "reachability.json").write_text(json.dumps({"settings": SETTINGS, "prior": [0.5, 2.0]}))
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in records))
+    write_measurement(folder, SETTINGS, list(records))
     return Prompts(folder)
 
 
@@ -62,10 +61,10 @@ def test_rows_with_the_same_prompt_are_counted_together(tmp_path: Path) -> None:
 
 def test_merged_rows_keep_the_best_correct_demonstration() -> None:
     hopeless = [
-        record("a", 0, 125, "demonstration", demonstration_correct=True, worst_steps=[0.01, 0.2, 0.3]),
-        record("a", 0, 125, "process_reward", demonstration_correct=True, worst_steps=[0.2, 0.2, 0.3]),
-        record("a", 0, 125, "out_of_reach", demonstration_correct=False, worst_steps=[0.9, 0.9, 0.9]),
+        record("a", 0, 125, "demonstration", demonstration_correct=True, worst_token=0.01),
+        record("a", 0, 125, "process_reward", demonstration_correct=True, worst_token=0.2),
+        record("a", 0, 125, "out_of_reach", demonstration_correct=False, worst_token=0.9),
     ]
     (merged,) = merge_duplicates(hopeless, SETTINGS)
-    assert (merged["route"], merged["worst_steps"][0], merged["rollouts"]) == ("process_reward", 0.2, 375)
+    assert (merged["route"], merged["worst_token"], merged["rollouts"]) == ("process_reward", 0.2, 375)
     assert merge_duplicates(hopeless[:1], SETTINGS) == hopeless[:1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from runs import checksum_reward, grpo, prompts
+from runs import checksum_reward, grpo, prompts, write_measurement
 from torch import Tensor
-from trl_ext_reachability.keys import prompt_key, prompt_number
+from trl_ext_probing.reachability.keys import prompt_key, prompt_number
+from trl_ext_probing.reachability.routing import ROUTES, Budget
 from trl_ext_reachability.reachability import Reachability
-from trl_ext_reachability.routing import ROUTES, Budget
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
@@ -31,8 +30,7 @@ def write_probe(folder: Path, routes: list[str] | None = None, **settings: Any) 
     """What the probe would have written: all routes in turn, a tenth of 20 rollouts correct; settings of `runs`."""
     folder.mkdir()
     sampling = {"max_completion_length": 6, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    settings = {"num_generations": 4, "epochs": 2.0, "success": 1.0, **sampling, **settings}
-    (folder / "reachability.json").write_text(json.dumps({"settings": settings, "prior": [0.5, 2.0]}))
+    settings = {"num_generations": 4, "epochs": 2.0, "solved_at": 1.0, **sampling, **settings}
     chosen = routes or [ROUTES[i % len(ROUTES)] for i in range(len(PROMPTS))]
     records = [
         {
@@ -41,11 +39,11 @@ def write_probe(folder: Path, routes: list[str] | None = None, **settings: Any) 
             "successes": 2,
             "rollouts": 20,
             "demonstration_correct": True,
-            "worst_steps": [0.3, 0.4, 0.5],
+            "worst_token": 0.3,
         }
         for prompt, route in zip(PROMPTS, chosen, strict=True)
     ]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_measurement(folder, settings, records)
     return str(folder)
 
 
@@ -131,12 +129,12 @@ def test_solved_prompts_are_counted_and_compared_with_the_prediction(tmp_path: P
 
 
 def test_success_is_what_the_probe_took_for_it(tmp_path: Path) -> None:
-    """All completions get 0.5: a success for a probe with success=0.5, and not where the option says otherwise."""
+    """All completions get 0.5: a success for a probe with `solved_at` 0.5, and not where the option says otherwise."""
 
     def half(completions: list[str], **columns: Any) -> list[float]:
         return [0.5] * len(completions)
 
-    probe = write_probe(tmp_path / "probe", success=0.5)
+    probe = write_probe(tmp_path / "probe", solved_at=0.5)
     for option, solved in ((None, 12), (0.6, 0)):
         plugin = Reachability(probe, success=option)
         grpo(tmp_path / f"run {option}", instances=[plugin], reward=half).train()
@@ -273,7 +271,7 @@ def test_keys_fit_64_bits_and_take_messages() -> None:
         ({"order": "random"}, "order='random' is not one of data, easy-first, hard-first"),
         ({"marginal_groups": 0}, "marginal_groups=0 is not >= 1"),
         ({"confidence": 0.0}, r"confidence=0\.0"),
-        ({"probe": "absent"}, "probe='absent' holds no finished measurement"),
+        ({"probe": "absent"}, "reachability: probe: .absent. holds no finished measurement"),
     ],
 )
 def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

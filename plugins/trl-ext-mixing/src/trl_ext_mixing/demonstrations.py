@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from trl_ext_probing.encoding import prompt_and_completion_ids
 
 from trl_ext.errors import OnAllRanksError
 from trl_ext.gradients import GradientView
 from trl_ext.records import Rewards, Rollouts, SetupContext, StreamGradient
-from trl_ext_mixing.tokens import prompt_and_completion_ids
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

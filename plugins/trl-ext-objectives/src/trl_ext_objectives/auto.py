@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from trl_ext_probing.capability.continuum import recommend
+from trl_ext_probing.capability.positions import Capability
 
 from trl_ext import hookimpl
-from trl_ext_objectives.capability import Capability, recommend
 from trl_ext_objectives.nll import NLL
 from trl_ext_objectives.objective import Objective
 from trl_ext_objectives.power import Power
@@ -35,7 +36,7 @@ class Auto(Objective):
     is a small sample; `trl-ext probe capability` measures the whole data set.
 
     Args:
-        probe: `capability.json` of the base model on this data set, or nothing.
+        probe: Output folder of `trl-ext probe capability` for the base model on this data set, or nothing.
     """
 
     citation: ClassVar[str] = "Beyond Log Likelihood: Probability-Based Objectives for SFT, arXiv 2510.00526"
@@ -55,7 +56,7 @@ class Auto(Objective):
     def check(self, run: RunDescription) -> None:
         """Read the probe's file, before the model loads."""
         if self.probe:
-            self._choose(Capability.load(self.probe).mean_p)
+            self._choose(Capability.load(self.probe, "auto: probe").mean_p.bounds[0])
             self._settled = True
 
     @hookimpl

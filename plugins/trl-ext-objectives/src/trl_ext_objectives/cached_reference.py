@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_ext_objectives.log_prob_cache import LogProbCache
+from trl_ext_probing.capability.log_prob_cache import LogProbCache
+
 from trl_ext_objectives.reference import Reference
 
 if TYPE_CHECKING:

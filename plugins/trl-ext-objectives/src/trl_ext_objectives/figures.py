@@ -1,17 +1,18 @@
-"""Pictures: an objective's loss and gradient weight next to NLL's, and a model's place on the continuum."""
+"""Pictures: an objective's loss and gradient weight next to NLL's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from trl_ext_probing.plots import COLOURS, figure, save
 
 from trl_ext.records import TokenRecord
-from trl_ext_objectives.capability import OBSERVED, Capability
 
 VOCABULARY = 1000
 REFERENCE_P = 0.5
@@ -75,53 +76,22 @@ def objective_figure(loss: Loss, name: str, *, temperature: float = 1.0, moves: 
         moves: Whether the loss changes over the training; there are three curves then, one for each of `MOMENTS`.
     """
     p = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
-    figure, (left, right) = _subplots(1, 2, (9, 3.6))
+    whole, (left, right) = figure(2, size=(9, 3.6))
     drawn = {"NLL": (curves(lambda tokens: -tokens.log_probs, p), {"color": "0.6", "linestyle": "--"})}
     for index, (moment, progress) in enumerate(MOMENTS.items() if moves else {"": 0.0}.items()):
         label = f"{name} {moment}".strip()
-        drawn[label] = curves(loss, p, temperature=temperature, progress=progress), {"color": f"C{index}"}
+        drawn[label] = curves(loss, p, temperature=temperature, progress=progress), {"color": COLOURS[index]}
     for label, ((values, weights), style) in drawn.items():
         left.plot(p, values, label=label, **style)
         right.plot(p, weights, label=label, **style)
     left.set(xlabel="p of the label", ylabel="loss", ylim=(None, 5))
     right.set(xlabel="p of the label", ylabel="W(p), gradient on the label's logit")
     left.legend(fontsize=8)
-    return figure
+    return whole
 
 
 def draw_objective(
     loss: Loss, path: str | PathLike[str], name: str, *, temperature: float = 1.0, moves: bool = False
 ) -> None:
     """Write `objective_figure` into an image file; needs matplotlib."""
-    _save(objective_figure(loss, name, temperature=temperature, moves=moves), path)
-
-
-def draw_capability(capability: Capability, path: str | PathLike[str]) -> None:
-    """Draw the distribution of p, and the mean on the continuum with the paper's settings; needs matplotlib."""
-    figure, (left, right) = _subplots(1, 2, (10, 3.2))
-    levels = torch.linspace(0, 1, len(capability.quantiles))
-    left.plot(capability.quantiles, levels, label="response tokens")
-    left.plot(capability.example_quantiles, levels, label="examples (mean p)")
-    left.axvline(capability.mean_p, color="0.3", linestyle=":", label=f"mean p = {capability.mean_p:.3f}")
-    left.set(xlabel="p", ylabel="share below", xlim=(0, 1), ylim=(0, 1))
-    left.legend(fontsize=8)
-    for color, region in zip(("C3", "0.7", "C2"), OBSERVED, strict=True):
-        right.axvspan(region.low, region.high, color=color, alpha=0.5)
-        right.text((region.low + region.high) / 2, 0.85, region.name, ha="center", fontsize=8)
-    error = 2 * capability.standard_error
-    right.errorbar([capability.mean_p], [0.4], xerr=[error], fmt="ok", capsize=3)
-    right.set(xlabel="mean p; coloured: the settings of arXiv 2510.00526", xlim=(0, 1), ylim=(0, 1), yticks=[])
-    _save(figure, path)
-
-
-def _subplots(rows: int, columns: int, size: tuple[float, float]) -> Any:
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns)
-
-
-def _save(figure: Any, path: str | PathLike[str]) -> None:
-    # Without metadata, which holds the library's version, the same curves give the same file.
-    metadata = {"Software": None} if str(path).endswith(".png") else None
-    figure.savefig(path, dpi=150, metadata=metadata)
+    save(objective_figure(loss, name, temperature=temperature, moves=moves), Path(path))

@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from trl_ext_probing.capability.sample_keys import vocabulary_digest
 
 from trl_ext_objectives.reference import Reference
-from trl_ext_objectives.sample_keys import vocabulary_digest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

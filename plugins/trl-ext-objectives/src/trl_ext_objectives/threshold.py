@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
+from trl_ext_probing.capability.positions import Capability
+
 from trl_ext import hookimpl
 from trl_ext.options import Range
 from trl_ext.schedules import Scheduled
-from trl_ext_objectives.capability import Capability
 from trl_ext_objectives.kept_tokens import KeptShare, Normalization, normalized
 from trl_ext_objectives.objective import Objective
 
@@ -38,8 +39,8 @@ class Threshold(Objective):
         loss: "nll" or "1-p", of the kept tokens.
         normalization: "valid" divides by all label tokens of the window (TRL's), "kept" each micro-batch by its kept
             tokens (the paper's). Logged as `normalized_by_kept`, 0 or 1.
-        quantile_of: `capability.json` of the base model on this data set, by `trl-ext probe capability`. The quantiles
-            are those before training, and stay.
+        quantile_of: Output folder of `trl-ext probe capability` for the base model on this data set. The quantiles are
+            those before training, and stay.
     """
 
     citation: ClassVar[str] = "Beyond Log Likelihood: Probability-Based Objectives for SFT, arXiv 2510.00526"
@@ -59,7 +60,7 @@ class Threshold(Objective):
     def check(self, run: RunDescription) -> None:
         """Read the base model's quantiles, before the model loads."""
         if self.quantile_of:
-            self._base = Capability.load(self.quantile_of)
+            self._base = Capability.load(self.quantile_of, "threshold: quantile_of")
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
@@ -69,7 +70,7 @@ class Threshold(Objective):
         """
         q = self.now("q", tokens)
         if self.quantile_of:
-            self._base = self._base or Capability.load(self.quantile_of)
+            self._base = self._base or Capability.load(self.quantile_of, "threshold: quantile_of")
             q = self._base.quantile(q)
         kept = keep_side(tokens.log_probs.detach(), tokens.mask, q, self.side)
         self._kept.add(kept, tokens)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from trl_ext_reachability.finished import merge_duplicates, read_finished
-from trl_ext_reachability.keys import prompt_number
-from trl_ext_reachability.routing import HOPELESS, ROUTES, Budget, Route, choose_route
-from trl_ext_reachability.statistics import BetaPrior, Floats, clopper_pearson
+from trl_ext_probing.intervals import Floats, clopper_pearson
+from trl_ext_probing.reachability.finished import merge_duplicates, read_finished
+from trl_ext_probing.reachability.keys import prompt_number
+from trl_ext_probing.reachability.routing import HOPELESS, ROUTES, Budget, Route, choose_route
+from trl_ext_probing.reachability.statistics import BetaPrior
 
 
 class Prompts:
@@ -26,15 +26,14 @@ class Prompts:
     """
 
     def __init__(self, folder: Path) -> None:
-        summary, found = read_finished(folder, "probe=")
+        summary, found = read_finished(folder, "reachability: probe")
         settings: dict[str, Any] = summary["settings"]
         records = {prompt_number(record["key"]): record for record in merge_duplicates(found, settings)}
         self._folder = folder
         self.settings = settings
         self.index = {number: i for i, number in enumerate(records)}
         self.routes: list[Route] = [record["route"] for record in records.values()]
-        usable = [record["worst_steps"] if record["demonstration_correct"] else None for record in records.values()]
-        self.worst_steps = [worst[0] if worst else None for worst in usable]
+        self.worst_steps = [r["worst_token"] if r["demonstration_correct"] else None for r in records.values()]
         self._probed = np.array([[record["successes"], record["rollouts"]] for record in records.values()]).T
         self._prior = BetaPrior(*summary["prior"])
         self.draws = np.zeros(len(records), dtype=np.int64)

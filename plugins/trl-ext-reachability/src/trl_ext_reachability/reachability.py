@@ -1,8 +1,8 @@
 """`reachability`: GRPO whose prompts weigh what a probe of the base model says of them.
 
 By arXiv 2603.06957 outcome rewards reach a prompt in about 1/alpha queries, where alpha is the base model's likelihood
-of a success. `trl-ext probe reachability` measures alpha and gives each prompt a route, which
-`trl_ext_reachability.routing` defines. With the weight w of each route, the advantage of completion i of N becomes
+of a success. `trl-ext probe reachability` measures alpha and gives each prompt a route (see the module
+`trl_ext_probing.reachability.routing`). With the weight w of each route, the advantage of completion i of N becomes
 
     A_i <- w(route_i) / (1/N sum_j w(route_j)) A_i,
 
@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from accelerate.utils import gather
 from torch import Tensor
+from trl_ext_probing.reachability.keys import prompt_key, prompt_number
+from trl_ext_probing.reachability.routing import ROUTES, Budget
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
 from trl_ext.options import Range
 from trl_ext.records import Rewards, Rollouts, RunDescription, StreamGradient, StreamRequest
 from trl_ext_reachability.draw_order import Order, draw_order
-from trl_ext_reachability.keys import prompt_key, prompt_number
 from trl_ext_reachability.merged_groups import group_advantages, group_labels
 from trl_ext_reachability.probe_agreement import refuse_other_sampling
 from trl_ext_reachability.prompts import Prompts
 from trl_ext_reachability.relations import AFTER, NEW_ADVANTAGES, declare
-from trl_ext_reachability.routing import ROUTES, Budget
 
 if TYPE_CHECKING:
     import datasets
@@ -174,7 +174,7 @@ class Reachability:
 
     def _count(self, rows: np.ndarray, rewards: Rewards) -> None:
         """Count the completions that a reward function judged, and those of them that are correct."""
-        success = self._prompts.settings["success"] if self.success is None else self.success
+        success = self._prompts.settings["solved_at"] if self.success is None else self.success
         judged = (~rewards.per_function.isnan().all(dim=1)).cpu().numpy()
         self._prompts.add(rows[judged], (rewards.total >= success).cpu().numpy()[judged])
 

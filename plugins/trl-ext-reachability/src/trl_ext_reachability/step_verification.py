@@ -6,9 +6,10 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from trl_ext_probing.functions import load_function
+
 from trl_ext.options import Range
 from trl_ext.records import RunDescription, SetupContext
-from trl_ext_reachability.dotted import load_function
 from trl_ext_reachability.step_classifier import StepClassifier
 from trl_ext_reachability.step_rewards import RESERVED, StepJudge
 from trl_ext_reachability.steps import Split, Splitter
@@ -54,7 +55,7 @@ class StepVerification:
                     f"{name}={getattr(self, name)!r} is for verifier={verifier!r}; leave it out with {self.verifier!r}"
                 )
         own = self.verifier not in ("steps", "model")
-        self._own: Verifier | None = load_function(self.verifier) if own else None
+        self._own: Verifier | None = load_function(self.verifier, "verifier") if own else None
 
     def _check_pattern(self) -> None:
         if self.pattern is None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from trl_ext_probing.results import without_matplotlib_say_so
 
 from trl_ext.errors import ConfigurationError
 from trl_ext_averaging.offline import with_mergekit
@@ -98,7 +99,7 @@ def write_best_of_sweep(request: Request, values: Sequence[float], goal: Goal, t
         plan = replace(plan, options={**plan.options, "metric": goal.label, "sweep": tried})
         _announce(plan, to)
         _write(plan, folder)
-        _keep_points(points, folder, option, goal.label)
+        _keep_points(points, chosen, folder, option, goal.label)
         sign(folder, plan.provenance())
     console.print(f"wrote {to.output}")
 
@@ -166,12 +167,10 @@ def _nbytes(plan: Plan) -> int:
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in plan.source().layout.values())
 
 
-def _keep_points(points: Sequence[Point], folder: Path, option: str, label: str) -> None:
+def _keep_points(points: Sequence[Point], chosen: Point, folder: Path, option: str, label: str) -> None:
     (folder / "sweep.json").write_text(json.dumps([asdict(point) for point in points], indent=2) + "\n")
-    try:
-        plot(points, folder / "sweep.png", option, label)
-    except ImportError:
-        console.print("no plot: matplotlib is not installed (pip install matplotlib)")
+    with without_matplotlib_say_so("sweep.png"):
+        plot(points, chosen, folder / "sweep.png", option, label)
 
 
 def _announce(plan: Plan, to: Destination) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import json
 import math
 import shlex
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trl_ext_probing.encoding import data_column, encode
+from trl_ext_probing.functions import load_function
+from trl_ext_probing.models import load_model
+from trl_ext_probing.scoring import Scorer
+
+from trl_ext.data import load_dataset_spec
 from trl_ext.errors import ConfigurationError
 
-FORMS: tuple[dict[str, type], ...] = ({"text": str}, {"prompt": str, "completion": str}, {"messages": list})
 Metric = Callable[[Path], float]
 """The folder of a checkpoint -> a number."""
 
@@ -39,7 +41,7 @@ def metric_of(spec: str, data: Path | None = None) -> Metric:
     elif "{}" in spec:
         metric = lambda folder: _run_command(spec, folder)  # noqa: E731
     elif ":" in spec:
-        function = _load_function(spec)
+        function = load_function(spec, "--metric")
         metric = lambda folder: float(function(str(folder)))  # noqa: E731
     else:
         raise ConfigurationError(
@@ -61,57 +63,33 @@ def metric_of(spec: str, data: Path | None = None) -> Metric:
 
 
 def read_rows(data: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file with `text`, `prompt` and `completion`, or `messages`.
+    """Rows of a data file, each with `text`, `prompt` and `completion`, or `messages`.
 
     Raises:
-        ConfigurationError: another form, or no rows.
+        ConfigurationError: It cannot be read, or a row has another form.
     """
-    try:
-        rows = [json.loads(line) for line in data.read_text().splitlines() if line.strip()]
-    except OSError as error:
-        raise ConfigurationError(f"--data {data} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"--data {data} is not JSON lines: {error}") from None
-    if not rows or not all(isinstance(row, dict) and any(_has(row, form) for form in FORMS) for row in rows):
-        raise ConfigurationError(
-            f"--data {data}: every row needs texts `text`, `prompt` and `completion`, or a list `messages`"
-        )
+    loaded = load_dataset_spec({"path": str(data)}, "--data")
+    rows = [{name: value for name, value in row.items() if value is not None} for row in loaded]
+    for i, row in enumerate(rows):
+        try:
+            data_column(list(row))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"--data {data}, row {i}: {error}") from None
     return rows
 
 
-def _has(row: Mapping[str, Any], form: Mapping[str, type]) -> bool:
-    return all(isinstance(row.get(name), kind) for name, kind in form.items())
-
-
 def held_out_loss(folder: Path, rows: Sequence[dict[str, Any]], max_length: int = 1024) -> float:
-    """Mean negative log-likelihood in nats per label token; of the completion alone where rows have a prompt.
+    """Mean negative log-likelihood in nats per label token, on the tokens that TRL's SFT would train on.
 
-    Runs on the GPU where there is one. Rows go one by one, so that padding plays no part.
+    Raises:
+        ConfigurationError: The model cannot be loaded, or no row has a label token.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
-    total, count = 0.0, 0
-    for row in rows:
-        if "messages" in row:
-            prompt, text = "", tokenizer.apply_chat_template(row["messages"], tokenize=False)
-        else:
-            prompt = row.get("prompt", "")
-            text = row.get("text", prompt + row.get("completion", ""))
-        ids = tokenizer(text, return_tensors="pt").input_ids[:, :max_length].to(device)
-        first = max(len(tokenizer(prompt).input_ids) if prompt else 0, 1)
-        if ids.shape[1] <= first:
-            continue
-        with torch.inference_mode():
-            logits = model(input_ids=ids).logits[0, first - 1 : -1].float()
-        total += float(torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum"))
-        count += ids.shape[1] - first
+    model, tokenizer = load_model(str(folder))
+    scores = Scorer(model).score([encode(tokenizer, row, max_length) for row in rows])
+    count = sum(len(of_row.log_probs) for of_row in scores)
     if not count:
         raise ConfigurationError(f"the rows of --data have no label token within {max_length} tokens")
-    return total / count
+    return -sum(float(of_row.log_probs.sum(dtype=float)) for of_row in scores) / count
 
 
 def _run_command(command: str, folder: Path) -> float:
@@ -124,25 +102,6 @@ def _run_command(command: str, folder: Path) -> float:
         return float(lines[-1])
     except ValueError:
         raise ConfigurationError(f"--metric {command!r} must print a number last, not {lines[-1]!r}") from None
-
-
-def _load_function(spec: str) -> Callable[[str], Any]:
-    source, _, name = spec.rpartition(":")
-    try:
-        if source.endswith(".py"):
-            module_spec = importlib.util.spec_from_file_location("averaging_metric", source)
-            if module_spec is None or module_spec.loader is None:
-                raise ImportError(f"{source} is not a Python file")
-            module = importlib.util.module_from_spec(module_spec)
-            module_spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
-        function = getattr(module, name)
-    except Exception as error:  # the module is the user's and may raise anything
-        raise ConfigurationError(f"--metric {spec!r} cannot be loaded: {_in_a_line(error)}") from None
-    if not callable(function):
-        raise ConfigurationError(f"--metric {spec!r} is a {type(function).__name__} and no function")
-    return function
 
 
 def _in_a_line(error: Exception) -> str:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from trl_ext_probing.plots import COLOURS, figure, save
+
 from trl_ext_averaging.offline.checkpoint import Checkpoint
 from trl_ext_averaging.offline.metric import Metric
 from trl_ext_averaging.offline.plan import Plan
@@ -82,12 +84,12 @@ def greedy_soup(
     return chosen
 
 
-def plot(points: Sequence[Point], path: Path, xlabel: str, ylabel: str) -> None:
-    """Draw a sweep's curve as PNG."""
-    from matplotlib.figure import Figure  # an optional extra
-
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-    axes.plot([point.value for point in points], [point.score for point in points], marker="o")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+def plot(points: Sequence[Point], best_point: Point, path: Path, xlabel: str, ylabel: str) -> None:
+    """Draw a sweep's curve as PNG, with the best point marked."""
+    whole, axis = figure()
+    axis.plot([p.value for p in points], [p.score for p in points], color=COLOURS[0], marker="o")
+    label = f"best: {best_point.value:g} ({best_point.score:.4g})"
+    axis.plot([best_point.value], [best_point.score], "*", color=COLOURS[1], markersize=16, label=label)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend()
+    save(whole, path)

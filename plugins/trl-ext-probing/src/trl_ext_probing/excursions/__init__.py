@@ -1,0 +1,1 @@
+"""The probe `excursions`: recipes from each of several checkpoints of one base, measured by `passk` and `drift`."""

@@ -1,0 +1,1 @@
+"""The probe `passk`: how often models solve problems within k tries."""

@@ -1,0 +1,49 @@
+"""The run of `passk`: every model and journal is looked at before the first model draws, perhaps for hours."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import ExitStack
+
+from trl_ext_probing.engines import outstanding
+from trl_ext_probing.fingerprints import describe_work
+from trl_ext_probing.journal import Journal
+from trl_ext_probing.passk.passk_results import Result, write_passk
+from trl_ext_probing.passk.passk_settings import PasskSettings
+from trl_ext_probing.progress import Report
+from trl_ext_probing.results import journal_of
+from trl_ext_probing.rewards import Judge
+from trl_ext_probing.rows import load_problems
+from trl_ext_probing.sampling import SampledModel, Samples, refuse_missing_templates
+
+
+def run(settings: PasskSettings) -> list[Result]:
+    """Draw what is missing of each model's samples, and write the results.
+
+    More samples of each problem are added to those that are there: `n` may grow from run to run.
+
+    Raises:
+        ConfigurationError: The data, a reward, a model or a journal cannot be used.
+    """
+    rows = load_problems(settings)
+    paths = journal_of(settings.output, settings.model)
+    results = []
+    with ExitStack() as stack:
+        judge = stack.enter_context(Judge.of(settings.reward, rows[0], settings.weights))
+        refuse_missing_templates(settings, rows)
+        about = describe_work(settings, settings.model, rows)
+        journals = {
+            model: stack.enter_context(Journal(path, about[model], settings.overwrite)) for model, path in paths.items()
+        }
+        draws = outstanding(len(rows), settings.n)
+        samples = {model: Samples(rows, journal) for model, journal in journals.items()}
+        report = stack.enter_context(Report())
+        for model, own in samples.items():
+            progress = own.draw(draws, SampledModel(settings, model).engine, judge, settings)
+            report.start(model, len(draws), next(progress))
+            for done in progress:
+                report.update(done)
+            results.append(Result.of(model, about[model], own, settings))
+            gc.collect()  # models hold circles of references, and the next one wants the memory
+    write_passk(settings, results)
+    return results
