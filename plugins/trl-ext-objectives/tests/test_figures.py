@@ -11,10 +11,10 @@ import pytest
 import torch
 from matplotlib import image
 from trl_ext_objectives.capability import Tally
+from trl_ext_objectives.composite import build_objective
 from trl_ext_objectives.eaft import EAFT
 from trl_ext_objectives.figures import curves, draw_capability, objective_figure
 from trl_ext_objectives.gem import GEM
-from trl_ext_objectives.mixture import build_objective
 from trl_ext_objectives.nll import NLL
 from trl_ext_objectives.power import Power
 

@@ -47,8 +47,8 @@ def test_mixture_asks_for_what_its_parts_need() -> None:
 
 def test_mixture_keeps_the_state_of_its_parts_apart() -> None:
     mixture = Mixture("auto", "auto")
-    mixture._first._choose(0.9)
-    mixture._second._choose(0.1)
+    mixture._parts["first"]._choose(0.9)
+    mixture._parts["second"]._choose(0.1)
     again = Mixture("auto", "auto")
     again.load_state_dict(mixture.state_dict())
     assert again.metrics("train") == {
