@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from helpers import (
+    COMMON,
     Plugin,
     additions,
     assert_close,
@@ -19,13 +23,19 @@ from helpers import (
     make_sft,
     moved,
     parameters,
+    tiny_model,
     tokenizer,
 )
+from safetensors.torch import load_file
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_ext import hookimpl
+from trl_ext.cli.train import train as run_command
 from trl_ext.errors import ConfigurationError
 from trl_ext.records import AuxiliaryLoss, Column, StreamRequest, TokenRecord
+from trl_ext.testing import save_model
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0}
 ROUNDING = {"rtol": 0, "atol": 2e-6}  # sums of fp32 in another order, under SGD
@@ -119,7 +129,9 @@ def test_text_is_tokenized_first_and_evaluation_carries_columns_too(tmp_path):
         assert tokens.columns["completion_mask"].sum() >= tokens.mask.sum()
     for tokens in plugin.seen[2:]:
         assert torch.equal(tokens.columns["length"], plugin.seen[1].columns["length"])
-    with pytest.raises(ConfigurationError, match=r"'length', but the eval data has only prompt, completion, answer"):
+    with pytest.raises(
+        ConfigurationError, match=r"'length', but the evaluation data has only prompt, completion, answer"
+    ):
         trainer.evaluate(additions(4))
 
 
@@ -292,19 +304,26 @@ def conversations(form: str, rows: int = 8) -> Dataset:
     return Dataset.from_dict({"messages": messages, **beside})
 
 
-def by_hand(row: Mapping[str, Any]) -> dict[str, Any]:
+def by_hand(messages: list[Mapping[str, Any]], weights: list[float | None]) -> dict[str, Any]:
     """Tokens, and a weight for each, from the template's text message by message."""
-    ids, weights = [], []
-    for (role, weight), message in zip(TURNS, row["messages"], strict=True):
-        if role == "user":
+    ids, of_tokens = [], []
+    for message, weight in zip(messages, weights, strict=True):
+        if message["role"] == "user":
             parts = [(f"<|im_start|>user\n{message['content']}<|im_end|>\n", 0.0)]
         else:
             parts = [("<|im_start|>assistant\n", 0.0), (f"{message['content']}<|im_end|>", weight), ("\n", 0.0)]
         for text, of_text in parts:
             tokens = tokenizer()(text)["input_ids"]
             ids += tokens
-            weights += [of_text] * len(tokens)
-    return {"input_ids": ids, "by hand": weights}
+            of_tokens += [of_text] * len(tokens)
+    return {"input_ids": ids, "by hand": of_tokens}
+
+
+def labelled(messages: list[Mapping[str, Any]], weights: list[float | None]) -> dict[str, Any]:
+    """Tokens with labels where the weight is not 0."""
+    made = by_hand(messages, weights)
+    labels = [token if weight else -100 for token, weight in zip(made["input_ids"], made["by hand"], strict=True)]
+    return {"input_ids": made["input_ids"], "labels": labels}
 
 
 @dataclass(eq=False)
@@ -322,7 +341,8 @@ class ByMessage(Plugin):
 def test_weights_of_messages_are_those_of_their_tokens(tmp_path, form):
     plugin, data = ByMessage(), conversations(form)
     make_sft(tmp_path, plugins=[plugin], train=data, assistant_only_loss=True, max_steps=2).train()
-    expected = {tuple(row["input_ids"]): row["by hand"] for row in map(by_hand, data)}
+    made = [by_hand(row["messages"], [weight for _, weight in TURNS]) for row in data]
+    expected = {tuple(row["input_ids"]): row["by hand"] for row in made}
     for tokens in plugin.seen:
         for ids, mask, weights in zip(tokens.inputs["input_ids"], tokens.mask, tokens.columns["weight"], strict=True):
             row = tuple(ids[ids != tokenizer().pad_token_id].tolist())
@@ -333,18 +353,35 @@ def test_weights_of_messages_are_those_of_their_tokens(tmp_path, form):
 @pytest.mark.parametrize("strategy", ["padding-free", "bfd"])
 def test_weights_of_messages_equal_labels_made_by_hand(tmp_path, strategy):
     """Weights of 0, 1 and 2, where 2 is made 1: plain TRL on tokens whose labels were written out."""
-    data = conversations("list of all").map(lambda row: {"weight": [None, 0.0, None, 1.0, 1.0]})
-
-    def labelled(row: Mapping[str, Any]) -> dict[str, Any]:
-        made = by_hand(row)
-        pairs = zip(made["input_ids"], made["by hand"], strict=True)
-        return {"input_ids": made["input_ids"], "labels": [t if weight > 0 else -100 for t, weight in pairs]}
-
+    weights = [None, 0.0, None, 1.0, 1.0]
+    data = conversations("list of all").map(lambda row: {"weight": weights})
     config = {**STRATEGIES[strategy]} | ({"max_length": 128} if strategy == "bfd" else {})
-    hand = train(tmp_path, "", data.map(labelled, remove_columns=data.column_names), plain=True, **config)
+    rows = Dataset.from_list([labelled(row["messages"], weights) for row in data])
+    hand = train(tmp_path, "", rows, plain=True, **config)
     spec = "weighted:per=message,denominator=weights"
     weighted = train(tmp_path, spec, data, assistant_only_loss=True, **config)
     assert_close(parameters(weighted), parameters(hand), **ROUNDING)
+
+
+def test_the_example_trains_from_yaml_alone(process, tmp_path, monkeypatch):
+    """What it trains is plain TRL on its tokens, with labels written out where a weight is 1."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    example = yaml.safe_load((EXAMPLES / "weighted.yaml").read_text())
+    save_model(tiny_model(), tokenizer(), tmp_path / example["model_name_or_path"])
+    sizes = {
+        name: example[name] for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "max_length")
+    }
+    changed = {**COMMON, **SGD, **sizes, "lr_scheduler_type": "constant", "max_steps": 2}
+    flags = [text for key, value in changed.items() for text in (f"--{key}", str(value))]
+    run_command("sft", ["--config", "examples/weighted.yaml", "--output_dir", "run", "--dtype", "float32", *flags])
+    with open("examples/data/conversations.jsonl") as file:
+        messages = [json.loads(line)["messages"] for line in file]
+    rows = [labelled(turns, [message.get("weight") for message in turns]) for turns in messages]
+    hand = make_sft(tmp_path / "hand", plain=True, train=Dataset.from_list(rows), **changed)
+    hand.train()
+    trained = load_file("run/model.safetensors")
+    assert_close(trained, {name: parameters(hand)[name] for name in trained}, **ROUNDING)
 
 
 # -- objectives on TRL's own column ----------------------------------------------------------------------------------
@@ -502,45 +539,42 @@ class Asks(Plugin):
 
 
 @dataclass(eq=False)
-class Notes(Wants):
-    """Reads a column beside the objective."""
+class Notes(Plugin):
+    """Reads columns beside the objective."""
+
+    columns: tuple[Column, ...]
 
     @hookimpl
     def auxiliary_losses(self, micro_step):
         return {"zero": AuxiliaryLoss(0 * micro_step.log_probs.sum(), "batch")}
 
-    per_token_loss = None
-
 
 def test_two_plugins_share_a_column_and_are_refused_if_they_want_it_in_two_ways(tmp_path):
-    data = with_weight([1.0, 2.0, 3.0, 4.0])
-    trainer = make_sft(tmp_path, plugins=[Reads(columns=(Column("weight"),)), Notes(Column("weight"))], train=data)
+    data, reads = with_weight([1.0, 2.0, 3.0, 4.0]), Reads(columns=(Column("weight"),))
+    trainer = make_sft(tmp_path, plugins=[reads, Notes((Column("weight"),))], train=data)
     assert [wanted.column.name for wanted in trainer.ext_columns.data] == ["weight"]
     with pytest.raises(
         ConfigurationError, match=r"plugins 'Reads' .* and 'Notes' .* ask for the column 'weight'.*differ"
     ):
-        make_sft(
-            tmp_path, plugins=[Reads(columns=(Column("weight"),)), Notes(Column("weight", dtype="int"))], train=data
-        )
+        make_sft(tmp_path, plugins=[reads, Notes((Column("weight", dtype="int"),))], train=data)
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"weight": [1.0]}, "has 1 values for 5 messages, 3 of them the assistant's"),
-        (
-            {"messages": [{"role": "assistant", "content": ""}]},
-            "has 1 turns of the assistant, of which .* tells 0 apart",
-        ),
-    ],
-)
-def test_turns_that_cannot_be_told_apart_are_refused_by_row(tmp_path, row, message):
-    rows = [conversations("list of all")[0], {**conversations("list of all")[1], **row}]
-    data = Dataset.from_list(rows)
-    template = tokenizer().chat_template
-    with pytest.raises(ConfigurationError, match=rf"row 1 of the train data {message}"):
+def test_a_row_with_more_or_fewer_values_than_messages_is_refused(tmp_path):
+    first, second = list(conversations("list of all"))[:2]
+    data = Dataset.from_list([first, {**second, "weight": [1.0]}])
+    message = "row 1 of the training data has 1 values for 5 messages, 3 of them the assistant's"
+    with pytest.raises(ConfigurationError, match=message):
         make_sft(tmp_path, plugins=[ByMessage()], train=data, assistant_only_loss=True)
-    assert tokenizer().chat_template == template
+
+
+def test_turns_that_the_template_does_not_tell_apart_are_refused(tmp_path, monkeypatch):
+    """The last two messages are the assistant's, and nothing is between their texts."""
+    text = "{{- message['content'] + '<|im_end|>' -}}"
+    own = "{%- generation -%}" + text + "{%- endgeneration -%}"
+    alike = f"{{%- for message in messages -%}}{{%- if message['role'] == 'assistant' -%}}{own}{{%- else -%}}{text}"
+    monkeypatch.setattr(tokenizer(), "chat_template", alike + "{%- endif -%}{%- endfor -%}")
+    with pytest.raises(ConfigurationError, match=r"row 0 .* has 3 turns of the assistant, of which .* tells 2 apart"):
+        make_sft(tmp_path, plugins=[ByMessage()], train=conversations("key"), assistant_only_loss=True)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 Per = Literal["sample", "message", "token"]
@@ -63,7 +64,7 @@ class Column:
             raise ValueError("has no value, and the column has no default")
         if self.dtype == "text":
             return self._place(value)
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        if not isinstance(value, Real) or not math.isfinite(value):
             raise ValueError(f"has {value!r}, which is not a finite number")
         if self.dtype == "int" and value != int(value):
             raise ValueError(f"has {value!r}, which is not a whole number")

@@ -81,7 +81,8 @@ def _plan(
     run = _description(kind, config, arguments, plugins, datasets)
     _refuse(run, plugins, arguments)
     columns = wanted_columns(kind, plugins)
-    refuse_columns(kind, config, columns, _named_data(arguments), datasets, arguments.get("data_collator"))
+    named_streams = {f"stream {role!r}": dataset for role, dataset in datasets.items()}
+    refuse_columns(kind, config, columns, _named_data(arguments), named_streams, arguments.get("data_collator"))
     _check(run, plugins)
     return RunPlan(arguments, plugins, _streams(kind, plugins, datasets), columns, run)
 

@@ -61,7 +61,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         def as_trl_does(dataset: Any, args: Any, packing: bool) -> Any:
             return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
-        what = f"the {dataset_name} data"
+        known = {"train": "the training data", "eval": "the evaluation data"}
+        what = known.get(dataset_name, f"the evaluation data {dataset_name!r}")
         return prepare_with_columns(as_trl_does, dataset, args, packing, self.ext_columns.data, what)
 
     def _set_signature_columns_if_needed(self) -> None:
