@@ -138,6 +138,20 @@ def sft_weights_over_tokens(folder: Path, world: int) -> Any:
     )
 
 
+def sft_weights_from_the_data(folder: Path, world: int) -> Any:
+    """Weights of the rows differ between ranks, and so does their sum."""
+    rows = additions(48)
+    return make_sft(
+        folder,
+        names=["weighted:denominator=weights"],
+        train=rows.add_column("weight", [i % 5 - 1.0 for i in range(len(rows))]),
+        max_steps=3,
+        per_device_train_batch_size=8 // world,
+        gradient_accumulation_steps=2,
+        **SGD,
+    )
+
+
 def by_digits(completions: list[str], **columns: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / 5 for text in completions]
 
@@ -166,6 +180,7 @@ SCENARIOS = {
     "power": sft_power,
     "everything": sft_everything,
     "weights over all tokens": sft_weights_over_tokens,
+    "weights from the data": sft_weights_from_the_data,
     "grpo": grpo_everything,
 }
 

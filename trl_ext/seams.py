@@ -15,6 +15,9 @@ HF = "transformers.trainer:Trainer"
 
 OVERRIDDEN: dict[str, str] = {
     f"{SFT}.__init__": "takes args, model, compute_loss_func and data sets under these names; checks come before it",
+    f"{SFT}._prepare_dataset": "runs on an object with `_tokenizer`, `chat_template` and `completion_only_loss` alone; "
+    "keeps other columns of a row, and cuts, packs and shuffles the lists of `input_ids` whatever they hold",
+    f"{SFT}._set_signature_columns_if_needed": "names the columns of prepared rows that the collator gets",
     f"{SFT}.compute_loss": "sums -log_probs over the window's tokens; calls what it is given as `model`, once, fused",
     f"{SFT}.evaluate": "recurses over dict data sets, under one swap of the deployed weights",
     f"{SFT}.training_step": "accepts what transformers passes; activation offloading is around it",
@@ -53,9 +56,10 @@ READ: dict[str, str] = {
     f"{HF}._load_rng_state": "runs after the first window of a resumed epoch was drawn",
     f"{HF}._prepare_input": "moves nested tensors to the device",
     f"{HF}._prepare_inputs": "SFT: only moves tensors; a window's batches go through it once more",
-    f"{SFT}._prepare_dataset": "runs on an object with `_tokenizer`, `chat_template` and `completion_only_loss` alone",
     f"{GRPO}._prepare_inputs": "buffers a generation batch by `_step`; a buffer restored on resume is used as it is",
     "trl.trainer.sft_trainer:DataCollatorForLanguageModeling.torch_call": "position_ids restart at 0 with each sample",
+    "trl.data_utils:_pack_bfd": "cuts and joins the lists of all columns alike, whatever they hold",
+    "trl.data_utils:_pack_wrapped": "cuts and joins the lists of all columns alike, whatever they hold",
     "trl.trainer.utils:RepeatSampler": "shuffles once a pass by its seed, drops the last part of a generation batch",
     "trl.trainer.utils:add_fused_lm_head": "replaces `forward` on the instance; outputs are chosen by name",
     "trl.trainer.utils:get_callable_name": "names a reward function, partial or callable object in logs and rewards",
@@ -81,6 +85,7 @@ READ: dict[str, str] = {
 ATTRIBUTES: dict[str, dict[str, str]] = {
     "sft": {
         "_metrics": "metrics of the interval, by mode",
+        "_signature_columns": "the columns of prepared rows that the collator gets, None until they are asked for",
         "_tokenizer": "the tokenizer, also where a processor was given",
         "_total_train_tokens": "counter behind `num_tokens`, which TRL does not save",
         "aux_loss_enabled": "whether the MoE balancing loss is part of the loss",

@@ -9,6 +9,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 NAMES = ("Ada", "Ben", "Chen", "Dina", "Emil", "Farah", "Goran", "Hana")
 THINGS = ("apples", "books", "coins", "pens", "stamps", "shells")
@@ -40,6 +41,19 @@ def general(draw: random.Random) -> dict[str, str]:
     }
 
 
+def conversation(draw: random.Random) -> dict[str, list[dict[str, Any]]]:
+    """Two problems, of which the first is answered without working; only the second answer is to be learned from."""
+    hasty, careful = problem(draw), problem(draw)
+    turns = (
+        ("user", hasty["prompt"], None),
+        ("assistant", hasty["answer"], 0.0),
+        ("user", f"How did you find out? And: {careful['prompt']}", None),
+        ("assistant", careful["completion"], 1.0),
+    )
+    weighted = [{"role": role, "content": text.strip(), "weight": weight} for role, text, weight in turns]
+    return {"messages": [{k: v for k, v in message.items() if v is not None} for message in weighted]}
+
+
 def distinct(make: Callable[[random.Random], dict[str, str]], seed: int) -> Iterator[dict[str, str]]:
     """Rows without end, no prompt twice."""
     draw, seen = random.Random(seed), set()
@@ -55,6 +69,9 @@ def main() -> None:
     for name, rows, count in (("train", problems, 200), ("test", problems, 50), ("general", texts, 100)):
         lines = (json.dumps(next(rows)) for _ in range(count))
         Path(__file__).with_name(f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    draw = random.Random(2)
+    lines = (json.dumps(conversation(draw)) for _ in range(40))
+    Path(__file__).with_name("conversations.jsonl").write_text("".join(f"{line}\n" for line in lines))
 
 
 if __name__ == "__main__":

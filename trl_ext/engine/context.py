@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from trl_ext.engine.guard import Guard
 from trl_ext.engine.tally import LossTally
 from trl_ext.plugins.plugin_set import PluginSet
+from trl_ext.records import Column
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class RunContext:
     """Whether the batches of the current mode show where a sample ends (SFT)."""
     fused_outputs: tuple[str, ...] = ()
     """Outputs that plugins want of the fused head, beside those that TRL's trainer asks for."""
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    """What plugins want of the data beside the tokens, by name."""
 
 
 @dataclass
@@ -54,10 +57,12 @@ class AccumulationWindow:
     """() float: label tokens of the window over all ranks, where an auxiliary loss may need them (GRPO)."""
     sequences: Tensor | None = None
     """() float: samples of the window over all ranks, where an auxiliary loss may need them (SFT)."""
+    column_totals: Mapping[str, Tensor] | None = None
+    """What `TokenRecord` has under this name, where plugins declare columns (SFT)."""
     weights: Sequence[Tensor] | None = None
     """(B, T) float per micro-batch: the weight of each label's loss, where a plugin weighs samples (SFT)."""
 
     def start(self, micro_batches: Sequence[Any], num_items: Tensor | int | None) -> None:
         """Go on to the next window."""
         self.micro_batches, self.num_items, self.done = micro_batches, num_items, 0
-        self.tokens = self.sequences = self.weights = None
+        self.tokens = self.sequences = self.column_totals = self.weights = None

@@ -8,19 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trl_ext.engine.columns import with_columns, without_columns
 from trl_ext.engine.context import RunContext
 from trl_ext.records import AuxiliaryLoss, MicroStep, TokenRecord
 
 
 def token_record(
-    run: RunContext, outputs: Any, inputs: Mapping[str, Any], denominator: Tensor, stream: str | None = None
+    run: RunContext,
+    outputs: Any,
+    batch: Mapping[str, Any],
+    denominator: Tensor,
+    totals: Mapping[str, Tensor],
+    stream: str | None = None,
 ) -> TokenRecord:
-    """What `per_token_loss` receives for a batch (`inputs`) and TRL's `FusedCausalLMOutput` of it (`outputs`).
+    """What `per_token_loss` receives for a batch with its columns and TRL's `FusedCausalLMOutput` of it (`outputs`).
 
-    `denominator` is () what the sum of the losses is divided by on this rank; `stream` names the stream of the batch.
+    `denominator` is () what the sum of the losses is divided by on this rank, `totals` its `column_totals`; `stream`
+    names the stream of the batch.
     """
     own_step = run.training() and stream is None
-    return TokenRecord(
+    tokens = TokenRecord(
         log_probs=outputs.log_probs,
         entropy=outputs.entropy,
         mask=outputs.label_mask,
@@ -30,9 +37,11 @@ def token_record(
         progress=run.progress(),
         stream=stream,
         extras={name: outputs[name] for name in run.fused_outputs},
-        inputs=inputs,
+        inputs=without_columns(batch),
         samples_marked=stream is not None or run.samples_marked(),  # streams are not packed
+        column_totals=totals,
     )
+    return with_columns(tokens, batch, run.columns)
 
 
 def label_tokens(num_items: Tensor | int, counted_ranks: int, device: torch.device) -> Tensor:

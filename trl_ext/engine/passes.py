@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from trl.trainer.utils import add_fused_lm_head
 
+from trl_ext.engine.columns import without_columns
 from trl_ext.gradients import GradientView, local_tensor
 from trl_ext.records import WeightsView
 
@@ -100,7 +101,7 @@ class ExtraPasses:
     def forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """TRL's `FusedCausalLMOutput` of a batch, with the MoE balancing loss where the run uses it."""
         extra = {"output_router_logits": True} if self.router_aux_loss_coef else {}
-        return model(**{**inputs, "use_cache": False, **extra}, fused_lm_head=True)
+        return model(**{**without_columns(inputs), "use_cache": False, **extra}, fused_lm_head=True)
 
     def gradient(self, model: nn.Module, loss: Callable[[], Tensor], seed: int | None = None) -> GradientView:
         """The reduced gradient of a loss as a snapshot, with `p.grad` as before.

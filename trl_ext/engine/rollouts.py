@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from trl_ext.checkpoints import State
 from trl_ext.engine.context import RunContext
 from trl_ext.engine.finite_rewards import refuse_non_finite_advantages
 from trl_ext.engine.grpo_loss import loss_mask
-from trl_ext.records import Rewards, Rollouts
+from trl_ext.records import Column, Rewards, Rollouts
 
 _PREFIX = "rollouts"
 
@@ -23,13 +24,18 @@ def shaped_advantages(
     rows: Mapping[str, Any],
     rewards: Rewards,
     num_generations: int,
+    columns: Sequence[Column],
     finite: bool,
 ) -> Tensor:
     """The advantages (N,) or (N, T) of this rank's completions, as the `advantages` hooks leave them. Collective.
 
     `output` is what TRL's `_generate_and_score_completions` returns, `rows` its inputs, prompts and completions;
-    `finite` says whether a plugin that returns NaN or infinity fails.
+    `columns` are those that plugins want of the prompts, `finite` says whether a plugin that returns NaN or infinity
+    fails.
     """
+    of_rows = partial(_of_rows, columns, rows["inputs"], run.device)
+    # Streamed rows were not looked at before; what is wrong with one on this rank has to reach the others.
+    of_prompts = run.guard.run("advantages", run.plugins.calls("advantages")[0][0], of_rows, {}) if columns else {}
     rollouts = Rollouts(
         **rows,
         prompt_ids=output["prompt_ids"],
@@ -40,6 +46,7 @@ def shaped_advantages(
         step=run.step(),
         training=run.training(),
         old_log_probs=output.get("old_per_token_logps"),
+        columns=of_prompts,
     )
     shapes = (len(rows["prompts"]),), tuple(rollouts.mask.shape)
 
@@ -54,6 +61,14 @@ def shaped_advantages(
     shaped = run.guard.chain("advantages", "advantages", given, check, rollouts=rollouts, rewards=rewards)
     run.guard.agree()  # what follows is collective: streams, the loss of sharded weights
     return shaped
+
+
+def _of_rows(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:
+    """(N,) float or long each."""
+    return {
+        column.name: torch.tensor([column.encode(row.get(column.name)) for row in rows], device=device)
+        for column in columns
+    }
 
 
 def per_completion(advantages: Tensor, output: Mapping[str, Any]) -> Tensor:

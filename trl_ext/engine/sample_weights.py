@@ -1,4 +1,4 @@
-"""Weights of a window's samples: what `sample_weights` may look at, and how its answer enters the loss."""
+"""A window's columns and samples: totals, what `sample_weights` may look at, and how its answer enters the loss."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl_ext.engine.columns import column_totals, with_columns, without_columns
 from trl_ext.engine.context import AccumulationWindow, RunContext
 from trl_ext.engine.losses import label_tokens, per_token_loss, token_record
 from trl_ext.engine.passes import ExtraPasses
@@ -20,7 +21,7 @@ Streams = Mapping[str, StreamGradient]
 
 @dataclass(frozen=True)
 class SampleWeighting:
-    """Counts and weighs the samples of each window of an SFT run."""
+    """Sums up the columns of each window of an SFT run, and counts and weighs its samples."""
 
     run: RunContext
     passes: ExtraPasses
@@ -30,10 +31,12 @@ class SampleWeighting:
     """Ranks that the window's label tokens are counted over."""
 
     def begin_window(self, model: nn.Module, window: AccumulationWindow, streams: Streams) -> None:
-        """Fill in `window.sequences` and `window.weights` where a plugin has a use for them. Collective.
+        """Fill in the window's totals, sequences and weights where a plugin has a use for them. Collective.
 
         It comes before the window's first forward; `streams` are those asked for before the window.
         """
+        if self.run.columns:
+            window.column_totals = self._totals(window)
         weighs = self.run.plugins.implements("sample_weights")
         if not weighs and not self.run.plugins.implements("auxiliary_losses"):
             return
@@ -47,10 +50,18 @@ class SampleWeighting:
             return
         if window.num_items is None:
             raise ValueError("sample weights need the window's token count, which this model's forward does not take")
-        chosen = self._ask(self._record(model, window.num_items, batches, index, samples, streams), samples)
+        chosen = self._ask(self._record(model, window, batches, index, samples, streams), samples)
         if chosen is not None:
             weights = self._per_sample(chosen, window.num_items, batches, index)
             window.weights = [weights[i] for i in index]
+
+    def _totals(self, window: AccumulationWindow) -> dict[str, Tensor]:
+        """() float each: the columns' totals over the window, counted as its label tokens are."""
+        of_batches = [column_totals(self.prepare(dict(batch))) for batch in window.micro_batches]
+        totals = {name: torch.stack([of_batch[name] for of_batch in of_batches]).sum() for name in of_batches[0]}
+        if self.counted_ranks == 1:
+            return totals
+        return {name: self.run.sum_over_ranks(total) / self.counted_ranks for name, total in totals.items()}
 
     def _ask(self, record: Window, samples: int) -> SampleWeights | None:
         """The owner's weights; ones where only other ranks weigh, None where no rank does."""
@@ -78,17 +89,19 @@ class SampleWeighting:
     def _record(
         self,
         model: nn.Module,
-        num_items: Tensor | int,
+        window: AccumulationWindow,
         batches: Sequence[dict[str, Any]],
         index: Sequence[Tensor],
         samples: int,
         streams: Streams,
     ) -> Window:
         run, passes = self.run, self.passes
-        denominator = label_tokens(num_items, self.counted_ranks, run.device)
+        assert window.num_items is not None, "refused before"
+        denominator = label_tokens(window.num_items, self.counted_ranks, run.device)
+        totals = window.column_totals or {}
 
         def tokens(module: nn.Module, i: int) -> TokenRecord:
-            return token_record(run, passes.forward(module, batches[i]), batches[i], denominator)
+            return token_record(run, passes.forward(module, batches[i]), batches[i], denominator, totals)
 
         # Local passes use the unwrapped model: nothing is reduced, so ranks need not make them alike.
         def forward(i: int) -> TokenRecord:
@@ -107,19 +120,26 @@ class SampleWeighting:
             run.guard.agree()
             return passes.gradient(model, loss)
 
-        return Window(batches, index, samples, run.step(), streams, forward, local_loss, gradient)
+        plain = [without_columns(batch) for batch in batches]
+        columns = [with_columns(_unseen(batch), batch, run.columns).columns for batch in batches]
+        return Window(plain, index, samples, run.step(), streams, forward, local_loss, gradient, columns)
 
 
 def sample_index(batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
     """(B, T) long per micro-batch: the sample that each label belongs to, counted from 0 over the whole window."""
     index, offset = [], 0
     for batch in batches:
-        labels = batch["labels"][:, 1:]
-        none = labels.new_zeros(labels.shape)
-        record = TokenRecord(none, none, none, True, none, 1, 0.0, inputs=batch)
+        record = _unseen(batch)
         index.append(record.sample_index + offset)
         offset += record.num_samples
     return index
+
+
+def _unseen(batch: Mapping[str, Any]) -> TokenRecord:
+    """The record of a batch that no model has seen: which sample each label belongs to."""
+    labels = batch["labels"][:, 1:]
+    none = labels.new_zeros(labels.shape)
+    return TokenRecord(none, none, none, True, none, 1, 0.0, inputs=batch)
 
 
 def _check(samples: int) -> Callable[[SampleWeights | Tensor | None], None]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from trl_ext.engine.columns import column_totals, without_columns
 from trl_ext.engine.context import AccumulationWindow, RunContext
 from trl_ext.engine.losses import add_auxiliary_losses, label_tokens, per_token_loss, token_record
 from trl_ext.records import MicroStep, TokenRecord
@@ -46,7 +47,15 @@ class SFTLoss:
         self, loss: Tensor, inputs: dict[str, Any], tokens: TokenRecord, num_items: Tensor | int | None
     ) -> Tensor:
         run, later = self.run, self._divided_later(num_items)
-        micro_step = MicroStep(inputs, tokens.log_probs, tokens.entropy, tokens.mask, run.step(), run.progress())
+        micro_step = MicroStep(
+            inputs=without_columns(inputs),
+            log_probs=tokens.log_probs,
+            entropy=tokens.entropy,
+            mask=tokens.mask,
+            step=run.step(),
+            progress=run.progress(),
+            columns=tokens.columns,
+        )
         sequences = self.window.sequences
         return add_auxiliary_losses(
             run,
@@ -62,6 +71,12 @@ class SFTLoss:
         if num_items is None:
             return mask.sum().clamp(min=1) * self._divided_later(num_items)
         return label_tokens(num_items, self.counted_ranks, mask.device)
+
+    def column_totals(self, num_items: Tensor | int | None, batch: dict[str, Any]) -> Mapping[str, Tensor]:
+        """() float each: the columns' totals over what `denominator` counts the tokens of."""
+        if num_items is not None and self.window.column_totals is not None and self.run.training():
+            return self.window.column_totals
+        return {name: total * self._divided_later(num_items) for name, total in column_totals(batch).items()}
 
     def _divided_later(self, num_items: Tensor | int | None) -> int:
         """What transformers divides the loss by after `compute_loss`: without a token count, the micro-batches."""
@@ -83,12 +98,13 @@ class _ModelTap:
     tokens: TokenRecord = field(init=False)
 
     def __call__(self, **inputs: Any) -> Any:
-        outputs = self.model(**inputs)
+        outputs = self.model(**without_columns(inputs))
         if not inputs.get("fused_lm_head"):
             return outputs
         run = self.owner.run
         denominator = self.owner.denominator(self.num_items, outputs.label_mask)
-        self.tokens = token_record(run, outputs, inputs, denominator)
+        totals = self.owner.column_totals(self.num_items, inputs)
+        self.tokens = token_record(run, outputs, inputs, denominator, totals)
         run.tally.add_tokens("train" if run.training() else "eval", outputs.log_probs, outputs.label_mask)
         if run.plugins.implements("per_token_loss") or self.weights is not None:
             loss = per_token_loss(run, self.tokens)

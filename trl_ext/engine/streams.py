@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from trl_ext.engine.columns import column_totals
 from trl_ext.engine.context import RunContext
 from trl_ext.engine.losses import per_token_loss, token_record
 from trl_ext.engine.passes import ExtraPasses
@@ -139,12 +140,14 @@ def stream_gradient(run: RunContext, passes: ExtraPasses, model: nn.Module, stre
     inputs = passes.to_device(_next_batch(run, stream))
     labels = inputs["labels"][:, 1:] != -100
     tokens = run.sum_over_ranks(labels.sum()).clamp(min=1)
+    share = tokens / run.world_size
+    columns = {name: run.sum_over_ranks(total) / run.world_size for name, total in column_totals(inputs).items()}
     totals = torch.zeros(2, device=tokens.device)
 
     def loss() -> Tensor:
         with passes.sft_head():
             out = passes.forward(model, inputs)
-        record = token_record(run, out, inputs, tokens / run.world_size, stream.request.role)
+        record = token_record(run, out, inputs, share, columns, stream.request.role)
         total = per_token_loss(run, record).sum()
         totals.copy_(torch.stack([total.detach(), -out.log_probs.detach().sum()]))
         value = total / record.denominator

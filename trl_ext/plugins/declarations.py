@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trl_ext.errors import ConfigurationError
-from trl_ext.records import TRAINERS
+from trl_ext.records import TRAINERS, Column
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Declarations:
     """The trainers that it is for; all of them, unless it says otherwise."""
     fused_outputs: tuple[str, ...] = ()
     """Outputs of TRL's fused head that it wants beside the log-probabilities and the entropy."""
+    columns: tuple[Column, ...] = ()
+    """Columns of the data that it reads."""
     provides: tuple[str, ...] = ()
     """The words that the relations of other plugins may name; its own name comes first."""
     conflicts: Mapping[str, str] = field(default_factory=dict)
@@ -44,6 +46,7 @@ def read_declarations(plugin: Any, name: str, origin: str, line: str) -> Declara
         declared = Declarations(
             trainers=_words(plugin, "trainers", TRAINERS),
             fused_outputs=_words(plugin, "fused_outputs"),
+            columns=_columns(plugin),
             provides=(name, *_words(plugin, "provides")),
             conflicts=_reasons(plugin, "conflicts"),
             after=_reasons(plugin, "after"),
@@ -63,6 +66,17 @@ def _words(plugin: Any, attribute: str, default: tuple[str, ...] = ()) -> tuple[
         raise ValueError(f"declares {attribute} = {value!r}, a bare text; write {attribute} = ({value!r},)")
     if not isinstance(value, tuple | list) or not all(isinstance(word, str) for word in value):
         raise ValueError(f"declares {attribute} = {value!r}, which is not a tuple of texts; make it one")
+    return tuple(value)
+
+
+def _columns(plugin: Any) -> tuple[Column, ...]:
+    value = getattr(plugin, "columns", ())
+    if isinstance(value, property):  # of a class, whose instances know their options
+        return ()
+    if not isinstance(value, tuple | list) or not all(isinstance(column, Column) for column in value):
+        raise ValueError(
+            f"declares columns = {value!r}, which is not a tuple of Column; write columns = (Column(...),)"
+        )
     return tuple(value)
 
 

@@ -4,6 +4,7 @@ Shapes: B rows of a micro-batch, T label positions (one less than the sequence l
 padding-free training B is 1 and T runs over all samples of the micro-batch; `sample_index` says which token is whose.
 """
 
+from trl_ext.records.columns import Column
 from trl_ext.records.rollouts import PolicyTokens, Rewards, Rollouts
 from trl_ext.records.run import TRAINERS, RunDescription, SetupContext, StreamRequest, TrainerKind
 from trl_ext.records.step import AuxiliaryLoss, MicroStep, StreamGradient, WeightsView
@@ -12,6 +13,7 @@ from trl_ext.records.tokens import SampleWeights, TokenRecord, Window
 __all__ = [
     "TRAINERS",
     "AuxiliaryLoss",
+    "Column",
     "MicroStep",
     "PolicyTokens",
     "Rewards",

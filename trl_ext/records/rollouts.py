@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class Rollouts:
     training: bool
     old_log_probs: Tensor | None = None
     """(N, T) float, where TRL computed them."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """(N,) float or long each: the columns that plugins declare, of the rows in `inputs` (new in 1.4)."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class MicroStep:
     """(B, T) bool."""
     step: int
     progress: float
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """SFT: the columns that plugins declare, as `TokenRecord.columns` has them (new in 1.4)."""
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,16 @@ class TokenRecord:
     """The micro-batch as the model received it."""
     samples_marked: bool = True
     """Whether the batch shows where a sample ends; not where packing_strategy="wrapped" has cut and joined them."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """The columns that plugins declare: (B, T) aligned with the labels where they are per message or per token, and
+    (num_samples,) where they are per sample, for `columns[name][sample_index]` (new in 1.4)."""
+    column_totals: Mapping[str, Tensor] = field(default_factory=dict)
+    """() float each: the sum of a column's absolute values over all label tokens of the window, as seen from this rank
+    like `denominator`: loss x denominator / total has the total for its denominator (new in 1.4)."""
+    row_ids: Tensor | None = None
+    """(B, T) long: the row of the data, before shuffling and packing, that each label comes from; padding has that of
+    the sample before it. Rows of a streaming data set are counted as they are read, by each worker of the data loader.
+    Only where a plugin declares columns (new in 1.4)."""
 
     @cached_property
     def probs(self) -> Tensor:
@@ -69,15 +79,16 @@ class TokenRecord:
         """(B, T) long: the sample of the micro-batch that each label belongs to, counted from 0.
 
         Rows are samples, except under padding-free training, where a position id of 0 starts the next sample; zeros at
-        the very end are padding and count with the last one.
+        the very end are padding and count with the last one. Where samples are cut and joined, each part that a row
+        holds of a sample counts as one.
 
         Raises:
-            ValueError: the samples are not marked.
+            ValueError: the samples are not marked, and the run carries no columns.
         """
         import torch
 
         if not self.samples_marked:
-            raise ValueError(UNMARKED)
+            return self._parts_of_samples()
         rows, width = self.log_probs.shape
         position_ids = self.inputs.get("position_ids")
         if position_ids is None or "attention_mask" in self.inputs:
@@ -91,6 +102,24 @@ class TokenRecord:
     def num_samples(self) -> int:
         """Samples in the micro-batch."""
         return int(self.sample_index[-1, -1]) + 1
+
+    def per_token(self, column: str) -> Tensor:
+        """(B, T) the values of a column, also of one per sample (new in 1.4).
+
+        Raises:
+            KeyError: the batch carries no such column; the plugin has to declare it.
+        """
+        values = self.columns[column]
+        return values[self.sample_index] if values.dim() == 1 else values
+
+    def _parts_of_samples(self) -> Tensor:
+        import torch
+
+        if self.row_ids is None:
+            raise ValueError(UNMARKED)
+        starts = torch.ones_like(self.row_ids, dtype=torch.bool)
+        starts[:, 1:] = self.row_ids[:, 1:] != self.row_ids[:, :-1]
+        return (starts.flatten().cumsum(0) - 1).view(starts.shape)
 
 
 @dataclass(frozen=True)
@@ -114,6 +143,8 @@ class Window:
     gradient: Callable[[int, Tensor | None], GradientView]
     """Reduced gradient of micro-batch i's loss, its samples weighted by the second argument (num_samples,), without
     side effects and without touching `p.grad`; every rank must call it alike."""
+    columns: Sequence[Mapping[str, Tensor]] = ()
+    """For each micro-batch the columns that plugins declare, as `TokenRecord.columns` has them (new in 1.4)."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -19,6 +19,7 @@ from trl_ext.plugins.activation import activate
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription, TrainerKind
 from trl_ext.startup.agreement import agreed
+from trl_ext.startup.columns import Columns, refuse_columns, wanted_columns
 from trl_ext.startup.refusals import refuse_skipping, refuse_unsupported
 from trl_ext.startup.sharding import sharding_of, sharding_of_loaded
 from trl_ext.startup.stream_data import Matched, match_streams
@@ -34,6 +35,8 @@ class RunPlan:
     plugins: PluginSet
     streams: Matched
     """The auxiliary data sets to prepare."""
+    columns: Columns = field(default_factory=Columns)
+    """What is carried beside the tokens."""
     run: RunDescription | None = None
     """What the refusals and the `check` hooks were asked about; None where nothing is active."""
 
@@ -78,8 +81,11 @@ def _plan(
         return RunPlan(arguments, plugins, {})
     run = _description(kind, config, arguments, plugins, datasets)
     _refuse(run, plugins, arguments)
+    columns = wanted_columns(kind, plugins)
+    named_streams = {f"stream {role!r}": dataset for role, dataset in datasets.items()}
+    refuse_columns(kind, config, columns, _named_data(arguments), named_streams, arguments.get("data_collator"))
     _check(run, plugins)
-    return RunPlan(arguments, plugins, _streams(kind, plugins, datasets), run)
+    return RunPlan(arguments, plugins, _streams(kind, plugins, datasets), columns, run)
 
 
 def check_loaded(plan: RunPlan, accelerator: Accelerator, model: nn.Module) -> None:
@@ -152,6 +158,15 @@ def _streams(kind: TrainerKind, plugins: PluginSet, datasets: Mapping[str, Any])
             "plugin that takes a stream its data under `streams:`, or remove this one"
         )
     return matched
+
+
+def _named_data(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's data sets, under the names that messages have for them."""
+    held_out = arguments.get("eval_dataset")
+    several = held_out if isinstance(held_out, Mapping) else {}
+    data = {"the training data": arguments.get("train_dataset")}
+    data |= {f"the evaluation data {name!r}": dataset for name, dataset in several.items()}
+    return data if several else data | {"the evaluation data": held_out}
 
 
 def _renamed(dataset: Any, columns: Mapping[str, str]) -> Any:

@@ -14,6 +14,9 @@ from trl.trainer.sft_trainer import SFTTrainer as TrlSFTTrainer
 from trl_ext.engine.streams import Stream
 from trl_ext.errors import ConfigurationError
 from trl_ext.records import StreamRequest
+from trl_ext.records.columns import CARRIED
+from trl_ext.startup.carriage import collator_with_columns, prepare_with_columns
+from trl_ext.startup.columns import Wanted
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class TextForm:
     """What the trainer was given: the tokenizer, or a processor around it."""
     chat_template: str | None = None
     padding_free: bool = False
+    columns: tuple[Wanted, ...] = ()
+    """What the streams carry beside the tokens."""
 
 
 Matched = dict[str, tuple[str, StreamRequest, Any]]
@@ -103,13 +108,20 @@ def prepare_stream(form: TextForm, plugin: str, request: StreamRequest, dataset:
         completion_only_loss=has_completion if wanted is None else wanted,
     )
     rows = _with_template_options(dataset, getattr(args, "chat_template_kwargs", None))
-    prepared = TrlSFTTrainer._prepare_dataset(
-        stand_in, rows, form.processing_class, options, False, None, f"stream '{request.role}'"
-    )
-    if len(prepared) == 0:
-        raise ConfigurationError(f"stream '{request.role}' has no sample with a label left after preparation")
-    prepared = prepared.select_columns(["input_ids", "labels"])
+    what = f"stream '{request.role}'"
+
+    def prepare(rows: Any, options: Any, packing: bool) -> Any:
+        return TrlSFTTrainer._prepare_dataset(stand_in, rows, form.processing_class, options, packing, None, what)
+
     collate = DataCollatorForLanguageModeling(pad_token_id=form.tokenizer.pad_token_id, padding_free=form.padding_free)
+    if form.columns:
+        prepared = prepare_with_columns(prepare, rows, options, False, form.columns, what)
+        collate = collator_with_columns(collate, form.columns)
+    else:
+        prepared = prepare(rows, options, False)
+    if len(prepared) == 0:
+        raise ConfigurationError(f"{what} has no sample with a label left after preparation")
+    prepared = prepared.select_columns(["input_ids", "labels", *([CARRIED] if form.columns else [])])
     default_seed = args.data_seed if args.data_seed is not None else args.seed
     seed = default_seed if request.seed is None else request.seed
     return Stream(request, prepared, collate, seed, args.process_index, args.world_size, plugin)

@@ -12,6 +12,7 @@ from trl_ext.engine.streams import Stream
 from trl_ext.engine.weight_swaps import WeightSwaps
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import TrainerKind, WeightsView
+from trl_ext.startup.columns import Columns
 
 if TYPE_CHECKING:
     from trl.trainer.base_trainer import _BaseTrainer as Trainer
@@ -29,6 +30,8 @@ class Opened(Trainer):
 
     ext_plugins: PluginSet = PluginSet()
     """The active plugins, in order."""
+    ext_columns: Columns = Columns()
+    """What is carried beside the tokens."""
     ext_streams: Mapping[str, Stream] = {}
     """Auxiliary data sets by role."""
     ext_weights: WeightsView = None  # type: ignore[assignment]

@@ -54,7 +54,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
     ) -> None:
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments
         plan = plan_run(self.ext_kind, self.ext_config_class, given, plugins or (), streams or {})
-        self.ext_plugins = plan.plugins
+        self.ext_plugins, self.ext_columns = plan.plugins, plan.columns
         self.ext_reached = set(self.ext_called_from.values())
         super().__init__(**plan.arguments)
         check_loaded(plan, self.accelerator, self.model)
@@ -67,7 +67,8 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         self.ext_run = self._ext_run_context(plan.fused_outputs)
         self.ext_passes = self._ext_extra_passes()
         chat_template, padding_free = getattr(self, "chat_template", None), getattr(self, "padding_free", False)
-        form = TextForm(self.args, self._tokenizer, self.processing_class, chat_template, padding_free)
+        streamed = plan.columns.streams
+        form = TextForm(self.args, self._tokenizer, self.processing_class, chat_template, padding_free, streamed)
         self.ext_streams = {role: prepare_stream(form, *request) for role, request in plan.streams.items()}
         nonfinite = self.args.nonfinite or ("raise" if self.ext_plugins else "ignore")
         every = self.args.rank_check_steps
@@ -91,6 +92,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             accumulation_steps=lambda: self.current_gradient_accumulation_steps,
             samples_marked=self._ext_samples_marked,
             fused_outputs=fused_outputs,
+            columns=self.ext_columns.by_name,
         )
 
     def _ext_samples_marked(self) -> bool:

@@ -118,7 +118,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         elif self.ext_plugins.implements("advantages"):
             generations = self.num_generations if self.model.training else self.num_generations_eval
             finite = nonfinite == "raise"
-            shaped = rollouts.shaped_advantages(self.ext_run, output, rows, rewards, generations, finite)
+            columns = [wanted.column for wanted in self.ext_columns.data]
+            shaped = rollouts.shaped_advantages(self.ext_run, output, rows, rewards, generations, columns, finite)
             output["advantages"] = shaped
             self._ext_show_advantages(shaped, output)
         return output

@@ -11,6 +11,8 @@ from trl.trainer.utils import add_fused_lm_head
 from trl_ext.config import SFTConfig
 from trl_ext.engine.sample_weights import SampleWeighting
 from trl_ext.engine.sft_loss import SFTLoss
+from trl_ext.records.columns import CARRIED
+from trl_ext.startup.carriage import collator_with_columns, prepare_with_columns
 from trl_ext.startup.plan import RunPlan
 from trl_ext.trainers.construction import TrainerMixin
 
@@ -30,6 +32,8 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
     ext_config_class = SFTConfig
     ext_called_from = dict.fromkeys(("per_token_loss", "sample_weights", "auxiliary_losses"), "compute_loss")
 
+    data_collator: Any
+
     def _ext_open(self, plan: RunPlan) -> None:
         super()._ext_open(plan)
         ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -38,11 +42,36 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         if plan.fused_outputs:
             outputs = dict.fromkeys(("log_probs", "entropy", "is_top1", *plan.fused_outputs))
             add_fused_lm_head(self.ext_base_model(), outputs=tuple(outputs))
+        if plan.columns.data:
+            self.data_collator = collator_with_columns(self.data_collator, plan.columns.data)
 
     def _ext_samples_marked(self) -> bool:
         args = self.args
         packing = args.packing if self.model.training or args.eval_packing is None else args.eval_packing
         return not (packing and args.packing_strategy == "wrapped")
+
+    # -- columns of the data -----------------------------------------------------------------------------------------
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        prepare = super()._prepare_dataset
+        if not self.ext_columns.data:
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+        def as_trl_does(dataset: Any, args: Any, packing: bool) -> Any:
+            return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
+
+        known = {"train": "the training data", "eval": "the evaluation data"}
+        what = known.get(dataset_name, f"the evaluation data {dataset_name!r}")
+        return prepare_with_columns(as_trl_does, dataset, args, packing, self.ext_columns.data, what)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.ext_columns.data and CARRIED not in self._signature_columns:
+            self._signature_columns.append(CARRIED)
+
+    # -- loss --------------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,

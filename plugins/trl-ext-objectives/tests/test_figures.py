@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import image
+from trl_ext_objectives.composite import build_objective
 from trl_ext_objectives.eaft import EAFT
 from trl_ext_objectives.figures import curves, objective_figure
 from trl_ext_objectives.gem import GEM
-from trl_ext_objectives.mixture import build_objective
 from trl_ext_objectives.nll import NLL
 from trl_ext_objectives.power import Power
+
+from trl_ext.errors import ConfigurationError
 
 PNG = b"\x89PNG"
 NAMES = sorted(
@@ -41,9 +43,9 @@ def test_curves_are_the_tables() -> None:
 
 
 def test_every_objective_has_curves() -> None:
-    assert len(NAMES) == 20
+    assert len(NAMES) == 23
     p = torch.linspace(0.001, 0.999, 99, dtype=torch.float64)
-    for name in set(NAMES) - {"asft"}:
+    for name in set(NAMES) - {"asft", "weighted", "wit", "by-column"}:  # these depend on the data
         objective = build_objective("rho1:reference=start" if name == "rho1" else name, "test")
         loss, weight = curves(objective.per_token_loss, p, temperature=objective.head_temperature)
         assert torch.isfinite(loss).all(), name
@@ -89,6 +91,11 @@ def test_drawing_a_schedule_draws_more_than_its_start(tmp_path: Path) -> None:
     for color, in_still in ((blue, True), (orange, False), (green, False)):
         assert has_color(moving, color)
         assert has_color(still, color) == in_still
+
+
+def test_what_depends_on_the_data_has_no_curve(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="its loss depends on the data's weight"):
+        build_objective("weighted", "test").draw(tmp_path / "picture.png")
 
 
 def has_color(picture: np.ndarray, color: tuple[int, int, int]) -> bool:

@@ -47,8 +47,8 @@ def test_mixture_asks_for_what_its_parts_need() -> None:
 
 def test_mixture_keeps_the_state_of_its_parts_apart() -> None:
     mixture = Mixture("auto", "auto")
-    mixture._first._choose(0.9)
-    mixture._second._choose(0.1)
+    mixture._parts["first"]._choose(0.9)
+    mixture._parts["second"]._choose(0.1)
     again = Mixture("auto", "auto")
     again.load_state_dict(mixture.state_dict())
     assert again.metrics("train") == {
@@ -142,6 +142,10 @@ def test_rho1_keeps_its_share_of_the_label_tokens(record: MakeRecord, labels: in
         ("mixture:first=gem", "cannot be mixed: it changes the temperature of the model's head"),
         ("mixture:first=eaft", "cannot be mixed: gate=top reads the hidden states .* set gate=whole"),
         ("mixture:second=power:alpha=0", "alpha=.?0.* is not > 0"),
+        ("weighted:objective=gem", "cannot be mixed: it changes the temperature"),
+        ("weighted:per=turn", "expected one of 'sample', 'message', 'token'"),
+        ("wit:prompt=0,response=0", "would train on nothing"),
+        ("wit:prompt=-1", "prompt=.?-1.* is not >= 0"),
     ],
 )
 def test_bad_options_are_refused_with_the_option_and_its_range(spec: str, message: str) -> None:
@@ -154,6 +158,19 @@ def test_bad_options_are_refused_with_the_option_and_its_range(spec: str, messag
 def test_instances_refuse_what_is_no_number(value: Any) -> None:
     with pytest.raises(ValueError, match="alpha="):
         Power(value)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "message"),
+    [
+        ({}, "chooses nothing"),
+        ({"math": "ema"}, "math='ema' is not one objective"),
+        ({"chat": "gem"}, "cannot be mixed"),
+    ],
+)
+def test_by_column_refuses_what_it_cannot_choose_from(objectives: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        activate([{"name": "by-column", "column": "domain", "objectives": objectives}], trainer="sft")
 
 
 def test_mixture_works_where_both_of_its_parts_do() -> None:

@@ -20,8 +20,8 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from trl_ext_objectives.asft import ASFT
+from trl_ext_objectives.composite import build_objective
 from trl_ext_objectives.eaft import EAFT
-from trl_ext_objectives.mixture import build_objective
 
 from trl_ext import SFTConfig, SFTTrainer, hookimpl
 from trl_ext.records import MicroStep, TokenRecord

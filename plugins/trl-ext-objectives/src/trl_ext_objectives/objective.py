@@ -7,12 +7,13 @@ from os import PathLike
 from typing import TYPE_CHECKING, ClassVar
 
 from trl_ext import hookimpl
+from trl_ext.errors import ConfigurationError
 from trl_ext.schedules import Schedule, parse_schedules
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trl_ext.records import TokenRecord
+    from trl_ext.records import Column, TokenRecord
 
 
 class Objective(ABC):
@@ -28,6 +29,8 @@ class Objective(ABC):
     trainers: tuple[str, ...] = ("sft", "grpo")
     fused_outputs: tuple[str, ...] = ()
     """Outputs of TRL's fused head, beside `log_probs` and `entropy`, that the formula needs."""
+    columns: tuple[Column, ...] = ()
+    """Columns of the data that the formula reads."""
     alone: str = ""
     """Why no other objective can work beside this one (`mixture`), with what to do instead; empty where one can."""
 
@@ -66,7 +69,13 @@ class Objective(ABC):
         """Draw the loss and the gradient weight W(p) next to NLL's into an image file.
 
         Where an option moves, there is a curve for the start, the middle and the end of the training.
+
+        Raises:
+            ConfigurationError: The loss of a token depends on columns of the data.
         """
+        if self.columns:
+            names = ", ".join(column.name for column in self.columns)
+            raise ConfigurationError(f"{self!r} has no curve of its own: its loss depends on the data's {names}")
         from trl_ext_objectives.figures import draw_objective
 
         draw_objective(self.per_token_loss, path, repr(self), temperature=self.head_temperature, moves=self.moves)
