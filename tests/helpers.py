@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import datasets
 import torch
@@ -37,6 +37,7 @@ __all__ = [
     "COMMON",
     "MAKE",
     "additions",
+    "ending_model",
     "logged",
     "lora",
     "make_grpo",
@@ -55,6 +56,15 @@ gc.freeze()
 
 # A file's pickled config class differs by design; the others must not.
 PICKLED_CONFIG = "training_args.bin"
+
+
+def ending_model() -> Any:
+    """A tiny model some of whose completions end early, so that masks and lengths differ within a batch."""
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[258] *= 30  # the end token
+        model.lm_head.weight[:] *= 3
+    return model
 
 
 def assert_equal_bits(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:

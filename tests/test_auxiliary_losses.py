@@ -15,7 +15,7 @@ from trl_ext.errors import PluginError
 from trl_ext.records import AuxiliaryLoss, MicroStep
 
 SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0}
-ROUNDING = {"rtol": 0, "atol": 1e-5}  # fp32 sums in another order, after steps that move weights by 1e-2
+ROUNDING = {"rtol": 0, "atol": 5e-5}  # fp32 sums in another order, after steps that move weights by 1e-2
 PADDING_FREE = {"padding_free": True, "max_length": None}
 
 

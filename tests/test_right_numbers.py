@@ -17,6 +17,7 @@ from helpers import (
     Nll,
     Plugin,
     additions,
+    ending_model,
     logged,
     lora,
     make_grpo,
@@ -58,7 +59,8 @@ def test_a_grpo_term_per_token_is_divided_by_its_own_windows_tokens(tmp_path, ac
     plugin = Constant()
     sizes = {"gradient_accumulation_steps": accumulation, "steps_per_generation": generation}
     steps = generation * iterations // accumulation
-    trainer = make_grpo(tmp_path / "run", plugins=[plugin], num_iterations=iterations, max_steps=steps, **sizes)
+    settings = {"num_iterations": iterations, "max_steps": steps, **sizes}
+    trainer = make_grpo(tmp_path / "run", plugins=[plugin], model=ending_model(), **settings)
     trainer.train()
     windows = [sum(plugin.tokens[i : i + accumulation]) for i in range(0, len(plugin.tokens), accumulation)]
     assert len(set(windows)) > 1, "windows of equal length show nothing"

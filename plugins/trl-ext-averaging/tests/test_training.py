@@ -290,6 +290,6 @@ def test_bf16_training_moves_the_average_at_decay_0999(tmp_path):
     in_bf16 = path[0].to(torch.bfloat16)
     for theta in path[1:]:
         in_bf16.lerp_(theta.to(torch.bfloat16), 0.001)
-    assert (in_bf16.double() == path[0]).double().mean() > 0.5  # the trap: most of it would not have moved at all
+    assert (in_bf16.double() == path[0]).double().mean() > 0.3  # the trap: much of it would not have moved at all
     assert (moved != 0).double().mean() > 0.99
     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-7)  # fp32 at weights of 0.1: steps of 7e-9

@@ -116,8 +116,8 @@ def test_coefficient_one_is_plain_sft(tmp_path: Path) -> None:
         processing_class=tiny_tokenizer(),
     )
     plain.train()
-    # Rows come in another order, so sums round differently; Adam divides near-zero gradients by their own size.
-    assert largest_difference([p.detach() for p in plain.model.parameters()], seen.weights[-1]) < 1e-9
+    # Rows come in another order, so sums of the head's fp32 log-probabilities round differently.
+    assert largest_difference([p.detach() for p in plain.model.parameters()], seen.weights[-1]) < 1e-6
 
 
 @pytest.mark.parametrize("mode", ["updates", "gradients"])

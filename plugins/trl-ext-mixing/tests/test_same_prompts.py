@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from branches import largest_difference
 from mixing_runs import (
-    EXACT,
     Recorder,
     Rolled,
     demonstrations,
@@ -44,7 +43,9 @@ def test_same_prompt_demonstrations_replace_the_stream(tmp_path: Path) -> None:
         model = model_at(seen.weights[step])
         expected = gradient(model, demonstration_nll(model, list(rows.values())))
         moved = [(a - b) / 1e-2 for a, b in zip(seen.weights[step], seen.weights[step + 1], strict=True)]
-        assert largest_difference(moved, expected) < EXACT
+        assert (
+            largest_difference(moved, expected) < 1e-6
+        )  # rows in another order: the head's log-probabilities are fp32
 
 
 def test_evaluation_does_not_exchange_the_rows_of_the_step(tmp_path: Path) -> None:
