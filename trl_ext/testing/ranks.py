@@ -33,6 +33,15 @@ GRACE = 10.0
 _ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
+def why_not() -> str | None:
+    """Why this machine cannot run several ranks; None where it can."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "this system has no server of forks"
+    if not (dist.is_available() and dist.is_gloo_available()):
+        return "this PyTorch was built without gloo"
+    return None
+
+
 class RanksError(AssertionError):
     """A rank failed, or did not end in time; the message holds what each of them printed.
 
