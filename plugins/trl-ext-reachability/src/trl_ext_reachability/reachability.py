@@ -130,6 +130,11 @@ class Reachability:
             )
 
     @hookimpl
+    def setup(self) -> None:
+        """Start each training from the probe's routes, without counts."""
+        self._prompts, self._rerouted = Prompts(Path(self.probe).expanduser()), 0
+
+    @hookimpl
     def streams(self) -> list[StreamRequest]:
         """Demonstrations, where they are given: the probe writes `demonstrations.jsonl`."""
         return [StreamRequest(ROLE, batch_size=self.batch_size, optional=True)]
