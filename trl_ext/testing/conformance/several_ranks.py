@@ -106,7 +106,10 @@ def _copies(subject: Subject, folder: Path) -> list[Run]:
 def _alone(subject: Subject, folder: Path, settings: Mapping[str, Any] = MappingProxyType({})) -> Run:
     """The run on one rank; with a micro-batch for each of the ranks, where it matters what is in a micro-batch."""
     if "accumulation" in subject.unsupported:
-        halves = {"per_device_train_batch_size": subject.rows // RANKS, "gradient_accumulation_steps": RANKS}
+        halves: dict[str, Any] = {
+            "per_device_train_batch_size": subject.rows // RANKS,
+            "gradient_accumulation_steps": RANKS,
+        }
         return subject.run(folder / "halves", **halves, **settings)
     return subject.run(folder / "one", **settings) if settings else subject.usual(folder)
 
