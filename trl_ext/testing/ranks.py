@@ -33,6 +33,15 @@ GRACE = 10.0
 _ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 
 
+def why_not() -> str | None:
+    """Why this machine cannot run several ranks; None where it can."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "this system has no server of forks"
+    if not (dist.is_available() and dist.is_gloo_available()):
+        return "this PyTorch was built without gloo"
+    return None
+
+
 class RanksError(AssertionError):
     """A rank failed, or did not end in time; the message holds what each of them printed.
 
@@ -51,6 +60,10 @@ class Ended:
     result: Any = None
     """What the function returned, or the exception that it raised."""
 
+    def __str__(self) -> str:
+        error = f"{type(self.result).__name__}: {self.result}\n" if isinstance(self.result, Exception) else ""
+        return f"{error}exit code {self.code}\n{self.output[-4000:]}"
+
 
 def on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2, **limits: Any) -> list[Any]:
     """Call a function on each of several ranks at once, and give what each returned, in the order of the ranks.
@@ -66,7 +79,7 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2, **li
     """
     ended = end_of_ranks(function, *arguments, ranks=ranks, **limits)
     if any(rank.code for rank in ended) or None in [rank.code for rank in ended]:
-        said = "\n".join(f"-- rank {i}, exit code {rank.code}\n{rank.output[-4000:]}" for i, rank in enumerate(ended))
+        said = "\n".join(f"-- rank {i}: {rank}" for i, rank in enumerate(ended))
         cause = next((rank.result for rank in ended if isinstance(rank.result, Exception)), None)
         raise RanksError(f"{getattr(function, '__name__', function)} failed on {ranks} ranks\n{said}") from cause
     return [rank.result for rank in ended]

@@ -45,7 +45,7 @@ def test_same_prompt_demonstrations_replace_the_stream(tmp_path: Path) -> None:
         moved = [(a - b) / 1e-2 for a, b in zip(seen.weights[step], seen.weights[step + 1], strict=True)]
         assert (
             largest_difference(moved, expected) < 1e-6
-        )  # rows in another order: the head's log-probabilities are fp32
+        )  # of fp32 log-probabilities, summed in another order
 
 
 def test_evaluation_does_not_exchange_the_rows_of_the_step(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_rows_of_the_stream_go_through_sharded_parameters_as_the_refusal_of_a_co
     shards = launch(tmp_path, "rows")
     for rank in shards:
         assert rank["logs"][0]["parallel-averaging/grad_norm_sft"] > 0
-        assert not torch.equal(*rank["weights"][:2])
+        assert largest_difference(*rank["weights"][:2]) > 0
 
 
 def test_a_sharded_state_saved_and_loaded_continues_to_the_last_bit(tmp_path: Path) -> None:

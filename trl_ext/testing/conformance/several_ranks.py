@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,11 +13,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from trl_ext.testing.conformance.case import case
+from trl_ext.testing.conformance.case import Skipped, case
 from trl_ext.testing.conformance.failing import failures
 from trl_ext.testing.conformance.subject import RANKS, Run, Subject, require_close, require_same_bits
 from trl_ext.testing.models import save_model
-from trl_ext.testing.ranks import on_ranks
+from trl_ext.testing.ranks import on_ranks, why_not
 from trl_ext.testing.runs import tiny_model, tokenizer
 
 PATIENCE = 20.0
@@ -45,7 +45,7 @@ def rank_without_labels(subject: Subject, folder: Path) -> None:
     has a gradient, as `0 * log_probs.sum()`.
     """
     settings = {"train": _some_without_labels(), "train_sampling_strategy": "sequential", "max_length": None}
-    both = on_ranks(_run, subject, folder / "two", settings, patience=PATIENCE)
+    both = _on_ranks(_run, subject, folder / "two", settings)
     require_same_bits(both[1].parameters, both[0].parameters, "the weights of rank 1, against those of rank 0")
     require_close(both[0], _alone(subject, folder, settings), "two ranks, and one with the whole batch")
 
@@ -54,13 +54,14 @@ def rank_without_labels(subject: Subject, folder: Path) -> None:
 def failure_on_one_rank(subject: Subject, folder: Path) -> str:
     """An exception in a hook on one rank ends both ranks at the same step with the same message.
 
-    On rank 1 alone, each hook in turn is given arguments that raise when they are touched, as a fault of its own
-    would. A rank that goes on alone would wait in the next collective until its timeout. A hook that calls
-    `torch.distributed` by itself has to exchange the error first; see docs/hooks.md.
+    On rank 1 alone, each hook in turn is given data that raise when they are touched, as a fault of its own would;
+    what all ranks know alike, such as settings and rewards, stays. A rank that goes on alone would wait in the next
+    collective until its timeout. A hook that calls `torch.distributed` by itself has to exchange the error first; see
+    docs/hooks.md.
     """
     names = failures(subject)
     for name in names:
-        outcomes = on_ranks(_fail, subject, folder / name, name, patience=PATIENCE)
+        outcomes = _on_ranks(_fail, subject, folder / name, name)
         for rank, (kinds, message, step) in enumerate(outcomes):
             assert "PluginError" in kinds or "CheckpointError" in kinds, (
                 f"where {name} fails on rank 1, rank {rank} ends with {kinds[0]}: {message}"
@@ -82,19 +83,33 @@ def fsdp2(subject: Subject, folder: Path) -> None:
     """
     save_model(tiny_model(), tokenizer(), folder / "model")
     settings = {"model": str(folder / "model")}
-    shards = on_ranks(_run, subject, folder / "fsdp2", settings, patience=PATIENCE)
+    shards = _on_ranks(_run, subject, folder / "fsdp2", settings)
     require_close(shards[0], _copies(subject, folder)[0], "in shards, and in two copies")
+
+
+def _on_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a function gives on each rank.
+
+    Raises:
+        Skipped: this machine cannot run several.
+    """
+    if reason := why_not():
+        raise Skipped(reason)
+    return on_ranks(function, *arguments, ranks=RANKS, patience=PATIENCE)
 
 
 def _copies(subject: Subject, folder: Path) -> list[Run]:
     """The usual run on two ranks (DDP)."""
-    return subject.once("ddp", lambda: on_ranks(_run, subject, folder / "ddp", patience=PATIENCE))
+    return subject.once("ddp", lambda: _on_ranks(_run, subject, folder / "ddp"))
 
 
 def _alone(subject: Subject, folder: Path, settings: Mapping[str, Any] = MappingProxyType({})) -> Run:
     """The run on one rank; with a micro-batch for each of the ranks, where it matters what is in a micro-batch."""
     if "accumulation" in subject.unsupported:
-        halves = {"per_device_train_batch_size": subject.rows // RANKS, "gradient_accumulation_steps": RANKS}
+        halves: dict[str, Any] = {
+            "per_device_train_batch_size": subject.rows // RANKS,
+            "gradient_accumulation_steps": RANKS,
+        }
         return subject.run(folder / "halves", **halves, **settings)
     return subject.run(folder / "one", **settings) if settings else subject.usual(folder)
 

@@ -79,6 +79,7 @@ class RolloutFilter:
     trainers: ClassVar[tuple[str, ...]] = ("grpo",)
     citation: ClassVar[str] = "Hu, Liu, Mao and Ma, Dr. Post-Training, arXiv:2605.07063 (policy gradient, IIF)"
     cost: ClassVar[str] = "a gradient of each completion; with target=prompts generation of theirs too"
+    unsupported: ClassVar[dict[str, str]] = {"fsdp2": "Scores need whole layers, of which no rank sees any"}
 
     def __post_init__(self) -> None:
         if self.target == "prompts" and (self.prompts is None or self.reward is None):
