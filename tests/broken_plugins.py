@@ -12,7 +12,7 @@ import torch.distributed as dist
 from sound_plugins import Average, Focal, focal_loss
 
 from trl_ext import hookimpl
-from trl_ext.records import StreamRequest
+from trl_ext.records import AuxiliaryLoss, StreamRequest
 from trl_ext.testing.conformance import Subject
 
 
@@ -128,14 +128,16 @@ class DecaysAll:
 
 
 @dataclass(eq=False)
-class AssumesFp32(Focal):
-    """A product under autocast is in bf16, and cannot be added to what is in fp32."""
+class AssumesFp32:
+    """Adds outputs of a layer, in bf16 under autocast, to a sum in fp32."""
 
     @hookimpl
-    def per_token_loss(self, tokens):
-        product = tokens.log_probs @ torch.eye(tokens.log_probs.shape[1])
-        torch.zeros_like(tokens.log_probs).index_add_(0, torch.arange(len(product)), product.detach())
-        return -tokens.log_probs
+    def setup(self, context):
+        self.sum = torch.zeros(16)
+        context.model.get_submodule("model.layers.0.mlp").register_forward_hook(self.add)
+
+    def add(self, layer: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        self.sum.index_add_(0, torch.arange(16), output[0, 0].detach())
 
 
 @dataclass(eq=False)
@@ -155,7 +157,7 @@ class CountsForwards:
     def setup(self, context):
         self.forwards = 0
         layer = context.model.get_submodule("model.layers.0.mlp")
-        layer.register_forward_hook(lambda *_: setattr(self, "forwards", self.forwards + 1))
+        layer.register_forward_pre_hook(lambda *_: setattr(self, "forwards", self.forwards + 1))
 
     @hookimpl
     def gradients_ready(self, gradients):
@@ -200,9 +202,9 @@ class NoLabelsNoNumber:
     """0 / 0 where a rank has no label."""
 
     @hookimpl
-    def per_token_loss(self, tokens):
-        mean = (tokens.log_probs.detach() * tokens.mask).sum() / tokens.mask.sum()
-        return -tokens.log_probs * mean / mean
+    def auxiliary_losses(self, micro_step):
+        mean = micro_step.log_probs.sum() / micro_step.mask.sum()
+        return {"mean": AuxiliaryLoss(-0.1 * mean, "batch")}
 
 
 @dataclass(eq=False)
@@ -247,7 +249,7 @@ BROKEN: dict[str, tuple[Subject, str]] = {
     "resume": (Subject(Forgets(), "sft"), "resumed after step 1 of 4, the weights"),
     "state_survives_json": (Subject(IntegerKeys(), "sft"), "state_dict()['seen'] is {1: 2}, and JSON gives {'1': 2}"),
     "peft": (Subject(DecaysAll(), "sft"), "weights of the base model have changed"),
-    "bf16_autocast": (Subject(AssumesFp32(), "sft"), "failed in hook 'per_token_loss'"),
+    "bf16_autocast": (Subject(AssumesFp32(), "sft"), "must have the same scalar type"),
     "bf16_weights": (Subject(MeansInFp32(), "sft"), "failed in hook 'weights_updated'"),
     "activation_checkpointing": (Subject(CountsForwards(), "sft"), "with and without activation_checkpointing"),
     "padding_free": (Subject(ByRow(), "sft"), "with and without padding_free"),

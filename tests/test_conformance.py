@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from broken_plugins import BROKEN, EveryStep
 from sound_plugins import Average, Away, Focal, SofterNegatives, focal_loss
 from torch import nn
 
+from trl_ext.cli.conformance import run_cases
+from trl_ext.cli.plugin_commands import check
 from trl_ext.errors import ConfigurationError
-from trl_ext.testing.conformance import CASES, Subject, cases_of, conformance, outcome_of
+from trl_ext.testing.conformance import CASES, Outcome, Subject, cases_of, conformance, outcome_of
 
 FAST = {"options_in_config", "changes_something", "records_unmodified", "state_survives_json", "packing"}
 """Cases whose broken plugin is tried in the fast tests too."""
@@ -40,6 +43,40 @@ def test_the_ratio_of_costs_counts_an_extra_forward(tmp_path: Path) -> None:
     outcome = outcome_of(CASES["cost"], Subject(EveryStep(), "sft"), tmp_path)
     assert outcome.verdict == "passed"
     assert 1.2 < float(outcome.remark.partition("x")[0]) < 1.5
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def options_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One case, which trains nothing."""
+    monkeypatch.setattr("trl_ext.cli.conformance.cases_of", lambda subject: [CASES["options_in_config"]])
+
+
+@pytest.mark.parametrize(
+    ("text", "trainers"),
+    [("power:alpha=0.5", ["sft"]), ("gradient-surgery", ["sft", "grpo"]), ("pg", ["grpo"])],
+)
+def test_a_plugin_is_run_in_the_trainers_that_it_acts_in(options_only: None, text: str, trainers: list[str]) -> None:
+    found = [(trainer, outcome.verdict) for trainer, _, outcome in run_cases(text)]
+    assert found == [(trainer, "passed") for trainer in trainers]
+
+
+def test_the_command_prints_a_table(options_only: None, capsys: pytest.CaptureFixture[str]) -> None:
+    check("power", run=True)
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["trainer", "case", "verdict", "remark"],
+        ["sft", "options_in_config", "passed"],
+    ]
+
+
+def test_the_command_fails_where_a_case_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trl_ext.cli.conformance.outcome_of", lambda *_: Outcome("FAILED", "it was another one"))
+    with pytest.raises(typer.Exit):
+        check("power", run=True)
+    with pytest.raises(ConfigurationError, match="--run takes the name of one plugin"):
+        check(None, run=True)
 
 
 # -- what a plugin declares not to support -----------------------------------------------------------------------------

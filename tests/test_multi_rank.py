@@ -1,45 +1,23 @@
-"""Two real ranks (torchrun, gloo, CPU): they train as one, and fail as one.
-
-Each launch runs every scenario of a worker, since importing takes longer than training.
-"""
+"""Two real ranks: they train as one, and fail as one."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_close, assert_equal_bits, moved, parameters, tiny_model
 from rank_scenarios import SCENARIOS, outcome
+from workers.failures import main as failures_of_rank
+from workers.values import main as values_of_rank
 
 from trl_ext.engine.rank_comparison import bit_sum
+from trl_ext.testing.ranks import on_ranks
 
-WORKERS = Path(__file__).parent / "workers"
 RANKS = 2
-LIMIT = 420  # seconds; a hang ends in gloo's own timeout of 60 s long before
 
 # SGD on fp32: sums in another order; `lr` times a few steps times the rounding of gradients of size 1.
 ROUNDING = {"rtol": 0, "atol": 5e-6}
-
-
-def run_on_ranks(worker: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a worker to its end, whatever that is."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, str(WORKERS / worker), str(folder)], env=environment, capture_output=True, text=True, timeout=LIMIT
-    )
-
-
-def launch(worker: str, folder: Path) -> list[dict[str, Any]]:
-    """What each rank saved."""
-    done = run_on_ranks(worker, folder)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
 # -- two ranks are one rank with the whole batch ---------------------------------------------------------------------
@@ -47,7 +25,7 @@ def launch(worker: str, folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory) -> list[dict[str, Any]]:
-    return launch("values.py", tmp_path_factory.mktemp("values"))
+    return on_ranks(values_of_rank, tmp_path_factory.mktemp("values"))
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +122,7 @@ def test_two_ranks_resume_to_the_same_bytes(values):
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory) -> list[dict[str, Any]]:
-    return launch("failures.py", tmp_path_factory.mktemp("failures"))
+    return on_ranks(failures_of_rank, tmp_path_factory.mktemp("failures"))
 
 
 RAISING = {

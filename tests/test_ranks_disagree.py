@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_multi_rank import launch, run_on_ranks
+from workers.disagreeing import main as disagreeing_of_rank
+from workers.hanging import main as hanging_of_rank
 
 from trl_ext.engine.guard import Guard
 from trl_ext.engine.rank_comparison import compare_ranks
 from trl_ext.engine.watchdog import LIMIT
 from trl_ext.errors import ConfigurationError, PluginError
 from trl_ext.plugins import PluginSet
+from trl_ext.testing.ranks import end_of_ranks, on_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    return launch("disagreeing.py", tmp_path_factory.mktemp("disagreeing"))
+    return on_ranks(disagreeing_of_rank, tmp_path_factory.mktemp("disagreeing"))
 
 
 def messages(ranks: list[dict[str, Any]], name: str) -> set[str]:
@@ -110,10 +112,13 @@ def test_shards_are_compared_with_their_replicas():
 
 def test_the_watchdog_says_where_each_rank_is_and_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv(LIMIT, "10")
-    ended = run_on_ranks("hanging.py", tmp_path)
-    assert ended.returncode != 0
-    report = next(line for line in ended.stderr.splitlines() if f"more than {LIMIT}=10 seconds" in line)
-    assert "rank 1: hook 'gradients_ready' of plugin 'Sleeps' (class Sleeps of __main__) at step 1 (for" in report
+    ended = end_of_ranks(hanging_of_rank, tmp_path, patience=1000)
+    assert all(rank.code for rank in ended)
+    lines = [line for rank in ended for line in rank.output.splitlines()]
+    report = next(line for line in lines if f"more than {LIMIT}=10 seconds" in line)
+    assert (
+        "rank 1: hook 'gradients_ready' of plugin 'Sleeps' (class Sleeps of workers.hanging) at step 1 (for" in report
+    )
     assert "rank 0: an agreement of the ranks (for" in report
 
 

@@ -1,24 +1,20 @@
-"""Run by torchrun on two ranks: the ranks do other things, and all hear of it; saves what each saw."""
+"""On two ranks: the ranks do other things, and all hear of it."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
 import torch.distributed as dist
-from failures import OnRankOne, sharded_model
 from helpers import MAKE, Idle, Plugin, additions, tiny_model
 from torch.distributed.fsdp import fully_shard
+from workers.failures import OnRankOne, sharded_model
 
 from trl_ext import hookimpl
 from trl_ext.records import AuxiliaryLoss
@@ -198,12 +194,6 @@ def run(folder: Path, scenario: Scenario) -> dict[str, Any]:
     }
 
 
-def main(folder: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+def main(folder: Path) -> dict[str, Any]:
     found = {name: run(folder / name, scenario) for name, scenario in SCENARIOS.items()}
-    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return found

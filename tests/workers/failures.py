@@ -1,15 +1,11 @@
-"""Run by torchrun on two ranks: what goes wrong on rank 1 only stops both, or both skip it; saves what each saw."""
+"""On two ranks: what goes wrong on rank 1 only stops both, or both skip it."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
@@ -369,15 +365,9 @@ def run(folder: Path, scenario: Scenario, resume: bool = False) -> dict[str, Any
     return found
 
 
-def main(folder: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+def main(folder: Path) -> dict[str, Any]:
     found = {name: run(folder / name, scenario) for name, scenario in SCENARIOS.items()}
     saving = ("sft", LoadState, {"save_strategy": "steps", "save_steps": 2})
     run(folder / "load", saving)
     found["load_state_dict"] = run(folder / "load", saving, resume=True)
-    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return found

@@ -1,13 +1,9 @@
-"""Run by torchrun on two ranks: one of them never leaves a hook."""
+"""On two ranks: one of them never leaves a hook."""
 
 from __future__ import annotations
 
-import sys
 import time
-from datetime import timedelta
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch.distributed as dist
 from helpers import Plugin, make_sft
@@ -22,6 +18,5 @@ class Sleeps(Plugin):
             time.sleep(1000)
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(seconds=1000))
-    make_sft(Path(sys.argv[1]) / "run", plugins=[Sleeps()], ddp_timeout=1000).train()
+def main(folder: Path) -> None:
+    make_sft(folder / "run", plugins=[Sleeps()], ddp_timeout=1000).train()

@@ -1,16 +1,11 @@
-"""Run by torchrun: every scenario on all ranks, and FSDP2; each rank saves what it found."""
+"""On all ranks: every scenario, and FSDP2."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import torch
 import torch.distributed as dist
 from helpers import Plugin, make_sft, tiny_model, tokenizer
 from rank_scenarios import SCENARIOS, STREAMS, Everything, Weighted, algebra, outcome, sft_everything
@@ -68,8 +63,7 @@ def resumed(folder: Path, world: int) -> dict[str, Any]:
     return {"first": finals[0], "second": finals[1]}
 
 
-def main(folder: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+def main(folder: Path) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         save_model(tiny_model(), tokenizer(), folder / "fsdp-model")
@@ -81,9 +75,4 @@ def main(folder: Path) -> None:
         found[name] = outcome(trainer)
     for run in (unsharded, fsdp2, resumed):
         found[run.__name__] = run(folder / run.__name__, world)
-    torch.save(found, folder / f"rank{rank}.pt")
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return found

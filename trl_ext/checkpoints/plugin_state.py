@@ -77,6 +77,9 @@ def _write(folder: Path, stem: str, state: State, owner: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
     values = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+    for name, value in values.items():
+        if changed := _changed_by_json(f"[{name!r}]", value):
+            raise CheckpointError(f"the state of {owner} would come back as another one: state_dict(){changed}")
     try:
         text = json.dumps(values, indent=2, sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
@@ -97,6 +100,18 @@ def _refuse_names(state: Any, owner: str) -> None:
         if not isinstance(name, str) or name == _RESERVED:
             why = "safetensors reserves it" if name == _RESERVED else "names in a state are texts"
             raise CheckpointError(f"the state of {owner} has the name {name!r}: {why}; rename it in state_dict()")
+
+
+def _changed_by_json(where: str, value: Any) -> str | None:
+    """Say what JSON would give back as something else, and what to write instead; None where there is nothing."""
+    if isinstance(value, tuple):
+        return f"{where} is a tuple, and JSON gives back a list; return a list"
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                return f"{where} has the key {key!r}, and JSON gives back a text; return {str(key)!r}"
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    return next(filter(None, (_changed_by_json(f"{where}[{key!r}]", item) for key, item in items)), None)
 
 
 def refuse_states(checkpoint: Path, manifest: Mapping[str, Any], plugins: Iterable[Any], world_size: int) -> None:

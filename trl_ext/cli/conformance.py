@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,7 +14,7 @@ from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.activation import from_spec
 from trl_ext.plugins.implementations import marked_hooks
 from trl_ext.plugins.plugin_set import ActivePlugin
-from trl_ext.records import TrainerKind
+from trl_ext.records import TRAINERS, TrainerKind
 from trl_ext.specs import parse_specs
 from trl_ext.testing.conformance import Outcome, Subject, cases_of, outcome_of
 
@@ -30,12 +32,25 @@ def run_cases(text: str) -> Iterator[tuple[TrainerKind, str, Outcome]]:
     if len(specs) != 1:
         raise ConfigurationError(f"{text!r} names {len(specs)} plugins; give one")
     active = from_spec(specs[0])
-    logging.disable(logging.WARNING)  # what trainers warn of in a tiny run says nothing of the plugin
     for trainer in _trainers(active):
         subject = Subject(active.instance, trainer)
         with TemporaryDirectory(prefix="conformance-") as folder:
             for case in cases_of(subject):
-                yield trainer, case.name, outcome_of(case, subject, Path(folder, case.name))
+                with _quiet():
+                    outcome = outcome_of(case, subject, Path(folder, case.name))
+                yield trainer, case.name, outcome
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what trainers print and warn of: a tiny run's says nothing of the plugin."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _trainers(active: ActivePlugin) -> list[TrainerKind]:
@@ -47,6 +62,7 @@ def _trainers(active: ActivePlugin) -> list[TrainerKind]:
     alone = {"grpo": {"per_token_loss"} if "streams" not in hooks else set()}
     return [
         trainer
-        for trainer in active.declared.trainers
-        if any(trainer in HOOKS[name].trainers for name in hooks if name not in alone.get(trainer, ()))
+        for trainer in TRAINERS
+        if trainer in active.declared.trainers
+        and any(trainer in HOOKS[name].trainers for name in hooks if name not in alone.get(trainer, ()))
     ]

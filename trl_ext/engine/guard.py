@@ -164,18 +164,34 @@ class Guard:
                 continue
             try:
                 with self._watched(f"hook '{hook}' of plugin {self._origin[plugin]}"):
-                    collected |= {f"{plugin}/{key}": float(value) for key, value in call(**arguments).items()}
+                    given = dict(call(**arguments))
             except Exception:
                 self._silenced.add((hook, plugin))
                 logger.exception("%s; it is switched off from here on", self.failure(hook, plugin, "it raised"))
+                continue
+            for key, value in given.items():
+                if (number := self._number(hook, plugin, key, value)) is not None:
+                    collected[f"{plugin}/{key}"] = number
         return self._of_rank_zero(hook, collected) if self.plugins.implements(hook) else collected
+
+    def _number(self, hook: str, plugin: str, key: str, value: Any) -> float | None:
+        """One of the numbers that `collect` gathers; None for what is none, which is said once."""
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if (hook, f"{plugin}/{key}") not in self._silenced:
+                self._silenced.add((hook, f"{plugin}/{key}"))
+                reason = f"its {key!r} is no number ({type(error).__name__}: {error}); the others are logged"
+                logger.warning("%s", self.failure(hook, plugin, reason))
+            return None
 
     def replicated_states(self) -> dict[str, dict[str, Any]]:
         """The state of each plugin that keeps one, but for those that declare it different on each rank. Collective."""
         states: dict[str, dict[str, Any]] = {}
         for plugin in self.plugins:
             if hasattr(plugin.instance, "state_dict") and not getattr(plugin.instance, "state_per_rank", False):
-                states[plugin.name] = self.run("state_dict", plugin.name, plugin.instance.state_dict, {})
+                give = plugin.instance.state_dict
+                states[plugin.name] = self.run("state_dict", plugin.name, give, {}, _is_dictionary)
         self.agree()
         return states
 
@@ -256,3 +272,8 @@ def _nothing_returned(result: Any) -> None:
         raise TypeError(
             f"returned a {type(result).__name__}, which would be ignored; edit the argument in place and return None"
         )
+
+
+def _is_dictionary(state: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"returned a {type(state).__name__} instead of a dictionary")

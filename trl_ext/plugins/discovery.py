@@ -82,8 +82,15 @@ def _load_installed(name: str) -> tuple[Any, PluginInfo]:
     except (Exception, SystemExit) as error:  # a plugin's import may raise anything, and the message names the plugin
         raise ConfigurationError(
             f"plugin {info} is broken: importing {info.value!r} raised {type(error).__name__}: {error}. "
-            f"Remove {name!r} from plugins, or repair it"
+            f"{_hint_of_core(error)}Remove {name!r} from plugins, or repair it"
         ) from error
+
+
+def _hint_of_core(error: BaseException) -> str:
+    """What to do where an import fails for want of something in the core, so that no declared range could be read."""
+    if not isinstance(error, ImportError) or (error.name or "").split(".")[0] != __name__.split(".")[0]:
+        return ""
+    return f"It was written for another trl-ext, and plugin API {API_VERSION} is installed: change either version. "
 
 
 def find_distribution(plugin_class: type) -> PluginInfo | None:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -164,6 +165,22 @@ def refuse_frozen(parameters: Collection[str], peft: bool) -> None:
         change = "load the adapter with is_trainable=True" if peft else "set requires_grad on those to train"
         raise ConfigurationError(
             f"no parameter of the model is trainable, so that the run would change nothing; {change}"
+        )
+
+
+def refuse_copied_groups(optimizer: torch.optim.Optimizer) -> None:
+    """An optimiser around another one that has groups of its own: schedules and FSDP2 change those of the outer one.
+
+    Raises:
+        ValueError: with the line to write.
+    """
+    inner = [value for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
+    shared = {id(group) for group in optimizer.param_groups}
+    if inner and not any(id(group) in shared for other in inner for group in other.param_groups):
+        raise ValueError(
+            f"returned a {type(optimizer).__name__} around a {type(inner[0]).__name__}, with copies of its "
+            "param_groups, so that the inner one would never see the learning rate's schedule; write "
+            "self.param_groups = optimizer.param_groups"
         )
 
 

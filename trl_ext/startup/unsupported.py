@@ -18,7 +18,6 @@ def _bf16_weights(run: RunDescription) -> bool:
 
 
 SETTINGS: dict[str, tuple[Callable[[RunDescription], bool], str]] = {
-    "accumulation": (lambda run: run.args.gradient_accumulation_steps > 1, "set gradient_accumulation_steps=1"),
     "peft": (lambda run: run.peft, "leave out the adapter"),
     "bf16_autocast": (lambda run: bool(run.args.bf16), "set bf16=False"),
     "bf16_weights": (_bf16_weights, "load the model in float32"),
@@ -28,7 +27,6 @@ SETTINGS: dict[str, tuple[Callable[[RunDescription], bool], str]] = {
     ),
     "packing": (lambda run: bool(getattr(run.args, "packing", False)), "set packing=False"),
     "padding_free": (lambda run: bool(getattr(run.args, "padding_free", False)), "set padding_free=False"),
-    "two_ranks": (lambda run: run.world_size > 1, "train on one rank"),
     "fsdp2": (lambda run: run.sharding == "fsdp2", "train with DDP"),
 }
 """By its name: whether a run has the setting, and how to do without. The conformance kit has a case of each name."""

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,6 @@ from datetime import timedelta
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -31,6 +31,15 @@ import torch.distributed as dist
 GRACE = 10.0
 """Seconds that the other ranks have to end by themselves once one has failed."""
 _ALONE = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def why_not() -> str | None:
+    """Why this machine cannot run several ranks; None where it can."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return "this system has no server of forks"
+    if not (dist.is_available() and dist.is_gloo_available()):
+        return "this PyTorch was built without gloo"
+    return None
 
 
 class RanksError(AssertionError):
@@ -51,6 +60,10 @@ class Ended:
     result: Any = None
     """What the function returned, or the exception that it raised."""
 
+    def __str__(self) -> str:
+        error = f"{type(self.result).__name__}: {self.result}\n" if isinstance(self.result, Exception) else ""
+        return f"{error}exit code {self.code}\n{self.output[-4000:]}"
+
 
 def on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2, **limits: Any) -> list[Any]:
     """Call a function on each of several ranks at once, and give what each returned, in the order of the ranks.
@@ -66,7 +79,7 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2, **li
     """
     ended = end_of_ranks(function, *arguments, ranks=ranks, **limits)
     if any(rank.code for rank in ended) or None in [rank.code for rank in ended]:
-        said = "\n".join(f"-- rank {i}, exit code {rank.code}\n{rank.output[-4000:]}" for i, rank in enumerate(ended))
+        said = "\n".join(f"-- rank {i}: {rank}" for i, rank in enumerate(ended))
         cause = next((rank.result for rank in ended if isinstance(rank.result, Exception)), None)
         raise RanksError(f"{getattr(function, '__name__', function)} failed on {ranks} ranks\n{said}") from cause
     return [rank.result for rank in ended]
@@ -85,8 +98,8 @@ def end_of_ranks(
         patience: seconds that a rank waits for another one in a collective before it raises.
     """
     payload, modules = _packed((function, arguments))
-    with TemporaryDirectory(prefix="ranks-") as folder:
-        call = _Call(Path(folder), payload, modules, ranks, patience)
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        call = _Call(Path(folder), payload, modules, dict(os.environ), ranks, patience)
         processes = [_context().Process(target=call.run, args=(rank,), daemon=True) for rank in range(ranks)]
         for process in processes:
             process.start()
@@ -101,12 +114,17 @@ class _Call:
     folder: Path
     payload: bytes
     modules: Mapping[str, str]
+    environment: Mapping[str, str]
+    """That of the test; the server has the one of when it was started."""
     ranks: int
     patience: float
 
     def run(self, rank: int) -> None:
         """Be this rank; its process ends with it."""
         self._redirect(rank)
+        tempfile.tempdir = str(self.folder)  # goes with the folder, since this process ends without cleaning up
+        os.environ.clear()
+        os.environ.update(self.environment)
         os.environ.update(_ALONE, RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{self.ranks}")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # accelerate asks for them, and uses neither
         try:

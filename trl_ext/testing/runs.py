@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import trl_ext
 from trl_ext.testing.models import save_model, tiny_llama
-from trl_ext.testing.tasks import Addition
+from trl_ext.testing.tasks import Addition, Kind
 from trl_ext.testing.tokenizers import tiny_tokenizer
 
 COMMON = {
@@ -48,7 +48,7 @@ def tiny_model(**options: Any) -> Any:
     return tiny_llama(**{"hidden": 16, "layers": 1, **options})
 
 
-def additions(size: int = 64, kind: str = "prompt_completion", **options: Any) -> Any:
+def additions(size: int = 64, kind: Kind = "prompt_completion", **options: Any) -> Any:
     """Sums of numbers of up to two digits, as a data set in one of TRL's formats; see `Task.dataset`."""
     return Addition(digits=2).dataset(size, kind, **options)
 

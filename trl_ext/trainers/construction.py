@@ -26,7 +26,7 @@ from trl_ext.engine.weight_swaps import WeightSwaps
 from trl_ext.gradients import trainable_parameters, unwrapped_name
 from trl_ext.records import SetupContext, WeightsView
 from trl_ext.startup.plan import RunPlan, check_loaded, plan_run
-from trl_ext.startup.refusals import refuse_frozen, refuse_wrapped
+from trl_ext.startup.refusals import refuse_copied_groups, refuse_frozen, refuse_wrapped
 from trl_ext.startup.report import report_run
 from trl_ext.startup.run_folder import owned_run_folder
 from trl_ext.startup.stream_data import TextForm, prepare_stream
@@ -149,6 +149,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             def check(result: Any) -> None:
                 if not isinstance(result, torch.optim.Optimizer):
                     raise TypeError(f"returned a {type(result).__name__} instead of a torch.optim.Optimizer")
+                refuse_copied_groups(result)
 
             wrapped = self.ext_run.guard.chain("wrap_optimizer", "optimizer", optimizer, check)
             self.optimizer = self._ext_optimizer = wrapped

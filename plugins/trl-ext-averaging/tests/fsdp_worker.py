@@ -1,9 +1,8 @@
-"""Run by torchrun on two ranks: averages of FSDP2 shards against averages of the whole weights, in one process each."""
+"""On two ranks: averages of FSDP2 shards against averages of the whole weights, in one process each."""
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from trajectories import context_of
@@ -73,7 +72,6 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
     torch.manual_seed(0)
     whole, shards = Run(sharded=False), Run(sharded=True)
     for run in (whole, shards):
@@ -97,8 +95,3 @@ def main() -> None:
     for plugin, state in zip(shards.plugins, states, strict=True):
         plugin.load_state_dict(state)
     assert all(torch.equal(one, other) for one, other in zip(shards.look_at_averages(), before, strict=True))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

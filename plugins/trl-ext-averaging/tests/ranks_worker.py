@@ -1,8 +1,7 @@
-"""Run by torchrun on two ranks: whole runs under DDP and FSDP2, against the EMA of the recorded raw weights."""
+"""On two ranks: whole runs under DDP and FSDP2, against the EMA of the recorded raw weights."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -29,8 +28,6 @@ def gathered(run) -> dict[str, torch.Tensor]:
 
 
 def main(sharding: str, root: Path) -> None:
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
     rank = dist.get_rank()
     if rank == 0:
         save_model(tiny_llama(hidden=16), tiny_tokenizer(), root / "start")
@@ -80,8 +77,3 @@ def main(sharding: str, root: Path) -> None:
         other = [torch.empty_like(raw[name]) for _ in range(2)]
         dist.all_gather(other, raw[name].contiguous())
         assert torch.equal(*other), name
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,12 +1,8 @@
-"""Runs the cases of `test_ranks.py` on this rank: `torchrun rank_worker.py OUT`. Each rank saves what it found."""
+"""The cases of `test_ranks.py` on this rank: `main` gives what it found."""
 
-import sys
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.distributed as dist
@@ -238,9 +234,7 @@ def resumed(folder: Path) -> list[dict[str, str]]:
     return found
 
 
-def main(folder: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    rank = dist.get_rank()
+def main(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in (*CASES, *EXACT, *GRPO):
         trainer = run(name, 2)
@@ -261,9 +255,4 @@ def main(folder: Path) -> None:
     for name, options in NAN_TARGETS.items():
         found[f"nan target {name}"] = nan_target(options)
     found["resumed"] = resumed(folder)
-    torch.save(found, folder / f"rank{rank}.pt")
-    dist.barrier()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return found

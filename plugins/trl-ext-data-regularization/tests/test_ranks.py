@@ -1,31 +1,21 @@
 """Two gloo ranks: one choice over both, equal to one rank's with the same samples; FSDP2; failures on one of them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from rank_worker import CASES, EXACT, FAULTS, NAN_TARGETS, SHARDED, TARGET_LOSSES, run
+from rank_worker import CASES, EXACT, FAULTS, NAN_TARGETS, SHARDED, TARGET_LOSSES, main, run
 from short_runs import model, parameters
 from test_rollout_filter import gradients_of, only_norms
 from test_sft import Reference, layers_of, sharpened
 
+from trl_ext.testing.ranks import on_ranks
+
 pytestmark = pytest.mark.slow  # some 50 trainings
-LIMIT = 400  # seconds; a hang ends in gloo's own timeout of 60 s long before
 
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory):
-    """What each rank saved."""
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).parent / "rank_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=LIMIT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    """What each rank found."""
+    return on_ranks(main, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,9 +1,7 @@
-"""Run under torchrun: the composite on sharded weights, saved and loaded by what the trainer calls under FSDP2."""
+"""On two ranks: the composite on sharded weights, saved and loaded by what the trainer calls under FSDP2."""
 
 from __future__ import annotations
 
-import gc
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,10 +102,3 @@ def main(folder: Path) -> None:
     for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
         saved_and_loaded(folder, kind, accelerator)
     uneven()
-    gc.collect()  # sharded models hold the process group, which ends badly if they outlive it
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +10,17 @@ import torch
 from branches import largest_difference, two_branches
 from mixing_runs import Recorder
 from oracles import combine, demonstration_nll, fp32_error, gradient, model_at, rl_gradient
-from two_ranks import METHODS
+from rank_runs import METHODS, main
+from sharded_state import main as save_and_load
+
+from trl_ext.testing.ranks import on_ranks
 
 pytestmark = pytest.mark.slow
 
 
-def on_two_ranks(script: str, *arguments: str) -> None:
-    """Run a script of this folder under torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, str(Path(__file__).with_name(script)), *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
 def launch(folder: Path, kind: str) -> list[dict[str, Any]]:
     """What each rank saw."""
-    folder.mkdir(parents=True, exist_ok=True)
-    on_two_ranks("two_ranks.py", str(folder), kind)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+    return on_ranks(main, folder, kind)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +66,7 @@ def test_rows_of_the_stream_go_through_sharded_parameters_as_the_refusal_of_a_co
 
 
 def test_a_sharded_state_saved_and_loaded_continues_to_the_last_bit(tmp_path: Path) -> None:
-    on_two_ranks("sharded_state.py", str(tmp_path))
+    on_ranks(save_and_load, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"SHARDED_STATE_DICT", "FULL_STATE_DICT"}
 
 

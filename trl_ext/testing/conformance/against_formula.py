@@ -26,8 +26,8 @@ def formula(subject: Subject, folder: Path) -> str:
     is written from the paper, and knows neither the fused head nor masks. Detach in it what the paper does.
     """
     assert subject.formula is not None
-    settings = {"max_steps": 1, "learning_rate": RATE, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
-    trainer = subject.build(folder / "run", padding_free=False, **settings)
+    constant: dict[str, Any] = {"lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+    trainer = subject.build(folder / "run", padding_free=False, max_steps=1, learning_rate=RATE, **constant)
     batch = next(iter(trainer.get_train_dataloader()))
     expected_loss, expected = _by_formula(subject.formula, trainer.ext_base_model(), batch)
     start = parameters(trainer)

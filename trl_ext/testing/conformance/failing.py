@@ -68,5 +68,5 @@ def _in_state_dict(subject: Subject, folder: Path, here: bool) -> tuple[Any, Tra
     return trainer, trainer.train
 
 
-def _of_rank(subject: Subject) -> dict[str, int]:
+def _of_rank(subject: Subject) -> dict[str, Any]:
     return {"per_device_train_batch_size": subject.rows // 2}

@@ -20,7 +20,7 @@ def resume(subject: Subject, folder: Path) -> None:
     `state_dict` and `load_state_dict`; what it makes in `setup` from the start has to be saved too, since `setup` of a
     resumed run sees the weights of the checkpoint. Odd and even steps differ where a plugin acts every second step.
     """
-    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": STEPS + 1}
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1, "max_steps": STEPS + 1}
     whole = subject.run(folder / "run", **saving)
     for step in (1, 2):
         again = subject.run(folder / f"run{step}", resume=folder / "run" / f"checkpoint-{step}", **saving)

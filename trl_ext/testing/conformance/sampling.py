@@ -19,7 +19,7 @@ def sample_by_row(trainer: Any) -> None:
     """
     model = trainer.ext_base_model()
 
-    def generate(input_ids: Tensor, attention_mask: Tensor, generation_config: Any, **_: Any) -> Tensor:
+    def generate(input_ids: Tensor, attention_mask: Tensor, generation_config: Any, **others: Any) -> Tensor:
         draws = _draws(input_ids, attention_mask, trainer.state.global_step)
         ids, mask = input_ids, attention_mask
         for _ in range(generation_config.max_new_tokens):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from trl_ext.testing.conformance.case import case
+from trl_ext.testing.conformance.case import Skipped, case
 from trl_ext.testing.conformance.subject import Run, Subject, require_close
 from trl_ext.testing.runs import lora, tiny_model
 
@@ -22,6 +23,8 @@ def peft(subject: Subject, folder: Path) -> None:
     Names and number of the trainable parameters are other ones under PEFT: take them from `context.weights`, and not
     from `model.parameters()`.
     """
+    if find_spec("peft") is None:
+        raise Skipped("peft is not installed")
     run = subject.run(folder / "run", model=tiny_model(), trainer={"peft_config": lora()})
     _require_sound(run)
     moved = [name for name, value in run.parameters.items() if not torch.equal(value, run.start[name])]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,19 +13,18 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-from trl_ext.testing.conformance.case import case
+from trl_ext.testing.conformance.case import Skipped, case
 from trl_ext.testing.conformance.failing import failures
-from trl_ext.testing.conformance.subject import Run, Subject, require_close, require_same_bits
+from trl_ext.testing.conformance.subject import RANKS, Run, Subject, require_close, require_same_bits
 from trl_ext.testing.models import save_model
-from trl_ext.testing.ranks import on_ranks
+from trl_ext.testing.ranks import on_ranks, why_not
 from trl_ext.testing.runs import tiny_model, tokenizer
 
-RANKS = 2
 PATIENCE = 20.0
 """Seconds that a rank waits for the other one in a collective."""
 
 
-@case(setting=True)
+@case()
 def two_ranks(subject: Subject, folder: Path) -> None:
     """Two ranks with half of the batch each hold the same weights, and train as one rank with the whole batch.
 
@@ -34,20 +33,21 @@ def two_ranks(subject: Subject, folder: Path) -> None:
     """
     both = _copies(subject, folder)
     require_same_bits(both[1].parameters, both[0].parameters, "the weights of rank 1, against those of rank 0")
-    require_close(both[0], subject.usual(folder), "two ranks, and one with the whole batch")
+    require_close(both[0], _alone(subject, folder), "two ranks, and one with the whole batch")
 
 
-@case(trainers=("sft",), setting=True)
+@case(trainers=("sft",))
 def rank_without_labels(subject: Subject, folder: Path) -> None:
     """Where the rows of one rank hold no label at all, two ranks still train as one rank with the whole batch.
 
-    With long prompts this happens in real data. A mean over no tokens is NaN, and a rank that returns early misses
-    the others' collectives: give a numerator of zero that has a gradient, as `0 * log_probs.sum()`.
+    TRL drops rows without labels where it cuts to `max_length`, and keeps those that are tokenized beforehand. A mean
+    over no tokens is NaN, and a rank that returns early misses the others' collectives: give a numerator of zero that
+    has a gradient, as `0 * log_probs.sum()`.
     """
-    settings = {"train": _some_without_labels(), "train_sampling_strategy": "sequential", "max_length": 16}
-    both = on_ranks(_run, subject, folder / "two", settings, patience=PATIENCE)
+    settings = {"train": _some_without_labels(), "train_sampling_strategy": "sequential", "max_length": None}
+    both = _on_ranks(_run, subject, folder / "two", settings)
     require_same_bits(both[1].parameters, both[0].parameters, "the weights of rank 1, against those of rank 0")
-    require_close(both[0], subject.run(folder / "one", **settings), "two ranks, and one with the whole batch")
+    require_close(both[0], _alone(subject, folder, settings), "two ranks, and one with the whole batch")
 
 
 @case()
@@ -60,7 +60,7 @@ def failure_on_one_rank(subject: Subject, folder: Path) -> str:
     """
     names = failures(subject)
     for name in names:
-        outcomes = on_ranks(_fail, subject, folder / name, name, patience=PATIENCE)
+        outcomes = _on_ranks(_fail, subject, folder / name, name)
         for rank, (kinds, message, step) in enumerate(outcomes):
             assert "PluginError" in kinds or "CheckpointError" in kinds, (
                 f"where {name} fails on rank 1, rank {rank} ends with {kinds[0]}: {message}"
@@ -82,13 +82,32 @@ def fsdp2(subject: Subject, folder: Path) -> None:
     """
     save_model(tiny_model(), tokenizer(), folder / "model")
     settings = {"model": str(folder / "model")}
-    shards = on_ranks(_run, subject, folder / "fsdp2", settings, patience=PATIENCE)
+    shards = _on_ranks(_run, subject, folder / "fsdp2", settings)
     require_close(shards[0], _copies(subject, folder)[0], "in shards, and in two copies")
+
+
+def _on_ranks(function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a function gives on each rank.
+
+    Raises:
+        Skipped: this machine cannot run several.
+    """
+    if reason := why_not():
+        raise Skipped(reason)
+    return on_ranks(function, *arguments, ranks=RANKS, patience=PATIENCE)
 
 
 def _copies(subject: Subject, folder: Path) -> list[Run]:
     """The usual run on two ranks (DDP)."""
-    return subject.once("ddp", lambda: on_ranks(_run, subject, folder / "ddp", patience=PATIENCE))
+    return subject.once("ddp", lambda: _on_ranks(_run, subject, folder / "ddp"))
+
+
+def _alone(subject: Subject, folder: Path, settings: Mapping[str, Any] = MappingProxyType({})) -> Run:
+    """The run on one rank; with a micro-batch for each of the ranks, where it matters what is in a micro-batch."""
+    if "accumulation" in subject.unsupported:
+        halves = {"per_device_train_batch_size": subject.rows // RANKS, "gradient_accumulation_steps": RANKS}
+        return subject.run(folder / "halves", **halves, **settings)
+    return subject.run(folder / "one", **settings) if settings else subject.usual(folder)
 
 
 def _run(subject: Subject, folder: Path, settings: Mapping[str, Any] = MappingProxyType({})) -> Run:
@@ -112,8 +131,7 @@ def _fail(subject: Subject, folder: Path, name: str) -> tuple[list[str], str, in
 
 
 def _some_without_labels() -> Dataset:
-    """Rows of which every fourth pair has a prompt so long that nothing of the completion is left."""
-    long = "x" * 40
-    sums = [(i % 7, i % 5) for i in range(24)]
-    prompts = [long if i % 4 >= 2 else f"{a}+{b}=" for i, (a, b) in enumerate(sums)]
-    return Dataset.from_dict({"prompt": prompts, "completion": [f"{a + b}" for a, b in sums]})
+    """Tokenized rows, two with labels and two without in turn."""
+    rows = [list(f"{i % 7}+{i % 5}={i % 7 + i % 5}".encode()) for i in range(24)]
+    labels = [row if i % 4 < 2 else [-100] * len(row) for i, row in enumerate(rows)]
+    return Dataset.from_dict({"input_ids": rows, "labels": labels})

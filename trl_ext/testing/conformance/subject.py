@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 ROWS = {"sft": 4, "grpo": 8}
 """Rows of an optimiser step, over all micro-batches and ranks."""
+RANKS = 2
+"""Ranks of a run on several."""
 STEPS = 3
 # Plain SGD keeps what differs by rounding of the size of rounding; the rate makes every step visible.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -116,6 +118,7 @@ class Subject:
         trainer = MAKE[self.trainer](folder, plugins=plugins, streams=None if plain else self._streams(), **settings)
         if self.trainer == "grpo":
             sample_by_row(trainer)
+        _share_streams(trainer)
         return trainer
 
     def run(self, folder: Path, plugin: Any = None, *, resume: Path | None = None, **settings: Any) -> Run:
@@ -144,6 +147,13 @@ class Subject:
             return dict(self.streams)
         asked = copy.deepcopy(self.plugin).streams() if "streams" in self.hooks else ()
         return {request.role: additions(16, seed=3 + i) for i, request in enumerate(asked) if not request.optional}
+
+
+def _share_streams(trainer: Any) -> None:
+    """Let streams draw on one rank the rows that two ranks draw together: plugins ask for a number of rows a rank."""
+    for stream in trainer.ext_streams.values():
+        rows = stream.request.batch_size * RANKS // stream.world_size
+        stream.request = replace(stream.request, batch_size=rows)
 
 
 def finished(trainer: Any, resume: Path | None = None) -> Run:

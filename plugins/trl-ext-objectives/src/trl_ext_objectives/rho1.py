@@ -43,6 +43,7 @@ class Rho1(ReferenceObjective):
     """
 
     citation: ClassVar[str] = "Rho-1: Not All Tokens Are What You Need, arXiv 2404.07965"
+    unsupported: ClassVar[dict[str, str]] = {"accumulation": "Tokens are chosen among those of a micro-batch."}
 
     reference: str
     share: Annotated[Scheduled, Range(gt=0, le=1)] = 0.6

@@ -40,6 +40,7 @@ class TALR(Objective):
     """
 
     citation: ClassVar[str] = "Token-Adaptive Loss Reweighting, arXiv 2509.20758"
+    unsupported: ClassVar[dict[str, str]] = {"accumulation": "The median is over the tokens of a micro-batch."}
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:

@@ -1,12 +1,10 @@
-"""Run under torchrun: a run on two ranks; each rank saves what it saw."""
+"""A run on two ranks: `main` gives what this rank saw."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from branches import SCHEDULE
 from datasets import Dataset
@@ -21,7 +19,7 @@ from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
 METHODS = ("hpt", "relift", "parallel-averaging:demonstrations=completion", "parallel-averaging:stream_row=row")
 
 
-def failures(folder: Path) -> None:
+def failures(folder: Path) -> dict[str, Any]:
     """Rank 1 alone meets a row that has no demonstration: what each rank raises, by method."""
     raised = {}
     for method in METHODS:
@@ -42,10 +40,10 @@ def failures(folder: Path) -> None:
             trainer.train()
         except PluginError as error:
             raised[method] = str(error), trainer.state.global_step
-    torch.save(raised, folder / f"rank{dist.get_rank()}.pt")
+    return raised
 
 
-def resume(folder: Path) -> None:
+def resume(folder: Path) -> dict[str, Any]:
     """An uninterrupted run, and one from its checkpoint, with accumulation."""
     settings: dict[str, Any] = {
         "optim": "adamw_torch",
@@ -67,13 +65,12 @@ def resume(folder: Path) -> None:
         )
         trainer.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2") if name == "rest" else None)
         saved[name] = {"rl": seen.rl, "sft": seen.sft, "weights": seen.weights}
-    torch.save(saved, folder / f"rank{dist.get_rank()}.pt")
+    return saved
 
 
-def main(folder: Path, kind: str) -> None:
+def main(folder: Path, kind: str) -> dict[str, Any]:
     """`kind`: ddp, fsdp2 or rows (parallel averaging), hpt, relift, failures, or resume."""
     path = str(folder / "model")
-    dist.init_process_group("gloo")
     if kind in ("failures", "resume"):
         return {"failures": failures, "resume": resume}[kind](folder)
     if dist.get_rank() == 0:
@@ -108,7 +105,7 @@ def main(folder: Path, kind: str) -> None:
         }
     trainer = grpo(folder / "run", plugins, model=model, ddp_backend="gloo", rank_check_steps=1, **settings)
     trainer.train()
-    saved = {
+    return {
         "rl": seen.rl,
         "sft": seen.sft,
         "weights": seen.weights,
@@ -117,8 +114,3 @@ def main(folder: Path, kind: str) -> None:
         "rewards": [rewards.total for _, rewards, _ in rolled.batches],
         "completions": [completions(rollouts, advantages) for rollouts, _, advantages in rolled.batches],
     }
-    torch.save(saved, folder / f"rank{trainer.args.process_index}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
