@@ -1,13 +1,17 @@
 """The test kit: what it makes is the same every time, right, and usable offline."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from trl_ext.testing import (
@@ -23,6 +27,7 @@ from trl_ext.testing import (
     tiny_qwen2,
     tiny_tokenizer,
 )
+from trl_ext.testing.ranks import RanksError, end_of_ranks, on_ranks
 
 TASKS = [Addition(), ModularChain(), Copy(), Reverse()]
 MODELS = [tiny_llama, tiny_qwen2, tiny_moe]
@@ -230,3 +235,44 @@ class TestExactMatch:
 def test_importing_the_kit_loads_nothing_heavy() -> None:
     code = "import sys, trl_ext.testing; print(sorted({'torch', 'transformers', 'datasets', 'trl'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# -- several ranks ---------------------------------------------------------------------------------------------------
+
+
+def rank_and_sum(start: int) -> tuple[int, int, str]:
+    total = torch.tensor(start + dist.get_rank())
+    dist.all_reduce(total)
+    return dist.get_rank(), int(total), os.environ["MARK"]
+
+
+def fail_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        raise KeyError("only here")
+    dist.barrier()
+
+
+def die_on_rank_one() -> None:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)
+
+
+class TestRanks:
+    def test_results_come_in_the_order_of_the_ranks_and_the_environment_is_that_of_the_test(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("MARK", "here")
+        assert on_ranks(rank_and_sum, 3) == [(0, 7, "here"), (1, 7, "here")]
+
+    def test_a_failure_on_one_rank_is_shown_and_ends_the_others(self) -> None:
+        with pytest.raises(RanksError, match=r"fail_on_rank_one failed on 2 ranks(.|\n)*rank 1: KeyError: 'only here'"):
+            on_ranks(fail_on_rank_one)
+
+    def test_a_rank_that_dies_takes_the_others_along(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("trl_ext.testing.ranks.GRACE", 0.1)
+        assert [rank.code for rank in end_of_ranks(die_on_rank_one)] == [-signal.SIGKILL] * 2
+
+    def test_what_another_process_cannot_import_is_refused(self) -> None:
+        with pytest.raises(TypeError, match=r"cannot be sent to other ranks: .*; define classes and"):
+            on_ranks(lambda: None)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from trl_ext.errors import ConfigurationError, PluginError
+from trl_ext.errors import ConfigurationError
 from trl_ext.records import TRAINERS
 from trl_ext.testing.conformance.subject import Subject
 
@@ -78,5 +78,5 @@ def outcome_of(found: Case, subject: Subject, folder: Path) -> Outcome:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether a run was refused in words, on this process or on the ranks that it started."""
-    return isinstance(error, ConfigurationError | PluginError) or isinstance(error.__cause__, ConfigurationError)
+    """Whether a run was refused before it began, in this process or on the ranks that it started."""
+    return isinstance(error, ConfigurationError) or isinstance(error.__cause__, ConfigurationError)

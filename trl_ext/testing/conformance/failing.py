@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trl_ext.records import Rewards
 from trl_ext.testing.conformance.subject import Subject
 
 Train = Callable[[], Any]
@@ -15,6 +17,9 @@ Failure = Callable[[Subject, Path, bool], tuple[Any, Train]]
 
 _ELSEWHERE = {"check", "streams", "metrics"}
 """Hooks that are called before there is a trainer, and the one whose failure does not end a run."""
+
+
+_KNOWN = bool | int | float | str | slice | None
 
 
 class Poisoned:
@@ -55,8 +60,18 @@ def _in_hook(hook: str, subject: Subject, folder: Path, here: bool) -> tuple[Any
 
 
 def _poisoned(call: Callable[..., Any], **arguments: Any) -> NoReturn:
-    call(**{name: Poisoned() for name in arguments})
-    raise ArithmeticError("only here")  # the hook touches none of its arguments
+    call(**{name: _poison(value) for name, value in arguments.items()})
+    raise ArithmeticError("only here")  # the hook touches nothing of its arguments
+
+
+def _poison(value: Any) -> Any:
+    """An argument whose data raise. What all ranks know alike stays: settings and counts, and the rewards of all."""
+    if isinstance(value, Rewards | bool | int | float | str):
+        return value
+    if not is_dataclass(value) or isinstance(value, type):
+        return Poisoned()
+    data = [field.name for field in fields(value) if not isinstance(getattr(value, field.name), _KNOWN)]
+    return replace(value, **{name: Poisoned() for name in data})
 
 
 def _in_state_dict(subject: Subject, folder: Path, here: bool) -> tuple[Any, Train]:

@@ -52,6 +52,7 @@ def conformance(
     formula: Callable[..., Any] | None = None,
     dataset: Any = None,
     config: Mapping[str, Any] | None = None,
+    unsupported: Mapping[str, str] | None = None,
 ) -> Callable[..., None]:
     """Give a pytest test with one case for each property that means something for a plugin.
 
@@ -65,6 +66,8 @@ def conformance(
             written from the paper; the case `formula` compares loss and gradient with it.
         dataset: the training data, where the plugin needs columns that sums of two numbers do not have.
         config: settings of the runs, where the plugin needs others than TRL's defaults.
+        unsupported: cases that do not hold with these options, with the reason, beside those that the class declares;
+            a run with such a setting has to be refused.
 
     Returns:
         The test. Assign it to a name that starts with `test_`.
@@ -74,7 +77,7 @@ def conformance(
     """
     import pytest
 
-    subject = Subject(plugin, trainer, streams, reward, formula, dataset, config or {})
+    subject = Subject(plugin, trainer, streams, reward, formula, dataset, config or {}, unsupported or {})
 
     @pytest.mark.parametrize("case", [pytest.param(found, id=found.name) for found in cases_of(subject)])
     def test_conformance(case: Case, tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:

@@ -54,9 +54,10 @@ def rank_without_labels(subject: Subject, folder: Path) -> None:
 def failure_on_one_rank(subject: Subject, folder: Path) -> str:
     """An exception in a hook on one rank ends both ranks at the same step with the same message.
 
-    On rank 1 alone, each hook in turn is given arguments that raise when they are touched, as a fault of its own
-    would. A rank that goes on alone would wait in the next collective until its timeout. A hook that calls
-    `torch.distributed` by itself has to exchange the error first; see docs/hooks.md.
+    On rank 1 alone, each hook in turn is given data that raise when they are touched, as a fault of its own would;
+    what all ranks know alike, such as settings and rewards, stays. A rank that goes on alone would wait in the next
+    collective until its timeout. A hook that calls `torch.distributed` by itself has to exchange the error first; see
+    docs/hooks.md.
     """
     names = failures(subject)
     for name in names:
@@ -105,7 +106,10 @@ def _copies(subject: Subject, folder: Path) -> list[Run]:
 def _alone(subject: Subject, folder: Path, settings: Mapping[str, Any] = MappingProxyType({})) -> Run:
     """The run on one rank; with a micro-batch for each of the ranks, where it matters what is in a micro-batch."""
     if "accumulation" in subject.unsupported:
-        halves = {"per_device_train_batch_size": subject.rows // RANKS, "gradient_accumulation_steps": RANKS}
+        halves: dict[str, Any] = {
+            "per_device_train_batch_size": subject.rows // RANKS,
+            "gradient_accumulation_steps": RANKS,
+        }
         return subject.run(folder / "halves", **halves, **settings)
     return subject.run(folder / "one", **settings) if settings else subject.usual(folder)
 

@@ -68,6 +68,8 @@ class Subject:
     formula: Callable[..., Any] | None = None
     dataset: Any = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    limits: Mapping[str, str] = field(default_factory=dict)
+    """What this instance's options do not support, beside what its class declares."""
     _known: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,8 +82,8 @@ class Subject:
 
     @property
     def unsupported(self) -> Mapping[str, str]:
-        """What the plugin declares not to support, with its reasons."""
-        return getattr(self.plugin, "unsupported", {})
+        """What the plugin does not support, with its reasons."""
+        return {**getattr(self.plugin, "unsupported", {}), **self.limits}
 
     @cached_property
     def data(self) -> Any:

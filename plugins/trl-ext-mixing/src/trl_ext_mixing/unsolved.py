@@ -44,6 +44,9 @@ class UnsolvedPrompts:
     trainers: ClassVar[tuple[str, ...]] = ("grpo",)
     provides: ClassVar[tuple[str, ...]] = (MIXING,)
     conflicts: ClassVar[Mapping[str, str]] = ONE_AT_A_TIME
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "fsdp2": "Demonstrations have a forward of their own, which sharded parameters do not allow"
+    }
 
     def __post_init__(self) -> None:
         self.source: Demonstrations

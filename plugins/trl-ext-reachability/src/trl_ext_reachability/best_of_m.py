@@ -11,7 +11,7 @@ m = min(1/Q, k^N), with the likelihood quantile Q of the base model; here m is `
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -61,8 +61,15 @@ class BestOfM:
     conflicts: ClassVar[Mapping[str, str]] = ALONE
 
     success: float = 1.0
-    _total: int = field(default=0, init=False, repr=False)
-    _recent: list[tuple[int, int, int]] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._total = 0
+        self._recent: list[tuple[int, int, int]] = []
+
+    @hookimpl
+    def setup(self) -> None:
+        """Count from the start of each training."""
+        self._total, self._recent = 0, []
 
     @hookimpl
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:

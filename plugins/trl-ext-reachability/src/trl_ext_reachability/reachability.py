@@ -26,6 +26,7 @@ from trl_ext.gradients import GradientView
 from trl_ext.options import Range
 from trl_ext.records import Rewards, Rollouts, RunDescription, StreamGradient, StreamRequest
 from trl_ext_reachability.draw_order import Order, draw_order
+from trl_ext_reachability.every_rank import on_every_rank
 from trl_ext_reachability.keys import prompt_key, prompt_number
 from trl_ext_reachability.merged_groups import group_advantages, group_labels
 from trl_ext_reachability.probe_agreement import refuse_other_sampling
@@ -131,6 +132,11 @@ class Reachability:
             )
 
     @hookimpl
+    def setup(self) -> None:
+        """Start each training from the probe's routes, without counts."""
+        self._prompts, self._rerouted = Prompts(Path(self.probe).expanduser()), 0
+
+    @hookimpl
     def streams(self) -> list[StreamRequest]:
         """Demonstrations, where they are given: the probe writes `demonstrations.jsonl`."""
         return [StreamRequest(ROLE, batch_size=self.batch_size, optional=True)]
@@ -168,7 +174,7 @@ class Reachability:
 
         Every rank counts the completions of all: which prompts the others had, only they know.
         """
-        mine = [prompt_number(prompt_key(row["prompt"])) for row in rollouts.inputs]
+        mine = on_every_rank(lambda: [prompt_number(prompt_key(row["prompt"])) for row in rollouts.inputs])
         numbers = gather(torch.tensor(mine, device=rollouts.mask.device)).tolist()
         return np.array(self._prompts.places(numbers))
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from trl_ext.errors import OnAllRanksError
 from trl_ext.records import Rollouts
+from trl_ext_reachability.every_rank import on_every_rank
 from trl_ext_reachability.steps import Span, Splitter
 from trl_ext_reachability.verifiers import Verifier
 
@@ -73,18 +73,7 @@ class StepJudge:
         Raises:
             OnAllRanksError: on several ranks, where the verifier failed on any; on one rank the failure itself.
         """
-        failure: Exception | None = None
-        try:
-            found = self._judge(rollouts)
-        except Exception as error:  # whatever a user's verifier raises
-            failure = error
-        messages = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
-        if failure is not None and len(messages) == 1:
-            raise failure
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise OnAllRanksError(f"{message} [on rank {rank} of {len(messages)}]") from failure
-        return found
+        return on_every_rank(partial(self._judge, rollouts))
 
     def _judge(self, rollouts: Rollouts) -> StepRewards:
         splitter = self.splitter
