@@ -20,7 +20,7 @@ class FreshEnvironment:
         self.dist.mkdir(parents=True)
         venv.create(folder / "env", with_pip=False)
         self.bin = folder / "env" / "bin"
-        third_party = folder / "third_party"
+        third_party = folder / "third_party" / "site-packages"  # dill takes a library by this name for one
         _link_third_party(third_party)
         (packages,) = (folder / "env").glob("lib/python*/site-packages")
         (packages / "third_party.pth").write_text(f"{third_party}\n")
@@ -57,7 +57,7 @@ def run(command: list[str], cwd: Path, **variables: str) -> str:
 
 def _link_third_party(folder: Path) -> None:
     """Link all that is installed here but the repository's own distributions; `.pth` files would bring them back."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for packages in (Path(entry) for entry in sys.path if entry.endswith("site-packages")):
         for entry in packages.iterdir():
             target = folder / entry.name
