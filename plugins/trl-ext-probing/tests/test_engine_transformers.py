@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy.stats import binom
 from trl_ext_probing.engines import Completion, engine, outstanding, share
 
@@ -40,6 +41,9 @@ def by_draw(completions: Sequence[Completion]) -> dict[tuple[int, int], tuple[in
 
 def build(name: str) -> Any:
     torch.manual_seed(0)
+    if name == "lora":
+        lora = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        return get_peft_model(tiny_llama(hidden=16), lora)
     if name in ("llama", "qwen2", "moe"):
         return {"llama": tiny_llama, "qwen2": tiny_qwen2, "moe": tiny_moe}[name](hidden=16, tie=False)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -55,7 +59,7 @@ def build(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "moe", "sliding window", "learnt positions", "alibi", "convolutions"]
+    "name", ["llama", "qwen2", "moe", "sliding window", "learnt positions", "alibi", "convolutions", "lora"]
 )
 def test_greedy_completions_are_those_of_generate(name: str) -> None:
     """Of each prompt alone, up to and with the first end token; rows join and leave a batch of 4 meanwhile."""
@@ -190,6 +194,13 @@ def test_what_cannot_be_sampled_is_refused(prompts: list[Any], options: dict[str
 def test_models_that_cannot_be_sampled_from_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="training mode"):
         complete(tiny_llama(hidden=16).train())
+    prompt = get_peft_model(tiny_llama(hidden=16), PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(ConfigurationError, match="PROMPT_TUNING"):
+        complete(prompt.eval())
+    broken = tiny_llama(hidden=16).eval()
+    broken.get_output_embeddings().weight.data[0] = float("nan")
+    with pytest.raises(ConfigurationError, match="NaN after 0 tokens"):
+        complete(broken)
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     made = engine("transformers", model=tiny_llama(hidden=16).eval(), tokenizer=tokenizer)

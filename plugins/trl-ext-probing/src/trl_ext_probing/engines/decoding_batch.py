@@ -94,7 +94,7 @@ class DecodingBatch:
             use_cache=True,
             **{name: value for name, value in optional.items() if name in self.accepts},
         )
-        self.logits = output.logits[:, -1].float()
+        self.logits: torch.Tensor = output.logits[:, -1].float()
 
     def _select(self, indices: torch.Tensor) -> None:
         self.cache.reorder_cache(indices)

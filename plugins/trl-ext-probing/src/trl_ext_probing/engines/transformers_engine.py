@@ -6,6 +6,7 @@ batches; and its attention without CUDA kernels reads the cache of all rows for 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -24,7 +25,8 @@ class TransformersEngine:
     """Samples with a causal language model of transformers; an `Engine`.
 
     A completion ends with one of the end tokens of the model's generation settings or with the tokenizer's. Prompts
-    are completed in the order of their lengths, the longest first, and a prompt is read once for its samples.
+    are completed in the order of their lengths, the longest first; one is read once for all its samples that begin
+    together.
 
     Args:
         model: In evaluation mode, on its device; a PEFT model too, unless its adapter is a learnt prompt.
@@ -107,11 +109,17 @@ def _refuse_model(model: Any) -> None:
 def _finished(
     batch: DecodingBatch, tokens: torch.Tensor, log_probs: torch.Tensor, ends: frozenset[int], max_tokens: int
 ) -> list[Row]:
-    """Append the tokens (B,) and their log-probabilities (B,) to the rows; those that end with them."""
+    """Append the tokens (B,) and their log-probabilities (B,) to the rows; those that end with them.
+
+    Raises:
+        ConfigurationError: The model gives no numbers, and `argmax` would take any token.
+    """
     finished = []
     for row, token, log_prob in zip(batch.rows, tokens.tolist(), log_probs.tolist(), strict=True):
         if row.finish_reason:
             continue
+        if math.isnan(log_prob):
+            raise ConfigurationError(f"engine 'transformers': logits are NaN after {len(row.tokens)} tokens")
         row.tokens.append(token)
         row.log_probs.append(log_prob)
         row.finish_reason = "stop" if token in ends else "length" if len(row.tokens) == max_tokens else ""
