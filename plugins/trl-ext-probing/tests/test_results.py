@@ -11,7 +11,7 @@ import pytest
 from trl_ext_probing.drift.drift_settings import DriftSettings
 from trl_ext_probing.intervals import Estimate
 from trl_ext_probing.plots import draw_estimates, figure, log_axis_with_zero, save, undefined
-from trl_ext_probing.results import read_results, read_rows, slug, write_results
+from trl_ext_probing.results import forget_results, read_results, read_rows, slug, write_results
 from trl_ext_probing.tables import percent, shown, table
 
 from trl_ext.errors import ConfigurationError
@@ -93,3 +93,17 @@ def test_an_empty_picture_says_why() -> None:
     _, axis = figure()
     undefined(axis, "S is undefined: no seeds")
     assert [text.get_text() for text in axis.texts] == ["S is undefined: no seeds"]
+
+
+def test_overwriting_removes_what_this_probe_wrote_and_nothing_else(tmp_path: Path) -> None:
+    asked = replace(SETTINGS, output=tmp_path)
+    write_results(asked, {}, ROWS, "T\n", draw)
+    (tmp_path / "notes.md").write_text("mine")
+    forget_results(asked)
+    assert (tmp_path / "results.json").exists()
+    forget_results(replace(asked, overwrite=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.md"]
+    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "table.md").write_text("mine")
+    forget_results(replace(asked, overwrite=True))
+    assert (tmp_path / "table.md").exists(), "of somebody else"
