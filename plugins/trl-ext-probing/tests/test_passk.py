@@ -260,17 +260,7 @@ def test_two_processes_share_the_work_and_write_one_journal(
     settings: PasskSettings, whole: tuple[Result, Path], tmp_path: Path
 ) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "0",
-        "-m",
-        "trl_ext",
-    ]
+    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2 -m -- trl_ext".split()]
     command = replace(settings, output=tmp_path).command.split()[1:]
     done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
