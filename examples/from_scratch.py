@@ -114,7 +114,7 @@ def main() -> None:
     ]
     print(shlex.join(["trl-ext", *command[3:]]), flush=True)
     subprocess.run(command, check=True)
-    print(f"{time.time() - began:.0f} s; the picture: {folder / 'control' / 'from_scratch.png'}")
+    print(f"{time.time() - began:.0f} s; the picture: {folder / 'control' / 'plot.png'}")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,8 @@ HELPS = [
     ["-h"],
     *([*command.split(), "--help"] for command in ("plugins", "probe", "run", "demo", "doctor", "validate")),
 ]
-COMMANDS = ["average", "probe passk", "probe drift", "probe excursions", "probe reachability", "probe from-scratch"]
+PROBES = ("capability", "drift", "excursions", "from-scratch", "passk", "reachability")
+COMMANDS = ["average", *(f"probe {name}" for name in PROBES)]
 
 
 @pytest.mark.parametrize(

@@ -135,13 +135,13 @@ def test_the_held_out_loss_is_the_mean_over_label_tokens(tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
     def log_probs(text):
-        ids = tokenizer(text, return_tensors="pt").input_ids
+        ids = tokenizer(text + tokenizer.eos_token, return_tensors="pt").input_ids  # as TRL's SFT has it
         with torch.no_grad():
             scores = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
         return scores[torch.arange(ids.shape[1] - 1), ids[0, 1:]]
 
-    labels = [log_probs("1+2=3"), log_probs("12+3=15")[-2:], log_probs("9")]
-    assert [len(part) for part in labels] == [4, 2, 0]
+    labels = [log_probs("1+2=3"), log_probs("12+3=15")[-3:], log_probs("9")]
+    assert [len(part) for part in labels] == [5, 3, 1]
     expected = -float(torch.cat(labels).mean())
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))

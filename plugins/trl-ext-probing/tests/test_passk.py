@@ -29,6 +29,7 @@ from trl_ext.errors import ConfigurationError
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
 
 REWARD = "test_passk:thirds"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "--", "trl_ext")
 
 
 def thirds(prompts: Sequence[str], completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
@@ -260,17 +261,7 @@ def test_two_processes_share_the_work_and_write_one_journal(
     settings: PasskSettings, whole: tuple[Result, Path], tmp_path: Path
 ) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "0",
-        "-m",
-        "trl_ext",
-    ]
+    launch = [sys.executable, *TORCHRUN]
     command = replace(settings, output=tmp_path).command.split()[1:]
     done = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from trl_ext.errors import ConfigurationError
 
@@ -44,7 +44,7 @@ def from_first(value: T) -> T:
     box: list[Any] = [value]
     _connect()
     dist.broadcast_object_list(box, src=0)
-    return box[0]  # type: ignore[no-any-return]
+    return cast(T, box[0])
 
 
 def gathered(values: list[T]) -> list[T]:

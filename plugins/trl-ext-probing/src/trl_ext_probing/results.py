@@ -22,6 +22,9 @@ SCHEMA = 1
 """Of `results.json`; it rises when a key gets another meaning or goes."""
 
 
+FILES = ("results.json", "table.md", "rows.csv", "plot.png")
+
+
 def write_results(
     settings: ProbeSettings,
     content: Mapping[str, Any],
@@ -53,6 +56,20 @@ def write_results(
     about = {"schema": SCHEMA, "probe": settings.probe, "command": settings.command, "settings": own}
     write(folder / "results.json", json.dumps(_finite({**about, **content}), indent=1, allow_nan=False) + "\n")
     print(text, end="")
+
+
+def forget_results(settings: ProbeSettings) -> None:
+    """Remove this probe's results where they are to be overwritten: they would stand beside the work of other settings.
+
+    Files of the same names that this probe did not write stay, until its results are there.
+    """
+    if settings.overwrite and is_first():
+        try:
+            read_results(settings.output, settings.probe, "--output")
+        except ConfigurationError:
+            return
+        for name in FILES:
+            (settings.output / name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class SampledModel:
     def _engine(self) -> Engine:
         settings = self._settings
         if settings.engine == "server":
-            return make_engine("server", base_url=settings.base_url, model=self.name)
+            return make_engine("server", base_url=settings.base_url, model=self.name, concurrency=settings.batch_size)
         if settings.engine == "vllm":
             return make_engine("vllm", model=self.name, dtype=settings.dtype)
         model, tokenizer = self.loaded

@@ -18,7 +18,7 @@ from trl_ext_probing.journal import Journal
 from trl_ext_probing.models import check_template, load_model, load_tokenizer
 from trl_ext_probing.progress import Report
 from trl_ext_probing.ranks import gathered, rank, world_size
-from trl_ext_probing.results import journal_of
+from trl_ext_probing.results import forget_results, journal_of
 from trl_ext_probing.rows import load_data
 from trl_ext_probing.scoring import Scorer, TokenScores
 from trl_ext_probing.settings import ScoringSettings
@@ -133,6 +133,7 @@ def score_models(
     with ExitStack() as stack:
         scores = [Scores(*item) for item in describe_work(settings, models, data.rows).items()]
         journals = [stack.enter_context(Journal(paths[s.model], s.about, settings.overwrite)) for s in scores]
+        forget_results(settings)
         report = stack.enter_context(Report())
         for own, journal in zip(scores, journals, strict=True):
             for line in journal.lines:

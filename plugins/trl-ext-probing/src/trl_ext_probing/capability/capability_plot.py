@@ -37,13 +37,17 @@ def draw_capability(found: Mapping[str, Capability], path: Path) -> None:
     shares.legend(fontsize=7)
     for region in OBSERVED:
         means.axvspan(region.low, region.high, color=GREY, alpha=0.2, linewidth=0)
-        means.text(np.sqrt(region.low * region.high), -0.8, region.name, ha="center", fontsize=8)
+        centre = np.sqrt(region.low * region.high)
+        means.text(
+            centre, 0.02, region.name, transform=means.get_xaxis_transform(), rotation=90, ha="center", fontsize=8
+        )
     smallest = min(capability.mean_p.bounds[1] for capability in found.values())
     means.set(
         xscale="log",
         xlim=(min(0.008, max(smallest, FLOOR) / 2), 1),
-        ylim=(len(found) - 0.4, -1),
-        xlabel="mean p of a response token, with interval; grey: settings of arXiv 2510.00526",
+        ylim=(len(found) - 0.4, -0.6),
+        xlabel="mean p of a response token, with interval",
+        title="Grey: the settings of arXiv 2510.00526",
     )
     means.set_yticks(range(len(found)), [Path(model).name for model in found])
     save(whole, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trl_ext.errors import ConfigurationError
+from trl_ext_probing.encoding import prompt_ids
 from trl_ext_probing.engines.interface import Prompt
 
 
@@ -14,18 +15,14 @@ def prompt_tokens(tokenizer: Any, prompt: Prompt, index: int) -> list[int]:
     Raises:
         ConfigurationError: There are messages and no chat template, or no tokens come out.
     """
-    if isinstance(prompt, str):
-        tokens = tokenizer(prompt)["input_ids"]
-    elif getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has put them in
-    else:
+    if not isinstance(prompt, str) and not getattr(tokenizer, "chat_template", None):
         raise ConfigurationError(
             f"prompt {index} is a list of messages, and the model's tokenizer has no chat template"
         )
+    tokens = prompt_ids(tokenizer, prompt)
     if not tokens:
         raise ConfigurationError(f"prompt {index} has no tokens: {prompt!r}")
-    return list(tokens)
+    return tokens
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

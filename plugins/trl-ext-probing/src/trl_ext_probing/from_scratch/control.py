@@ -15,7 +15,7 @@ from trl_ext_probing.from_scratch.procedure import Procedure
 from trl_ext_probing.journal import Journal
 from trl_ext_probing.progress import Report
 from trl_ext_probing.reachability.keys import prompt_key
-from trl_ext_probing.results import write, write_results
+from trl_ext_probing.results import forget_results, write, write_results
 
 
 def run(settings: FromScratchSettings) -> None:
@@ -35,6 +35,7 @@ def run(settings: FromScratchSettings) -> None:
         Journal(settings.output / "journal.jsonl", procedure.about(), settings.overwrite) as journal,
         Report() as report,
     ):
+        forget_results(settings)
         if settings.overwrite:
             procedure.forget_runs()
         task = ""

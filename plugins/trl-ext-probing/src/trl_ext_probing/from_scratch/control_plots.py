@@ -17,6 +17,8 @@ _LINES = {"pretrained": "--", "scratch": "-", "embeddings": ":"}
 
 def draw(settings: FromScratchSettings, summary: Mapping[str, Any], path: Path) -> None:
     """The scores with their floors, S with its intervals, and the nll gap, against tokens."""
+    from matplotlib.ticker import MaxNLocator
+
     whole, (scores, shares, gaps) = figure(3)
     points = summary["points"]
     tokens = [point["tokens"] for point in points]
@@ -37,11 +39,12 @@ def draw(settings: FromScratchSettings, summary: Mapping[str, Any], path: Path) 
     _say_where_nothing_is(summary, shares, gaps)
     level = f"{settings.confidence:.0%}"
     scores.set(ylabel="score (mean reward)", title="Scores: mean and range over seeds; thin: floors")
-    shares.set(ylabel="S, share of the gain from random weights", title=f"Share S, {level} interval over seeds")
+    shares.set(ylabel="S, share of the gain", title=f"Share S, {level} interval over seeds")
     gaps.set(ylabel="nll - nll of pre-trained (nats per token)", title=f"nll gap, {level} interval over seeds")
     for axis in (scores, shares, gaps):
         axis.set_xlabel("tokens trained on")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     whole.legend(*scores.get_legend_handles_labels(), loc="outside lower center", ncols=len(summary["arms"]))
     save(whole, path)
 

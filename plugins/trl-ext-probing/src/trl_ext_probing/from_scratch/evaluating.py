@@ -76,7 +76,8 @@ class Evaluator:
 
     def validation_nll(self, model: Path) -> float | None:
         """Nats per token of the validation set's completions; None where the model gives no finite number."""
-        nll = _nll(*self._load(model), self.validation)
+        loaded, tokenizer = self._load(model)
+        nll = _nll(Scorer(loaded), tokenizer, self.validation)
         return nll if math.isfinite(nll) else None
 
     def evaluate(self, model: Path) -> dict[str, dict[str, Any]]:
@@ -88,10 +89,11 @@ class Evaluator:
         loaded, tokenizer = self._load(model)
         if not all(bool(parameter.isfinite().all()) for parameter in loaded.parameters()):
             raise NonFiniteError(f"{model} has weights that are NaN or infinite")
+        scorer = Scorer(loaded)
         return {
             name: {
                 "scores": self._scores(loaded, tokenizer, name, rows),
-                "nll": _nll(loaded, tokenizer, rows) if has_answers(rows) else None,
+                "nll": _nll(scorer, tokenizer, rows) if has_answers(rows) else None,
             }
             for name, rows in self.sets.items()
         }
@@ -109,7 +111,7 @@ class Evaluator:
             return mean_of_judged(samples.rewards(), judge.name, f"--eval-{name}")
 
 
-def _nll(model: Any, tokenizer: Any, rows: Rows) -> float:
+def _nll(scorer: Scorer, tokenizer: Any, rows: Rows) -> float:
     """Of the completions, as TRL's SFT would train on them."""
-    scores = Scorer(model).score([encode(tokenizer, row, max_length=2**31) for row in rows])
+    scores = scorer.score([encode(tokenizer, row, max_length=2**31) for row in rows])
     return -sum(float(s.log_probs.sum(dtype=float)) for s in scores) / sum(len(s.log_probs) for s in scores)

@@ -11,7 +11,7 @@ from trl_ext_probing.journal import Journal
 from trl_ext_probing.passk.passk_results import Result, write_passk
 from trl_ext_probing.passk.passk_settings import PasskSettings
 from trl_ext_probing.progress import Report
-from trl_ext_probing.results import journal_of
+from trl_ext_probing.results import forget_results, journal_of
 from trl_ext_probing.rewards import Judge
 from trl_ext_probing.rows import load_problems
 from trl_ext_probing.sampling import SampledModel, Samples, refuse_missing_templates
@@ -35,6 +35,7 @@ def run(settings: PasskSettings) -> list[Result]:
         journals = {
             model: stack.enter_context(Journal(path, about[model], settings.overwrite)) for model, path in paths.items()
         }
+        forget_results(settings)
         draws = outstanding(len(rows), settings.n)
         samples = {model: Samples(rows, journal) for model, journal in journals.items()}
         report = stack.enter_context(Report())

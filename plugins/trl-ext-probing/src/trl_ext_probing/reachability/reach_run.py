@@ -17,7 +17,7 @@ from trl_ext_probing.reachability.reach_plots import draw_reachability
 from trl_ext_probing.reachability.reach_report import describe
 from trl_ext_probing.reachability.reach_settings import ReachabilitySettings
 from trl_ext_probing.reachability.reach_summary import summarize
-from trl_ext_probing.results import journal_of, write, write_results
+from trl_ext_probing.results import forget_results, journal_of, write, write_results
 from trl_ext_probing.rewards import Judge
 from trl_ext_probing.rows import load_problems
 from trl_ext_probing.sampling import SampledModel, refuse_missing_templates
@@ -39,6 +39,7 @@ def run(settings: ReachabilitySettings) -> None:
         refuse_missing_templates(settings, rows)
         about = describe_work(settings, settings.model, rows)
         journals = {m: stack.enter_context(Journal(paths[m], about[m], settings.overwrite)) for m in settings.model}
+        forget_results(settings)
         report = stack.enter_context(Report())
         for name, journal in journals.items():
             measurement = Measurement(settings, rows, name, journal)
