@@ -135,6 +135,16 @@ def test_text_is_tokenized_first_and_evaluation_carries_columns_too(tmp_path):
         trainer.evaluate(additions(4))
 
 
+def test_a_packed_data_set_that_is_evaluated_again_keeps_its_columns(tmp_path):
+    plugin = Reads()
+    held_out = {"eval_dataset": letters(12)}
+    trainer = make_sft(tmp_path, plugins=[plugin], train=letters(), trainer=held_out, **STRATEGIES["bfd"])
+    trainer.evaluate(trainer.eval_dataset)
+    assert plugin.seen
+    for tokens in plugin.seen:
+        assert_aligned(tokens)
+
+
 def test_a_resumed_run_sees_the_same_columns(tmp_path):
     runs = []
     for resume in (None, str(tmp_path / "checkpoint-2")):

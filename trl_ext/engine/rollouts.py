@@ -33,9 +33,10 @@ def shaped_advantages(
     `columns` are those that plugins want of the prompts, `finite` says whether a plugin that returns NaN or infinity
     fails.
     """
-    of_rows = partial(_of_rows, columns, rows["inputs"], run.device)
-    # Streamed rows were not looked at before; what is wrong with one on this rank has to reach the others.
-    of_prompts = run.guard.run("advantages", run.plugins.calls("advantages")[0][0], of_rows, {}) if columns else {}
+    of_prompts: dict[str, Tensor] = {}
+    if columns:  # streamed rows were not looked at before: what is wrong with one on this rank has to reach the others
+        of_rows = partial(_of_rows, columns, rows["inputs"], run.device)
+        of_prompts = run.guard.run("advantages", run.plugins.calls("advantages")[0][0], of_rows, of_prompts)
     rollouts = Rollouts(
         **rows,
         prompt_ids=output["prompt_ids"],

@@ -64,9 +64,10 @@ class Column:
             raise ValueError("has no value, and the column has no default")
         if self.dtype == "text":
             return self._place(value)
-        if not isinstance(value, Real) or not math.isfinite(value):
+        finite = isinstance(value, Real) and math.isfinite(value)
+        if not finite:
             raise ValueError(f"has {value!r}, which is not a finite number")
-        if self.dtype == "int" and value != int(value):
+        if self.dtype == "int" and value % 1:
             raise ValueError(f"has {value!r}, which is not a whole number")
         return float(value) if self.dtype == "float" else int(value)
 
