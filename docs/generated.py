@@ -30,7 +30,7 @@ def methods() -> str:
     )
 
 
-METHOD_COLUMNS = ("method", "source", "when", "when not", "trainers", "cost")
+METHOD_COLUMNS = ("method", "when", "when not", "trainers", "cost")
 
 
 def _methods_by_distribution(advice: dict[str, Any]) -> Iterator[tuple[str, str, list[tuple[str, ...]]]]:
@@ -53,8 +53,7 @@ def _method_row(name: str, plugin: Any, about: dict[str, Any]) -> tuple[str, ...
     say = about["plugins"][name]
     trainers = read_declarations(plugin, name, name, name).trainers
     return (
-        f"`{name}`: {_first_sentence(plugin)}",
-        _linked(getattr(plugin, "citation", "")),
+        f"`{name}`: {_first_sentence(plugin)} {_linked(getattr(plugin, 'citation', ''))}",
         say["when"],
         say["when not"],
         ", ".join(trainer.upper() for trainer in trainers),
