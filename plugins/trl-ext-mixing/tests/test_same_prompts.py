@@ -43,9 +43,7 @@ def test_same_prompt_demonstrations_replace_the_stream(tmp_path: Path) -> None:
         model = model_at(seen.weights[step])
         expected = gradient(model, demonstration_nll(model, list(rows.values())))
         moved = [(a - b) / 1e-2 for a, b in zip(seen.weights[step], seen.weights[step + 1], strict=True)]
-        assert (
-            largest_difference(moved, expected) < 1e-6
-        )  # of fp32 log-probabilities, summed in another order
+        assert largest_difference(moved, expected) < 1e-6  # of fp32 log-probabilities, summed in another order
 
 
 def test_evaluation_does_not_exchange_the_rows_of_the_step(tmp_path: Path) -> None:
