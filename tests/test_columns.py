@@ -77,15 +77,15 @@ def letters(rows: int = 20) -> Dataset:
 
 
 def assert_aligned(tokens: TokenRecord) -> None:
-    """Every label is the letter of its sample, and its own value; a row of the data is one letter."""
+    """Every label is the letter of its sample, and its own value; a sample has one letter."""
     mask = tokens.mask
     labels = tokens.inputs["labels"][:, 1:][mask]
     assert torch.equal(tokens.columns["tokens"][mask], labels)
     assert torch.equal(tokens.per_token("letter")[mask], labels)
     assert torch.equal(tokens.columns["letter"][tokens.sample_index][mask], labels)
     assert tokens.columns["letter"].shape == (tokens.num_samples,)
-    of_rows = {(int(row), int(label)) for row, label in zip(tokens.row_ids[mask], labels, strict=True)}
-    assert len(of_rows) == len({row for row, _ in of_rows}) == len({label for _, label in of_rows}) > 1
+    of_samples = {(int(sample), int(label)) for sample, label in zip(tokens.sample_index[mask], labels, strict=True)}
+    assert len(of_samples) == len({sample for sample, _ in of_samples}) > 1
     assert "trl_ext_columns" not in tokens.inputs
 
 

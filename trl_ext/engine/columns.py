@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from trl_ext.records import Column, TokenRecord
-from trl_ext.records.columns import CARRIED, ROW
+from trl_ext.records.columns import CARRIED, ROW, START
+from trl_ext.records.tokens import starts_in
 
 
 def without_columns(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,7 +29,10 @@ def with_columns(tokens: TokenRecord, batch: Mapping[str, Any], columns: Mapping
     carried = {name: values[:, 1:] for name, values in batch.get(CARRIED, {}).items()}
     if not carried:
         return tokens
-    tokens = replace(tokens, row_ids=carried.pop(ROW))
+    starts = carried.pop(START) == 1
+    if "position_ids" in batch and "attention_mask" not in batch:  # rows are joined, so that one starts anywhere
+        starts |= starts_in(batch["position_ids"])[:, 1:]
+    tokens = replace(tokens, row_ids=carried.pop(ROW), sample_starts=starts)
     per_sample = {name for name in carried if columns[name].per == "sample"}
     return replace(
         tokens,
@@ -47,4 +51,6 @@ def column_totals(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """() float each: the sum of a column's absolute values over the label tokens of a batch."""
     mask = batch["labels"][:, 1:] != -100
     carried = batch.get(CARRIED, {})
-    return {name: (values[:, 1:].abs() * mask).sum().float() for name, values in carried.items() if name != ROW}
+    return {
+        name: (values[:, 1:].abs() * mask).sum().float() for name, values in carried.items() if name not in (ROW, START)
+    }

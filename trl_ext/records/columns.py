@@ -15,6 +15,8 @@ CARRIED = "trl_ext_columns"
 """The key under which prepared rows and batches hold the columns, one value for each token."""
 ROW = "trl_ext_row"
 """The column among them that says which row of the data a token comes from; it is always there."""
+START = "trl_ext_start"
+"""The column among them that is 1 for the first token of a row of the data and 0 for the others; always there too."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,13 @@ UNMARKED = (
 """Why a run does not know which token belongs to which sample, and what to change."""
 
 
+def starts_in(position_ids: Tensor) -> Tensor:
+    """(B, T) bool: the positions of 0 that a sample starts with; those at the very end are padding."""
+    flat = position_ids.flatten()
+    before_padding = (flat != 0).flip(0).cumsum(0).flip(0) > 0
+    return ((flat == 0) & before_padding).view(position_ids.shape)
+
+
 @dataclass(frozen=True)
 class TokenRecord:
     """The label tokens of one SFT micro-batch or stream batch (`per_token_loss`)."""
@@ -59,8 +66,11 @@ class TokenRecord:
     like `denominator`: loss x denominator / total has the total for its denominator (new in 1.4)."""
     row_ids: Tensor | None = None
     """(B, T) long: the row of the data, before shuffling and packing, that each label comes from; padding has that of
-    the sample before it. Rows of a streaming data set are counted as they are read, by each worker of the data loader.
+    the sample before it. Rows of a streaming data set are counted as they are read, in each of its shards by itself.
     Only where a plugin declares columns (new in 1.4)."""
+    sample_starts: Tensor | None = None
+    """(B, T) bool: whether a sample, or the rest of a cut one, starts at the token; where it starts with a row, that is
+    left out. Only where a plugin declares columns (new in 1.4)."""
 
     @cached_property
     def probs(self) -> Tensor:
@@ -93,9 +103,7 @@ class TokenRecord:
         position_ids = self.inputs.get("position_ids")
         if position_ids is None or "attention_mask" in self.inputs:
             return torch.arange(rows, device=self.mask.device).unsqueeze(1).expand(rows, width)
-        flat = position_ids.flatten()
-        before_padding = (flat != 0).flip(0).cumsum(0).flip(0) > 0
-        starts = ((flat == 0) & before_padding).cumsum(0) - 1
+        starts = starts_in(position_ids).flatten().cumsum(0) - 1
         return starts.clamp(min=0).view(position_ids.shape)[:, 1:]
 
     @cached_property
@@ -113,12 +121,10 @@ class TokenRecord:
         return values[self.sample_index] if values.dim() == 1 else values
 
     def _parts_of_samples(self) -> Tensor:
-        import torch
-
-        if self.row_ids is None:
+        if self.sample_starts is None:
             raise ValueError(UNMARKED)
-        starts = torch.ones_like(self.row_ids, dtype=torch.bool)
-        starts[:, 1:] = self.row_ids[:, 1:] != self.row_ids[:, :-1]
+        starts = self.sample_starts.clone()
+        starts[:, 0] = True
         return (starts.flatten().cumsum(0) - 1).view(starts.shape)
 
 

@@ -19,7 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.records import Column
-from trl_ext.records.columns import CARRIED, ROW
+from trl_ext.records.columns import CARRIED, ROW, START
 from trl_ext.startup.column_values import values_of_tokens
 from trl_ext.startup.columns import Wanted, refuse_data
 
@@ -43,13 +43,15 @@ def prepare_with_columns(
     Raises:
         ConfigurationError: A row lacks a value, or has one that is not of the column's type.
     """
+    if CARRIED in next(iter(dataset), {}):
+        return dataset  # evaluated again: it is prepared, and packing it twice would join its samples
     refuse_data(columns, dataset, what, args)
     uncut = copy(args)
     uncut.max_length, uncut.shuffle_dataset = None, False
     tokenized = prepare(dataset, uncut, False)
     options = {"num_proc": args.dataset_num_proc} if isinstance(tokenized, Dataset) else {}
     joined = tokenized.map(_Join(tuple(columns), what), with_indices=True, **options)
-    names = (*(wanted.column.name for wanted in columns), ROW)
+    names = (ROW, START, *(wanted.column.name for wanted in columns))
     return prepare(joined, args, packing).map(_take_apart, fn_kwargs={"names": names}, **options)
 
 
@@ -62,14 +64,12 @@ class _Join:
 
     def __call__(self, row: Mapping[str, Any], place: int) -> dict[str, Any]:
         tokens = row["input_ids"]
-        values = row.get(CARRIED) or {ROW: [place] * len(tokens)} | self._values(row, place)
+        places = {ROW: [place] * len(tokens), START: [int(i == 0) for i in range(len(tokens))]}
+        values = places | {wanted.column.name: self._of(wanted, row, place) for wanted in self.columns}
         names = ("input_ids", *values)
         return {
             "input_ids": [dict(zip(names, each, strict=True)) for each in zip(tokens, *values.values(), strict=True)]
         }
-
-    def _values(self, row: Mapping[str, Any], place: int) -> dict[str, list[float | int]]:
-        return {wanted.column.name: self._of(wanted, row, place) for wanted in self.columns}
 
     def _of(self, wanted: Wanted, row: Mapping[str, Any], place: int) -> list[float | int]:
         try:
@@ -99,14 +99,15 @@ class ColumnCollator(DataCollatorForLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
         width = batch["input_ids"].shape[1]
-        carried = {column.name: column.dtype for column in self.columns} | {ROW: "int"}
+        carried = {ROW: "int", START: "int"} | {column.name: column.dtype for column in self.columns}
         batch[CARRIED] = {name: self._aligned(examples, name, width, dtype) for name, dtype in carried.items()}
         return batch
 
     def _aligned(self, examples: list[dict[str, Any]], name: str, width: int, dtype: str) -> Tensor:
         rows = [example[CARRIED][name] for example in examples]
         rows = [list(chain.from_iterable(rows))] if self.padding_free else rows
-        padded = [row + (row[-1:] or [0]) * (width - len(row)) for row in rows]
+        last = [0 if name == START or not row else row[-1] for row in rows]
+        padded = [row + [end] * (width - len(row)) for row, end in zip(rows, last, strict=True)]
         return torch.tensor(padded, dtype=torch.float32 if dtype == "float" else torch.long)
 
 

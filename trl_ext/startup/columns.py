@@ -16,7 +16,6 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl_ext.errors import ConfigurationError, did_you_mean
 from trl_ext.plugins.plugin_set import ActivePlugin, PluginSet
 from trl_ext.records import Column, TrainerKind
-from trl_ext.records.columns import CARRIED
 from trl_ext.startup.column_values import COMPLETION_MASK, messages_of, values_of_turns
 
 READERS = {"sft": ("per_token_loss", "sample_weights", "auxiliary_losses"), "grpo": ("advantages",)}
@@ -145,8 +144,8 @@ def refuse_data(columns: Sequence[Wanted], dataset: Any, what: str, args: Any) -
         ConfigurationError: It names the plugin, the column and those that there are, or the row.
     """
     row = next(iter(dataset), None) if columns and dataset is not None else None
-    if row is None or CARRIED in row:
-        return  # empty, which TRL says, or prepared already
+    if row is None:
+        return  # of an empty data set TRL says so
     for wanted in columns:
         where = f"plugin {wanted.plugin} reads the column {wanted.column.name!r}, but"
         _refuse_row(wanted, row, f"{where} {what}", args)
