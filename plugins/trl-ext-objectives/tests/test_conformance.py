@@ -80,7 +80,7 @@ def psft(logits: Tensor, labels: Tensor) -> Tensor:
 def eaft(logits: Tensor, labels: Tensor) -> Tensor:
     top = logits.softmax(-1).topk(20).values.detach()
     top = top / top.sum(-1, keepdim=True)
-    return -(top * top.log()).sum(-1) / math.log(20) * -nll(logits, labels)
+    return -(top * top.log()).sum(-1) / math.log(20) * nll(logits, labels)
 
 
 def entropy(logits: Tensor, labels: Tensor) -> Tensor:

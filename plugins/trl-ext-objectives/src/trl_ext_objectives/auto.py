@@ -42,11 +42,17 @@ class Auto(Objective):
     citation: ClassVar[str] = "Beyond Log Likelihood: Probability-Based Objectives for SFT, arXiv 2510.00526"
     trainers = ("sft",)
     state_version: ClassVar[int] = 1
+    unsupported: ClassVar[dict[str, str]] = {
+        "failure_on_one_rank": "In the first window two sums are reduced over ranks, with nothing but sums before it"
+    }
 
     probe: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._forget()
+
+    def _forget(self) -> None:
         self._sums: Tensor | None = None
         self._choice: Objective = NLL()
         self._mean_p = float("nan")
@@ -61,8 +67,10 @@ class Auto(Objective):
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:
-        """Say what was chosen."""
-        if self.probe and context.rank == 0:
+        """Say what was chosen, or measure this training's model anew."""
+        if not self.probe:
+            self._forget()
+        elif context.rank == 0:
             logger.warning("auto: %s", self._explain())
 
     @hookimpl

@@ -19,6 +19,7 @@ class NLL(Objective):
     """Negative log-likelihood: every token weighs 1 - p, so that the least likely ones lead."""
 
     citation: ClassVar[str] = "Baseline of arXiv 2510.00526"
+    unsupported: ClassVar[dict[str, str]] = {"changes_something": "It is the loss that TRL has, to compare others with"}
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
