@@ -113,6 +113,13 @@ def test_sampled_frequencies_agree_with_softmax() -> None:
         assert low <= counts[pair] <= high, (pair, counts[pair], n * probability)
 
 
+def test_each_position_has_noise_of_its_own() -> None:
+    """An almost uniform model, with no token above 2 %, seldom repeats one; with one noise for both it always would."""
+    completions = complete(tiny_llama(hidden=16).eval(), ["1+2="], 200, n=200, max_tokens=2)
+    repeated = [c for c in completions if c.token_ids and len(c.token_ids) == 2 and len(set(c.token_ids)) == 1]
+    assert len(repeated) <= binom.ppf(1 - 1e-6, 200, 0.02)
+
+
 def test_log_probs_are_those_of_the_tempered_model() -> None:
     model, tokenizer = ready(tiny_llama(hidden=16)), tiny_tokenizer()
     for completion in complete(model, n=2, temperature=0.5, top_p=0.9):

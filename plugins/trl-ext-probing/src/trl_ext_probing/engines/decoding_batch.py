@@ -39,7 +39,7 @@ class DecodingBatch:
     """
 
     def __init__(self, model: Any, rows: Sequence[Row]) -> None:
-        """Read the prompts, each one once for all adjacent rows that begin with it."""
+        """Read the prompts, each one once for all rows that begin with it."""
         self.model, self.rows = model, list(rows)
         self.accepts = _forward_parameters(model)
         self.cache = empty_cache(model)
@@ -47,7 +47,7 @@ class DecodingBatch:
         width = max(map(len, prompts))
         padded = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
         self.mask = self._tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        self._forward(self._tensor(padded), (self.mask.cumsum(-1) - 1).clamp_(min=0))
+        self.logits = self._next_logits(self._tensor(padded), (self.mask.cumsum(-1) - 1).clamp_(min=0))
         self._select(self._tensor(of_row))
         self.noise_keys = self._tensor([row.noise_key for row in rows])
 
@@ -58,7 +58,7 @@ class DecodingBatch:
     def step(self, tokens: torch.Tensor) -> None:
         """Read the next token of each row, (B,)."""
         self.mask = pad(self.mask, (0, 1), value=1)
-        self._forward(tokens[:, None], self.mask.sum(-1, keepdim=True) - 1)
+        self.logits = self._next_logits(tokens[:, None], self.mask.sum(-1, keepdim=True) - 1)
 
     def keep(self, indices: Sequence[int]) -> None:
         """Drop all rows but these."""
@@ -85,7 +85,8 @@ class DecodingBatch:
     def _tensor(self, values: Any) -> torch.Tensor:
         return torch.tensor(values, device=self.model.device)
 
-    def _forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> None:
+    def _next_logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """Logits, (B, V), after these tokens, (B, T), which the cache takes in."""
         optional = {"position_ids": position_ids, "logits_to_keep": 1}
         output = self.model(
             input_ids=input_ids,
@@ -94,7 +95,8 @@ class DecodingBatch:
             use_cache=True,
             **{name: value for name, value in optional.items() if name in self.accepts},
         )
-        self.logits: torch.Tensor = output.logits[:, -1].float()
+        logits: torch.Tensor = output.logits[:, -1].float()
+        return logits
 
     def _select(self, indices: torch.Tensor) -> None:
         self.cache.reorder_cache(indices)

@@ -1,7 +1,8 @@
 """The engine inside of this process: a transformers model decodes, and rows that finish make room for the next.
 
-transformers' own continuous batching draws its noise from the global random state, in an order that depends on the
-batches; and its attention without CUDA kernels reads the cache of all rows for each row.
+transformers' own continuous batching is not used: it draws its noise from the global random state, in an order that
+depends on the batches, and on a CPU its attention is computed over the cache of all rows for each row.
+`benchmarks/probing.py` measures it beside this engine.
 """
 
 from __future__ import annotations
