@@ -47,7 +47,7 @@ def test_what_is_written_can_be_read_and_is_the_same_each_time(
 def test_only_a_missing_matplotlib_is_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     write_results(replace(SETTINGS, output=tmp_path), {}, ROWS, "T\n", draw)
     assert "no plot.png: matplotlib is not installed" in capsys.readouterr().err
@@ -93,6 +93,7 @@ def test_an_empty_picture_says_why() -> None:
     _, axis = figure()
     undefined(axis, "S is undefined: no seeds")
     assert [text.get_text() for text in axis.texts] == ["S is undefined: no seeds"]
+    assert not list(axis.get_xticks()), "there is nothing to read off"
 
 
 def test_overwriting_removes_what_this_probe_wrote_and_nothing_else(tmp_path: Path) -> None:

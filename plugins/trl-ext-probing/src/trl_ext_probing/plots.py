@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,9 @@ def draw_estimates(
 
 def undefined(axis: Any, why: str) -> None:
     """Say in an empty picture why it is empty."""
-    axis.text(0.5, 0.5, why, transform=axis.transAxes, ha="center", va="center", wrap=True, color=GREY)
+    text = "\n".join(fill(line, 36) for line in why.splitlines())
+    axis.text(0.5, 0.5, text, transform=axis.transAxes, ha="center", va="center", color="0.2")
+    axis.set(xticks=[], yticks=[])
 
 
 def log_axis_with_zero(axis: Any, smallest: float) -> None:
