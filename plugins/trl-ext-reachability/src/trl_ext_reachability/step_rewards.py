@@ -18,7 +18,7 @@ from trl_ext_reachability.verifiers import Verifier
 
 RESERVED = ("steps", "step_ids")
 """What verifiers receive beside the columns of the data set."""
-_TAKEN = ("prompt", "completion", "completion_ids")  # as for TRL's reward functions
+_TAKEN = ("prompt", "completion_ids")  # of other columns `completion` is one: demonstrations have their solution there
 _NOT_JUDGED = math.nan
 
 
