@@ -158,9 +158,8 @@ def pass_rates(run: Run, model: PreTrainedModel) -> dict[str, float]:
     rows = run.task.dataset(run.size.held_out, "prompt_only", split="held_out", seed=0)
     n = max(KS)
     sampler = engine("transformers", model=model.eval(), tokenizer=tiny_tokenizer(), batch_size=1024)
-    drawn = sampler.generate(list(rows["prompt"]), n=n, max_tokens=2 * run.size.chain + 2, temperature=0.6)
     solved = [0] * len(rows)
-    for c in drawn:
+    for c in sampler.generate(list(rows["prompt"]), n=n, max_tokens=2 * run.size.chain + 2, temperature=0.6):
         solved[c.prompt_index] += int(run.task.reward([c.text], [rows[c.prompt_index]["answer"]])[0])
     return {f"pass@{k}": statistics.mean(pass_at_k(n, c, k) for c in solved) for k in KS}
 
@@ -204,8 +203,7 @@ def excursions(run: Run, folder: Path) -> None:
             if (run.seed, checkpoint, recipe) in done:
                 continue
             began = time.perf_counter()
-            model = fresh(run, weights)
-            apply(recipe, run, model)
+            apply(recipe, run, model := fresh(run, weights))
             line = {"seed": run.seed, "checkpoint": checkpoint, "recipe": recipe}
             line |= measure(run, model, fresh(run, weights)) | {"seconds": round(time.perf_counter() - began, 1)}
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}, flush=True)
@@ -281,8 +279,7 @@ def main() -> None:
     if options.gpu and options.seeds and not torch.cuda.is_available():
         parser.error("--gpu: torch sees no CUDA device here; leave --gpu out for the size for a CPU")
     size, device = (GPU, "cuda") if options.gpu else (CPU, "cpu")
-    folder = options.output / ("gpu" if options.gpu else "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := options.output / ("gpu" if options.gpu else "cpu")).mkdir(parents=True, exist_ok=True)
     settings = folder / "size.json"
     if settings.exists() and json.loads(settings.read_text()) != json.loads(json.dumps(asdict(size))):
         parser.error(f"{folder} holds results of another size (size.json); name another --output, or delete it")
