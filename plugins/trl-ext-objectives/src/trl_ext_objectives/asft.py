@@ -39,6 +39,9 @@ class ASFT(ReferenceObjective):
     """
 
     citation: ClassVar[str] = "Anchored Supervised Fine-Tuning, arXiv 2509.23753"
+    unsupported: ClassVar[dict[str, str]] = {
+        "fsdp2": "It projects with the LM head itself, of which a rank has a shard"
+    }
     alone = "it reads the hidden states of the model's own forward, which a second objective may run again"
 
     reference: str = "start"
