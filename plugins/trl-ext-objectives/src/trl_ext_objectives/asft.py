@@ -42,6 +42,9 @@ class ASFT(ReferenceObjective):
     cost: ClassVar[str] = (
         "a forward of the reference, two passes of each LM head, and with reference=start a copy of the weights"
     )
+    unsupported: ClassVar[dict[str, str]] = {
+        "fsdp2": "It projects with the LM head itself, of which a rank has a shard"
+    }
     alone = "it reads the hidden states of the model's own forward, which a second objective may run again"
 
     reference: str = "start"
