@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,20 +44,19 @@ def test_what_is_written_can_be_read_and_is_the_same_each_time(
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
 
 
-def test_only_a_missing_matplotlib_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    write_results(replace(SETTINGS, output=tmp_path), {}, ROWS, "T\n", draw)
+def test_only_a_missing_matplotlib_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def without(name: str) -> Callable[[Path], None]:
+        def fails(path: Path) -> None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+        return fails
+
+    asked = replace(SETTINGS, output=tmp_path)
+    write_results(asked, {}, ROWS, "T\n", without("matplotlib"))
     assert "no plot.png: matplotlib is not installed" in capsys.readouterr().err
     assert json.loads((tmp_path / "results.json").read_text())["probe"] == "drift"
-
-    def broken(path: Path) -> None:
-        raise ModuleNotFoundError("No module named 'PIL'", name="PIL")
-
     with pytest.raises(ModuleNotFoundError, match="PIL"):
-        write_results(replace(SETTINGS, output=tmp_path), {}, ROWS, "T\n", broken)
+        write_results(asked, {}, ROWS, "T\n", without("PIL"))
 
 
 @pytest.mark.parametrize("content", ["[1]", "{broken", '{"schema": 99, "probe": "drift"}'])
