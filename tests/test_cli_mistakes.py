@@ -181,7 +181,7 @@ MISTAKES = {
     "script": (["run", "tran.py"], "there is no file 'tran.py'. Did you mean 'train.py'"),
     "script's plugins": (["run", "--plugins", "alpha=1", "train.py"], "plugins: 'alpha=1' starts with an option"),
     "inputs of an average": (["average", "absent", "model", "-o", "averaged"], "absent"),
-    "probe's options": (["probe", "passk"], "Missing option '--model'. See trl-ext probe passk --help"),
+    "probe's options": (["probe", "passk"], "Missing option '--reward'. See trl-ext probe passk --help"),
     "nothing to validate": (["validate", "--max_steps", "1"], "validate: give --config FILE, or a kind (sft, grpo)"),
     "kind to validate": (["validate", "stf", "--config", "empty.yaml"], "validate: 'stf' is not one of sft, grpo"),
 }
