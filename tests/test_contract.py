@@ -77,8 +77,9 @@ def _described(name: str, value: Any) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _fields(record: type) -> dict[str, str]:
     required = (dataclasses.MISSING, dataclasses.MISSING)
-    return {
-        field.name: _text(field.type, optional=(field.default, field.default_factory) != required)
+    written = {name: text for base in reversed(record.__mro__) for name, text in inspect.get_annotations(base).items()}
+    return {  # not `field.type`: transformers' parser of command lines overwrites those of configs
+        field.name: _text(written[field.name], optional=(field.default, field.default_factory) != required)
         for field in dataclasses.fields(record)
         if field.init
     }

@@ -57,7 +57,7 @@ def test_two_ranks_log_as_one_with_the_whole_batch(values, alone, name):
     for both, one in zip(values[0][name]["logs"], alone[name]["logs"], strict=True):
         assert set(both) == set(one)
         for key in one:
-            if isinstance(one[key], float) and key not in ("epoch",):
+            if isinstance(one[key], float) and key not in ("epoch", "total_flos"):  # which counts padding too
                 assert both[key] == pytest.approx(one[key], rel=2e-4, abs=2e-5), key
 
 

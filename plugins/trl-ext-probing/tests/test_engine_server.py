@@ -138,7 +138,8 @@ def test_a_server_that_stays_away_ends_the_run(serve: Callable[..., Stub]) -> No
     stub = serve(lambda *_: (500, b"out of memory"))
     with pytest.raises(ConfigurationError, match=r"no usable answer in 3 attempts.*500.*out of memory"):
         texts(stub.url, n=1, options={"retries": 2, "concurrency": 1})
-    assert len(stub.requests) == 3
+    first = [body["prompt"] for _, body in stub.requests[:3]]
+    assert first == first[:1] * 3  # another completion may have begun before the first one was given up
     stub.server.server_close()
     with pytest.raises(ConfigurationError, match="ConnectError"):
         texts(stub.url, options={"retries": 0})

@@ -15,6 +15,4 @@ READ: dict[str, str] = {
         "without `fused_lm_head` the forward is the model's own, whose logits no temperature divides"
     ),
     "transformers.trainer:Trainer._clip_grad_norm": "accelerate clips the norm of all gradients, as torch does",
-    "transformers.utils:cached_file": "path of a file of a hub id, under snapshots/COMMIT; OSError where there is none",
-    "transformers.utils.peft_utils:find_adapter_config_file": "path of a hub id's adapter_config.json, or None",
 }
