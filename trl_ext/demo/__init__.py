@@ -82,6 +82,7 @@ def _experiment(settings: Settings, folder: Path, console: Console) -> dict[str,
             progress.update(task, description="base model")
             base = experiment.train_base()
             progress.advance(task)
+            console.print(f"base model: {base:.1%} of the held-out answers are right")
             scores: dict[str, list[float]] = {name: [] for name in RUNS}
             curves: dict[str, list[dict[int, float]]] = {name: [] for name in RUNS}
             for seed in range(settings.seeds):
@@ -91,6 +92,7 @@ def _experiment(settings: Settings, folder: Path, console: Console) -> dict[str,
                     scores[name].append(score)
                     curves[name].append(nll)
                     progress.advance(task)
+                    console.print(f"{name}, seed {seed}: {score:.1%}")
         progress.update(task, description="done")
     runs = {
         name: {
