@@ -45,6 +45,8 @@ class ProbeSettings:
             value = getattr(self, field.name)
             if isinstance(value, str) and _is_list(hints[field.name]):  # one in place of a list
                 object.__setattr__(self, field.name, [value])
+            if isinstance(value, str) and _is_path(hints[field.name]):  # of the Python call
+                object.__setattr__(self, field.name, Path(value))
             _refuse_out_of_range(_flag(field.name), hints[field.name], value)
         if not 0 < self.confidence < 1:
             raise ConfigurationError(f"--confidence {self.confidence:g}: between 0 and 1")
@@ -220,6 +222,11 @@ def _default(field: Field[Any]) -> Any:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return inspect.Parameter.empty if field.default is MISSING else field.default
+
+
+def _is_path(hint: Any) -> bool:
+    """Whether the values of a field are paths, or None."""
+    return Path in (hint, *get_args(hint)) or any(map(_is_path, get_args(hint)))
 
 
 def _is_list(hint: Any) -> bool:
