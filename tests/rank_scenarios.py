@@ -138,6 +138,19 @@ def sft_weights_over_tokens(folder: Path, world: int) -> Any:
     )
 
 
+def sft_weights_counted_by_rank(folder: Path, world: int) -> Any:
+    """Each rank divides by its own label tokens, which differ between ranks as the weights do."""
+    return make_sft(
+        folder,
+        plugins=[Weighted()],
+        max_steps=3,
+        per_device_train_batch_size=8 // world,
+        gradient_accumulation_steps=2,
+        average_tokens_across_devices=False,
+        **SGD,
+    )
+
+
 def sft_weights_from_the_data(folder: Path, world: int) -> Any:
     """Weights of the rows differ between ranks, and so does their sum."""
     rows = additions(48)
@@ -180,6 +193,7 @@ SCENARIOS = {
     "power": sft_power,
     "everything": sft_everything,
     "weights over all tokens": sft_weights_over_tokens,
+    "weights counted by rank": sft_weights_counted_by_rank,
     "weights from the data": sft_weights_from_the_data,
     "grpo": grpo_everything,
 }

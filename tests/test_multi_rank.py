@@ -143,6 +143,9 @@ RAISING = {
     "advantages": ("advantages", 2),
     "advantages, before a gather": ("advantages", 2),
     "gradients_ready, before a gather": ("gradients_ready", 2),
+    "per_token_loss, before a gather": ("per_token_loss", 2),
+    "auxiliary_losses, before a gather": ("auxiliary_losses", 2),
+    "auxiliary_losses, GRPO, before a gather": ("auxiliary_losses", 2),
     "policy_loss": ("policy_loss", 2),
     "auxiliary_losses, GRPO": ("auxiliary_losses", 2),
     "gradients_ready, GRPO": ("gradients_ready", 2),
@@ -195,6 +198,14 @@ def test_a_state_that_one_rank_cannot_give_stops_both_and_leaves_no_complete_che
         assert error["message"].startswith("plugin 'SaveState'")
         assert error["message"].endswith("failed in state_dict(): RuntimeError: only here")
         assert failures[rank]["state_dict"]["complete"] is None
+
+
+def test_a_file_that_one_rank_cannot_write_stops_both(failures):
+    for rank in range(RANKS):
+        error = failures[rank]["a file"]["error"]
+        assert "CheckpointError" in error["type"]
+        assert "rank-00001.json" in error["message"]
+        assert failures[rank]["a file"]["complete"] is None
 
 
 @pytest.mark.parametrize("name", ["nan loss", "infinite gradient"])

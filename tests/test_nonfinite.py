@@ -199,3 +199,11 @@ def test_ignoring_does_as_trl_does(tmp_path):
 def test_an_unknown_choice_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="nonfinite: 'stop' is not one of raise, skip, ignore"):
         make_sft(tmp_path, nonfinite="stop")
+
+
+def test_an_infinite_gradient_under_fp16_is_left_to_the_scaler(tmp_path):
+    """It leaves such a step out and takes a smaller scale. One that only counts stands for it: a CPU has no fp16."""
+    trainer = make_sft(tmp_path / "run", plugins=[BadGradient(at=(2,))], max_steps=3)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    trainer.train()
+    assert trainer.state.global_step == 3

@@ -386,3 +386,35 @@ def test_the_best_model_comes_back_with_the_plugins_state_of_that_time(tmp_path)
     trainer.save_model(str(tmp_path / "final"))
     evaluated = make_sft(tmp_path / "b", plain=True, model=str(tmp_path / "final"), **held_out).evaluate()
     assert evaluated["eval_loss"] == pytest.approx(min(losses), rel=1e-3)
+
+
+def test_a_plugin_that_joined_after_the_best_checkpoint_keeps_what_it_has(tmp_path):
+    def trainer(steps: int, *plugins: Any) -> Any:
+        return make_sft(
+            tmp_path / "run",
+            names=["ema:decay=0.5"],
+            plugins=plugins,
+            max_steps=steps,
+            learning_rate=3.0,
+            lr_scheduler_type="constant",
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="nll",
+            greater_is_better=False,
+            resume_changes="warn",
+            trainer={"eval_dataset": additions(4, seed=5)},
+        )
+
+    trainer(4).train()
+    counter = Counter()
+    second = trainer(6, counter)
+    second.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    best = Path(second.state.best_model_checkpoint)
+    assert best.name != "checkpoint-6"
+    assert counter.count == 2
+    shadows = load_file(best / "trl_ext" / "ema" / "state.safetensors")
+    ema = second.ext_plugins.plugins[0].instance.state_dict()
+    assert all(torch.equal(ema[name], value) for name, value in shadows.items())

@@ -318,6 +318,33 @@ def test_a_stream_whose_gradient_is_ignored_changes_nothing(tmp_path, kind, case
     assert finals[1][2]._total_train_tokens == finals[0][2]._total_train_tokens
 
 
+def test_the_same_rows_meet_other_noise_at_each_step(tmp_path):
+    """Rows that a plugin selects have no position to take the noise of dropout from."""
+
+    @dataclass(eq=False)
+    class Selects(Plugin):
+        seen: list[float] = field(default_factory=list)
+
+        @hookimpl
+        def streams(self):
+            return [StreamRequest("general", batch_size=2, select=lambda: [0, 1])]
+
+        @hookimpl
+        def gradients_ready(self, streams):
+            self.seen.append(streams["general"].nll)
+
+    def seen(name: str) -> list[float]:
+        plugin = Selects()
+        model = tiny_model(attention_dropout=0.5)
+        config = {"model": model, "streams": {"general": additions(4)}, "learning_rate": 0.0}
+        make_sft(tmp_path / name, plugins=[plugin], **config).train()
+        return plugin.seen
+
+    first = seen("a")
+    assert len(set(first)) == 4
+    assert seen("b") == first
+
+
 def test_the_main_gradient_comes_back_after_the_streams(tmp_path):
     """`gradients_ready` sees the window's own gradient beside the stream's: bitwise that of a run without streams."""
 

@@ -41,7 +41,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
 
 
-def sum_over_shards(partial: Tensor, parameters: Sequence[Tensor], agree: Callable[[], None] | None = None) -> Tensor:
+def sum_over_shards(partial: Tensor, parameters: Sequence[Tensor], agree: Callable[[], object] | None = None) -> Tensor:
     """Sum per-parameter partial scalars over the ranks that hold other shards of the same parameter.
 
     Args:
@@ -89,7 +89,7 @@ class GradientView:
         names: Sequence[str],
         parameters: Sequence[nn.Parameter],
         tensors: Sequence[Tensor | None] | None = None,
-        agree: Callable[[], None] | None = None,
+        agree: Callable[[], object] | None = None,
     ) -> None:
         self.names = tuple(names)
         self.parameters = tuple(parameters)

@@ -208,6 +208,18 @@ class AdvantagesBeforeGather(Advantages):
 
 
 @dataclass(eq=False)
+class PerTokenLossBeforeGather(PerTokenLoss):
+    """Another hook of the same step has a collective of its own."""
+
+    followers: tuple[Plugin, ...] = field(default_factory=lambda: (GathersGradients(),))
+
+
+@dataclass(eq=False)
+class AuxiliaryLossesBeforeGather(AuxiliaryLosses):
+    followers: tuple[Plugin, ...] = field(default_factory=lambda: (GathersGradients(),))
+
+
+@dataclass(eq=False)
 class PolicyLoss(OnRankOne):
     @hookimpl
     def policy_loss(self, tokens):
@@ -217,8 +229,11 @@ class PolicyLoss(OnRankOne):
 
 @dataclass(eq=False)
 class Metrics(OnRankOne):
+    """A rank that goes on alone would wait for the other at the next log."""
+
     @hookimpl
     def metrics(self):
+        dist.all_reduce(torch.ones(1))
         self.raise_there()
         return {"calls": self.calls}
 
@@ -254,6 +269,22 @@ class SaveState(OnRankOne):
     @hookimpl
     def metrics(self):
         return {}
+
+
+@dataclass(eq=False)
+class FullDisk(OnRankOne):
+    """What rank 1 keeps cannot be written: a folder is in the way."""
+
+    output_dir: str = ""
+
+    @hookimpl
+    def setup(self, context):
+        self.output_dir = context.output_dir
+
+    @hookimpl
+    def weights_updated(self, step):
+        if step == 2 and dist.get_rank() == 1:
+            Path(self.output_dir, "checkpoint-2", "trl_ext", "rank-00001.json").mkdir(parents=True)
 
 
 @dataclass(eq=False)
@@ -330,6 +361,10 @@ SCENARIOS: dict[str, Scenario] = {
     "metrics": ("sft", Metrics, {}),
     "deployed_weights": ("sft", DeployedWeights, {"eval_strategy": "steps", "eval_steps": 2}),
     "state_dict": ("sft", SaveState, {"save_strategy": "steps", "save_steps": 2}),
+    "a file": ("sft", FullDisk, {"save_strategy": "steps", "save_steps": 2}),
+    "per_token_loss, before a gather": ("sft", PerTokenLossBeforeGather, {}),
+    "auxiliary_losses, before a gather": ("sft", AuxiliaryLossesBeforeGather, {}),
+    "auxiliary_losses, GRPO, before a gather": ("grpo", AuxiliaryLossesBeforeGather, {}),
     "prompt_order": ("grpo", PromptOrder, {}),
     "prompt_order differs": ("grpo", PromptOrderDiffers, {}),
     "sampling_weights": ("grpo", SamplingWeights, {}),

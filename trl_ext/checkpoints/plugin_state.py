@@ -49,7 +49,7 @@ def save_state(
     failure, sharded = None, {}
     try:
         sharded = _save(checkpoint / FOLDER, plugins, rank_state, rank)
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         failure = str(error)
     of_ranks = gather((failure, {plugin: list(tensors) for plugin, tensors in sharded.items()}))
     failures = [text for text, _ in of_ranks if text is not None]

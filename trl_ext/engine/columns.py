@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trl_ext.records import Column, TokenRecord
 from trl_ext.records.columns import CARRIED, ROW, START
-from trl_ext.records.tokens import starts_in
+from trl_ext.records.tokens import rows_are_joined, starts_in
 
 
 def without_columns(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def with_columns(tokens: TokenRecord, batch: Mapping[str, Any], columns: Mapping
     if not carried:
         return tokens
     starts = carried.pop(START) == 1
-    if "position_ids" in batch and "attention_mask" not in batch:  # rows are joined, so that one starts anywhere
+    if rows_are_joined(batch):  # a sample starts anywhere
         starts |= starts_in(batch["position_ids"])[:, 1:]
     tokens = replace(tokens, row_ids=carried.pop(ROW), sample_starts=starts)
     per_sample = {name for name in carried if columns[name].per == "sample"}

@@ -7,7 +7,7 @@ exception is kept, the step goes on with the hook's fallback, and at the agreeme
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -99,15 +99,13 @@ class Guard:
             return fallback
 
     def run_all(self, hook: str, **arguments: Any) -> None:
-        """Call every implementation of a hook of the kind *all* or *in place*. Collective if there are several."""
+        """Call every implementation of a hook of the kind *all* or *in place*. Collective."""
         check = _nothing_returned if HOOKS[hook].kind == "in place" else None
-        for i, (plugin, call) in enumerate(self.plugins.calls(hook)):
-            if i:
-                self.agree()  # a rank that failed would be missed in the collectives of the next plugin
+        for plugin, call in self._in_turn(hook):
             self.run(hook, plugin, call, None, check, **arguments)
 
     def chain(self, hook: str, argument: str, value: T, check: Callable[[T], None], **arguments: Any) -> T:
-        """Call every implementation in order, each on the result of the one before. Collective if there are several.
+        """Call every implementation in order, each on the result of the one before. Collective.
 
         Args:
             hook: the hook.
@@ -116,12 +114,20 @@ class Guard:
             check: raises on a wrong result.
             **arguments: the hook's other arguments.
         """
-        for i, (plugin, call) in enumerate(self.plugins.calls(hook)):
-            if i:
-                self.agree()
+        for plugin, call in self._in_turn(hook):
             given: dict[str, Any] = {argument: value, **arguments}
             value = self.run(hook, plugin, call, value, check, **given)
         return value
+
+    def _in_turn(self, hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """A hook's implementations. The ranks agree before each: one that failed would be missed in its collectives.
+
+        Before the first they do so only where another hook of the same step may have failed.
+        """
+        for i, call in enumerate(self.plugins.calls(hook)):
+            if i or HOOKS[hook].touches_update:
+                self.agree()
+            yield call
 
     def exclusive(self, hook: str, fallback: T, *, check: Callable[[T], None] | None = None, **arguments: Any) -> T:
         """Give the result of the hook's owner; `fallback` where it has none, or where the owner fails.
@@ -154,25 +160,29 @@ class Guard:
     def collect(self, hook: str, **arguments: Any) -> dict[str, float]:
         """Gather the named numbers of all plugins under `<plugin>/<name>`.
 
-        They are for the log alone, so a plugin that raises is logged and switched off: it must not end the training.
-        Every rank gets the numbers of rank 0, so that all choose the same best checkpoint by them. Collective if any
-        plugin has the hook.
+        They are for the log alone, so a plugin that raises on any rank is logged and switched off on all: it must not
+        end the training. Every rank gets the numbers of rank 0, so that all choose the same best checkpoint by them.
+        Collective if any plugin has the hook.
         """
         collected: dict[str, float] = {}
-        for plugin, call in self.plugins.calls(hook):
-            if (hook, plugin) in self._silenced:
-                continue
+        failed: set[str] = set()
+        calls = [(plugin, call) for plugin, call in self.plugins.calls(hook) if (hook, plugin) not in self._silenced]
+        for plugin, call in calls:
             try:
                 with self._watched(f"hook '{hook}' of plugin {self._origin[plugin]}"):
                     given = dict(call(**arguments))
             except Exception:
-                self._silenced.add((hook, plugin))
+                failed.add(plugin)
                 logger.exception("%s; it is switched off from here on", self.failure(hook, plugin, "it raised"))
                 continue
             for key, value in given.items():
                 if (number := self._number(hook, plugin, key, value)) is not None:
                     collected[f"{plugin}/{key}"] = number
-        return self._of_rank_zero(hook, collected) if self.plugins.implements(hook) else collected
+        if not calls:
+            return collected
+        ranks = self.gather((collected, failed))
+        self._silenced |= {(hook, plugin) for _, failed in ranks for plugin in failed}
+        return self._of_rank_zero(hook, [numbers for numbers, _ in ranks])
 
     def _number(self, hook: str, plugin: str, key: str, value: Any) -> float | None:
         """One of the numbers that `collect` gathers; None for what is none, which is said once."""
@@ -207,13 +217,13 @@ class Guard:
         """The error for a plugin's fault, with all that is needed to find it."""
         return PluginError(f"plugin {self._origin[plugin]} failed in hook '{hook}' at step {self.step() + 1}: {reason}")
 
-    def agree(self) -> None:
-        """Raise on every rank if a hook failed on any. Collective.
+    def agree(self, flag: bool = False) -> bool:
+        """Whether `flag` is set on any rank; raises on every rank if a hook failed on any. Collective.
 
         It comes before every collective that is offered to hooks, and after each hook that may use one: so the first
         collective that a failed rank is missed in is an agreement, where it arrives.
         """
-        self._agree(torch.zeros((), dtype=torch.bool, device=self.device))
+        return flag if self.world_size == 1 else self._agree(torch.tensor(flag, device=self.device))
 
     def agree_finite(self, grad_norm: Tensor | float, loss_is_finite: Tensor) -> bool:
         """Whether gradient and loss are finite on all ranks; raises if a hook failed on any. Collective.
@@ -223,7 +233,8 @@ class Guard:
             loss_is_finite: () bool, of this rank's micro-steps.
         """
         norm = torch.as_tensor(grad_norm, device=self.device)
-        return not self._agree(~(torch.isfinite(norm) & loss_is_finite))
+        infinite = ~(torch.isfinite(norm) & loss_is_finite)
+        return not (bool(infinite) if self.world_size == 1 else self._agree(infinite))
 
     def non_finite(self) -> NonFiniteError:
         """The error to raise for a NaN or infinite gradient or loss."""
@@ -235,9 +246,7 @@ class Guard:
         )
 
     def _agree(self, flag: Tensor) -> bool:
-        """Reduce (failed, flag) over ranks; raise on failed, return flag."""
-        if self.world_size == 1:
-            return bool(flag)
+        """Reduce (failed, flag) over ranks, () bool; raise on failed, return flag."""
         failed = torch.tensor(self._failure is not None, device=self.device)
         flags = torch.stack([failed, flag.to(torch.bool)]).to(torch.int32)
         with self._watched("an agreement of the ranks"):
@@ -252,9 +261,8 @@ class Guard:
         rank, message = next((r, m) for r, m in enumerate(messages) if m is not None)
         raise AgreedError(f"{message} [on rank {rank} of {self.world_size}]") from self._failure
 
-    def _of_rank_zero(self, hook: str, numbers: dict[str, float]) -> dict[str, float]:
+    def _of_rank_zero(self, hook: str, ranks: list[dict[str, float]]) -> dict[str, float]:
         """The numbers of rank 0; what differs elsewhere is warned of, once."""
-        ranks = self.gather(numbers)
         for name in ranks[0]:
             shown = [str(other.get(name, "nothing")) for other in ranks]
             if len(set(shown)) > 1 and (hook, name) not in self._silenced:

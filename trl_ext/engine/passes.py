@@ -84,7 +84,7 @@ class ExtraPasses:
     surroundings: Callable[[], AbstractContextManager[None]]
     """What TRL runs a forward in: mixed precision, and offloading of activations where it is on."""
     backward: Callable[[Tensor], None]
-    agree: Callable[[], None]
+    agree: Callable[[], object]
     """Called before the collectives of a gradient view, so that a rank whose hook has failed is not waited for."""
     to_device: Callable[[Mapping[str, Any]], dict[str, Any]]
     sft_head: Callable[[], AbstractContextManager[None]] = nullcontext

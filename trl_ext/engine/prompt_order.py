@@ -57,8 +57,6 @@ class PromptOrder:
     """The order of the training prompts that the `prompt_order` hooks give, once an epoch."""
 
     guard: Guard
-    gather: Callable[[Any], list[Any]]
-    """Gives the list of every rank's object, on every rank."""
     chosen: tuple[int, list[int]] | None = None
     """The epoch whose order was chosen last, and the order: an epoch that is resumed keeps its own."""
 
@@ -73,7 +71,7 @@ class PromptOrder:
             order = self.guard.chain("prompt_order", "order", list(order), check, prompts=prompts, epoch=epoch)
             self.guard.agree()
             digest = hashlib.sha256(repr(order).encode()).hexdigest()
-            if len(set(self.gather(digest))) > 1:
+            if len(set(self.guard.gather(digest))) > 1:
                 owners = " or ".join(name for name, _ in self.guard.plugins.calls("prompt_order"))
                 raise PluginError(
                     f"plugin {owners} gave the ranks different orders in hook 'prompt_order' for epoch {epoch}: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from trl_ext.checkpoints.files import Gather
 from trl_ext.errors import PluginError
 from trl_ext.gradients import local_tensor
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
-
-Gather = Callable[[Any], list[Any]]
-"""Gives every rank's object, on every rank."""
 
 
 @dataclass(frozen=True)

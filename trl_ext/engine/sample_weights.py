@@ -35,16 +35,17 @@ class SampleWeighting:
 
         It comes before the window's first forward; `streams` are those asked for before the window.
         """
-        if self.run.columns:
-            window.column_totals = self._totals(window)
         weighs = self.run.plugins.implements("sample_weights")
-        if not weighs and not self.run.plugins.implements("auxiliary_losses"):
+        # Unmarked samples are refused at start-up if a plugin weighs them, and by auxiliary losses per sample.
+        counts = (weighs or self.run.plugins.implements("auxiliary_losses")) and self.run.samples_marked()
+        if not counts and not self.run.columns:
             return
-        if not self.run.samples_marked():
-            return  # refused at start-up if a plugin weighs samples, and by auxiliary losses per sample
         batches = [self.prepare(dict(batch)) for batch in window.micro_batches]
-        index = sample_index(batches)
-        samples = int(max(int(i.max()) for i in index)) + 1
+        if self.run.columns:
+            window.column_totals = self._totals(batches)
+        if not counts:
+            return
+        index, samples = sample_index(batches)
         window.sequences = self.run.sum_over_ranks(torch.tensor(float(samples), device=self.run.device))
         if not weighs:
             return
@@ -55,9 +56,9 @@ class SampleWeighting:
             weights = self._per_sample(chosen, window.num_items, batches, index)
             window.weights = [weights[i] for i in index]
 
-    def _totals(self, window: AccumulationWindow) -> dict[str, Tensor]:
+    def _totals(self, batches: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """() float each: the columns' totals over the window, counted as its label tokens are."""
-        of_batches = [column_totals(self.prepare(dict(batch))) for batch in window.micro_batches]
+        of_batches = [column_totals(batch) for batch in batches]
         totals = {name: torch.stack([of_batch[name] for of_batch in of_batches]).sum() for name in of_batches[0]}
         if self.counted_ranks == 1:
             return totals
@@ -65,11 +66,11 @@ class SampleWeighting:
 
     def _ask(self, record: Window, samples: int) -> SampleWeights | None:
         """The owner's weights; ones where only other ranks weigh, None where no rank does."""
-        answer = self.run.guard.exclusive("sample_weights", None, check=_check(samples), window=record)
-        self.run.guard.agree()
+        guard = self.run.guard
+        guard.agree()  # a "before" stream's objective may have failed, and the weights may come of collectives
+        answer = guard.exclusive("sample_weights", None, check=_check(samples), window=record)
         # Whether weights are used must not depend on the rank, or the ranks would divide by different counts.
-        used = torch.tensor(float(answer is not None), device=self.run.device)
-        if self.run.sum_over_ranks(used).item() == 0:
+        if not guard.agree(answer is not None):
             return None
         return _as_weights(torch.ones(samples) if answer is None else answer)
 
@@ -82,7 +83,8 @@ class SampleWeighting:
             return weights
         masks = [batch["labels"][:, 1:] != -100 for batch in batches]
         total = torch.stack([(weights[i] * mask).sum() for i, mask in zip(index, masks, strict=True)]).sum()
-        total = self.run.sum_over_ranks(total)
+        # Over all ranks, and from there to the ranks that `num_items` counts.
+        total = self.run.sum_over_ranks(total) * self.counted_ranks / self.run.world_size
         # TRL goes on dividing by all label tokens, so the weights carry the ratio; all-zero weights stay zero.
         return weights * torch.where(total > 0, num_items / total, torch.zeros_like(total))
 
@@ -125,14 +127,14 @@ class SampleWeighting:
         return Window(plain, index, samples, run.step(), streams, forward, local_loss, gradient, columns)
 
 
-def sample_index(batches: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    """(B, T) long per micro-batch: the sample that each label belongs to, counted from 0 over the whole window."""
-    index, offset = [], 0
+def sample_index(batches: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor], int]:
+    """(B, T) long per micro-batch: the sample of each label, counted from 0 over the window; and how many there are."""
+    index, samples = [], 0
     for batch in batches:
         record = _unseen(batch)
-        index.append(record.sample_index + offset)
-        offset += record.num_samples
-    return index
+        index.append(record.sample_index + samples)
+        samples += record.num_samples
+    return index, samples
 
 
 def _unseen(batch: Mapping[str, Any]) -> TokenRecord:

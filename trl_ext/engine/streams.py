@@ -136,7 +136,7 @@ def stream_gradient(run: RunContext, passes: ExtraPasses, model: nn.Module, stre
     The loss is the objective of the `per_token_loss` plugin where one is active, plain NLL otherwise, plus the MoE
     balancing loss where the run uses it; divided by the label tokens of the batch over all ranks.
     """
-    seed = stream.seed + stream.position
+    seed = stream.seed + (stream.position if stream.request.select is None else run.step())
     inputs = passes.to_device(_next_batch(run, stream))
     labels = inputs["labels"][:, 1:] != -100
     tokens = run.sum_over_ranks(labels.sum()).clamp(min=1)

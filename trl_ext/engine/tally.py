@@ -26,7 +26,7 @@ class LossTally:
         self._streams: dict[str, list[float]] = {}
         self._terms: dict[str, Tensor] = {}
         self._steps_since_log = 0
-        self._step_loss = torch.zeros((), device=device)
+        self._step_loss: Tensor | None = None
         self._since_log = self._zeros()
         self._in_run = self._zeros()
         self._skipped_since_log = 0
@@ -54,8 +54,8 @@ class LossTally:
         self._terms[name] = self._terms.get(name, torch.zeros((), device=self._device)) + value.detach().float()
 
     def add_step_loss(self, loss: Tensor) -> None:
-        """Add a micro-step's loss, scaled as for the backward pass."""
-        self._step_loss += loss.detach()
+        """Add a micro-step's loss, scaled as for the backward pass; for runs that may leave a step out."""
+        self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
 
     def end_step(self, skipped: bool) -> None:
         """Close an optimiser step; a skipped one does not count in the logged loss."""
@@ -63,11 +63,11 @@ class LossTally:
         if skipped:
             self._skipped_since_log += 1
             self._skipped_in_run += 1
-        else:
+        elif self._step_loss is not None:
             one_step = torch.stack([self._step_loss, torch.ones_like(self._step_loss)])
             self._since_log += one_step
             self._in_run += one_step
-        self._step_loss.zero_()
+        self._step_loss = None
 
     def write(
         self,

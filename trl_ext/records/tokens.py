@@ -28,6 +28,11 @@ def starts_in(position_ids: Tensor) -> Tensor:
     return ((flat == 0) & before_padding).view(position_ids.shape)
 
 
+def rows_are_joined(inputs: Mapping[str, Tensor]) -> bool:
+    """Whether a batch's rows hold several samples each, which its position ids tell apart (padding-free training)."""
+    return "position_ids" in inputs and "attention_mask" not in inputs
+
+
 @dataclass(frozen=True)
 class TokenRecord:
     """The label tokens of one SFT micro-batch or stream batch (`per_token_loss`)."""
@@ -100,15 +105,17 @@ class TokenRecord:
         if not self.samples_marked:
             return self._parts_of_samples()
         rows, width = self.log_probs.shape
-        position_ids = self.inputs.get("position_ids")
-        if position_ids is None or "attention_mask" in self.inputs:
+        if not rows_are_joined(self.inputs):
             return torch.arange(rows, device=self.mask.device).unsqueeze(1).expand(rows, width)
+        position_ids = self.inputs["position_ids"]
         starts = starts_in(position_ids).flatten().cumsum(0) - 1
         return starts.clamp(min=0).view(position_ids.shape)[:, 1:]
 
     @cached_property
     def num_samples(self) -> int:
-        """Samples in the micro-batch."""
+        """Samples in the micro-batch; counting them waits for the device where rows are joined."""
+        if self.samples_marked and not rows_are_joined(self.inputs):
+            return self.log_probs.shape[0]
         return int(self.sample_index[-1, -1]) + 1
 
     def per_token(self, column: str) -> Tensor:

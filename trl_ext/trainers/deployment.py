@@ -29,14 +29,15 @@ class DeploymentMixin(Opened):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         metrics: dict[str, float] = {}
+        outer = self.ext_metric_name  # several data sets come here again, under the weights that are in place already
         for i, (name, context) in enumerate(self.ext_swaps.deployed().items()):
             prefix = metric_key_prefix if i == 0 else f"{metric_key_prefix}_{name}"
-            self.ext_metric_name = "" if i == 0 else name
+            self.ext_metric_name = outer if i == 0 else name
             try:
                 with self.ext_swaps.enter(context):
                     metrics = {**super().evaluate(eval_dataset, ignore_keys, prefix), **metrics}
             finally:
-                self.ext_metric_name = ""
+                self.ext_metric_name = outer
         if self.ext_plugins:
             self.ext_run.guard.agree()
         return metrics

