@@ -52,7 +52,7 @@ def _difference(library: str, installed: str, releases: dict[str, dict[str, str]
     reviewed = sorted(releases, key=Version)
     before = releases[reviewed[-1]]
     listed = [seam for seam in (*seams.OVERRIDDEN, *seams.READ) if seams.library(seam) == library]
-    moved = [seam for seam in listed if _fingerprint(seam) != before.get(seam)]
+    moved = [seam for seam in listed if _fingerprint(seam) != before.get(seam, "new")]
     return (
         f"trl_ext was not reviewed with {library} {installed} (but with {', '.join(reviewed)}); of the {len(listed)} "
         f"places in it that trl_ext relies on, {len(moved)} changed since {reviewed[-1]}"
