@@ -25,8 +25,8 @@ INTRODUCTION = """\
 
 <!-- Written by docs/compatibility.py from docs/results/raw/compatibility.json, which sessions of nox add to. -->
 
-What the fast tests (`make test`) of the core and of all distributions gave on other versions of Python and of the libraries. A row is
-one session of `nox` at one commit; `noxfile.py` says what each session installs.
+What the fast tests (`make test`) of the core and of all distributions gave on other versions of Python and of the
+libraries. A row is one session of `nox` at one commit; `noxfile.py` says what each session installs.
 
 """
 
