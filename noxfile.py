@@ -1,5 +1,9 @@
-"""Sessions that check the version ranges in the metadata: `nox -s tests`, `nox -s lowest`, `nox -s lint types`."""
+"""Sessions on the versions that the metadata allows: `nox -s tests lowest torch`, `nox -s canary`, `nox -s lint types`.
 
+A session that runs the tests adds its row to docs/compatibility.md.
+"""
+
+import re
 import tomllib
 from pathlib import Path
 
@@ -32,24 +36,49 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(".")) if text else ()
 
 
-def run_tests(session: nox.Session, *pins: str) -> None:
-    # torch alone is pinned beside them: a free torch may be several GB of CUDA libraries.
-    torch = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-    session.install("-e", ".[dev]", *EDITABLE, torch, *pins)
-    session.run("python", "-m", "pytest", *FAST, *session.posargs, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+def pinned_torch() -> str:
+    """The torch of constraints.txt: a free one may be several GB of CUDA libraries."""
+    return next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+
+
+def run_tests(session: nox.Session, *pins: str, go_on: bool = False) -> None:
+    """Run the fast tests on what resolves with the pins, and note the outcome, also that of failures."""
+    session.install("-e", ".[dev]", *EDITABLE, *pins)
+    report = Path(session.create_tmp()) / "junit.xml"
+    command = ("python", "-m", "pytest", *FAST, f"--junitxml={report}", *session.posargs)
+    failed = 1  # pytest's exit status
+    session.run(*command, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, success_codes=[0, failed])
+    session.run("python", "docs/compatibility.py", "add", session.name, str(report))
+    if not go_on and re.search(r'(failures|errors)="[1-9]', report.read_text()):
+        session.error(f"tests failed; see {report}")
 
 
 @nox.session(python=["3.11", "3.12", "3.13"])
 @nox.parametrize("trl", ["trl==1.16.0", "trl>=1.16,<2"], ids=["lowest-trl", "newest-trl"])
 def tests(session: nox.Session, trl: str) -> None:
     """Run the fast tests on the lowest and the newest supported TRL, all else as new as it resolves."""
-    run_tests(session, trl)
+    run_tests(session, trl, pinned_torch())
 
 
 @nox.session(python="3.11")
 def lowest(session: nox.Session) -> None:
     """Run the fast tests with every direct dependency at its lower bound."""
-    run_tests(session, *lower_bounds())
+    run_tests(session, *lower_bounds(), pinned_torch())
+
+
+@nox.session(python="3.11")
+@nox.parametrize("torch", ["torch==2.14.1", "torch==2.15.0"], ids=["2.14", "2.15"])
+def torch(session: nox.Session, torch: str) -> None:
+    """Run the fast tests on later releases of torch, all else as new as it resolves."""
+    run_tests(session, torch)
+
+
+@nox.session(python="3.11")
+def canary(session: nox.Session) -> None:
+    """Run the fast tests on the newest of everything, pre-releases too, and show which seams moved."""
+    run_tests(session, "--pre", "--upgrade", go_on=True)
+    for library in ("trl", "transformers", "accelerate", "peft"):
+        session.run("python", "tests/moved_seams.py", library)
 
 
 @nox.session(python="3.11")

@@ -44,6 +44,12 @@ class FakeSite:
         (info / "entry_points.txt").write_text(text)
 
 
+@pytest.fixture(scope="session")
+def new_site() -> type[FakeSite]:
+    """Makes a `FakeSite` of a folder, for commands in processes of their own."""
+    return FakeSite
+
+
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSite]:
     """An empty `FakeSite` on `sys.path`; what was imported from it is forgotten afterwards."""

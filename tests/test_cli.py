@@ -63,7 +63,8 @@ def trl_ext(*arguments, site=None, **options) -> subprocess.CompletedProcess:
 
 
 def add_plugin(site, name: str, source: str) -> None:
-    site.add(f"trl-ext-{name}", plugins={name: f"{name}_pkg:Plugin"}, files={f"{name}_pkg/__init__.py": source})
+    package = f"{name.replace('-', '_')}_pkg"
+    site.add(f"trl-ext-{name}", plugins={name: f"{package}:Plugin"}, files={f"{package}/__init__.py": source})
 
 
 def listed(site) -> dict[str, dict]:
@@ -163,34 +164,49 @@ def test_check_passes_usable_plugins_whatever_their_options(site):
     assert (done.returncode, done.stdout) == (0, "ok      good\n")
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        (EXPLODES, "RuntimeError: imported"),
-        (MISSPELT, "Did you mean 'setup'"),
-        ("class Plugin: pass", "is not a dataclass"),
-        (GOOD.replace("path: str", "path: 'Absent'"), "the type of option 'path' is not imported"),
-        (GOOD.replace("path: str", "label: str"), "has an option 'label', a name that configs reserve"),
-        (GOOD.replace("path: str", "path: 'set[str]'"), "option 'path' has the type set[str], which cannot be written"),
-        (
-            "from typing import Annotated\nfrom trl_ext.options import Range\n"
-            + GOOD.replace("alpha: float", "alpha: Annotated[float, Range(gt=1)]"),
-            "the default alpha=1.0 is not > 1",
-        ),
-        (GOOD.replace('"1"', "1"), "declares the range 1 of plugin API, which is not a text; write"),
-        (GOOD.replace('("sft",)', '"sft"'), "declares trainers = 'sft', a bare text; write trainers = ('sft',)"),
-    ],
-    ids=["import", "hook", "class", "type", "reserved", "unwritable", "default", "range", "trainers"],
-)
-def test_check_fails_for_what_a_run_would_refuse(site, source, expected):
+BROKEN = {
+    "import": (EXPLODES, "RuntimeError: imported"),
+    "hook": (MISSPELT, "Did you mean 'setup'"),
+    "class": ("class Plugin: pass", "is not a dataclass"),
+    "type": (GOOD.replace("path: str", "path: 'Absent'"), "the type of option 'path' is not imported"),
+    "reserved": (GOOD.replace("path: str", "label: str"), "has an option 'label', a name that configs reserve"),
+    "unwritable": (
+        GOOD.replace("path: str", "path: 'set[str]'"),
+        "option 'path' has the type set[str], which cannot be written",
+    ),
+    "default": (
+        "from typing import Annotated\nfrom trl_ext.options import Range\n"
+        + GOOD.replace("alpha: float", "alpha: Annotated[float, Range(gt=1)]"),
+        "the default alpha=1.0 is not > 1",
+    ),
+    "range": (GOOD.replace('"1"', "1"), "declares the range 1 of plugin API, which is not a text; write"),
+    "trainers": (
+        GOOD.replace('("sft",)', '"sft"'),
+        "declares trainers = 'sft', a bare text; write trainers = ('sft',)",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory, new_site) -> subprocess.CompletedProcess:
+    """`plugins check` where all of them are installed, and a good one."""
+    site = new_site(tmp_path_factory.mktemp("site"))
     add_plugin(site, "good", GOOD)
-    add_plugin(site, "bad", source)
-    done = trl_ext("plugins", "check", site=site)
-    assert done.returncode == 1
-    assert "ok      good\n" in done.stdout
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("BROKEN  bad: ")]
-    assert expected in line
-    assert "trl-ext-bad 1.2" in line
+    for name, (source, _) in BROKEN.items():
+        add_plugin(site, f"bad-{name}", source)
+    return trl_ext("plugins", "check", site=site)
+
+
+def test_check_fails_where_a_plugin_is_broken_and_passes_the_others(checked):
+    assert checked.returncode == 1
+    assert "ok      good\n" in checked.stdout
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_check_says_what_a_run_would_refuse(checked, name):
+    (line,) = [line for line in checked.stdout.splitlines() if line.startswith(f"BROKEN  bad-{name}: ")]
+    assert BROKEN[name][1] in line
+    assert f"trl-ext-bad-{name} 1.2" in line
 
 
 # Speed

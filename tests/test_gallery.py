@@ -38,3 +38,23 @@ def test_the_entry_that_the_page_shows_becomes_a_row(gallery, tmp_path, monkeypa
 def test_the_list_of_others_is_yaml_with_what_a_row_needs(gallery):
     for plugin in yaml.safe_load(gallery.THIRD_PARTY.read_text()) or ():
         assert {"name", "kind", "summary", "distribution", "url"} <= set(plugin)
+
+
+def test_the_page_of_compatibility_is_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import compatibility
+
+    assert compatibility.PAGE.read_text() == compatibility.page(), "run `python docs/compatibility.py`"
+
+
+def test_a_session_s_row_counts_what_pytest_reports(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(DOCS)
+    import compatibility
+
+    report = tmp_path / "junit.xml"
+    report.write_text(
+        '<testsuites><testsuite tests="5" skipped="1"><testcase classname="tests.test_a" name="x">'
+        '<failure/></testcase><testcase classname="tests.test_b" name="y"><error/></testcase><testcase name="z"/>'
+        "</testsuite></testsuites>"
+    )
+    assert compatibility.outcome(report) == {"passed": 2, "skipped": 1, "failed": ["test_a::x", "test_b::y"]}

@@ -9,14 +9,12 @@ Run this file to record the fingerprints of the installed versions, after review
 from __future__ import annotations
 
 import ast
-import hashlib
 import inspect
 import json
 from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from textwrap import dedent
 from typing import Any
 
 import pytest
@@ -24,11 +22,10 @@ import trl
 from helpers import MAKE
 
 from trl_ext import seams
+from trl_ext.seams import LIBRARIES, RECORD, fingerprint, recorded
 from trl_ext.trainers import GRPOTrainer, SFTTrainer
 
 ROOT = Path(__file__).parent.parent
-RECORD = Path(__file__).parent / "seams.json"
-LIBRARIES = ("trl", "transformers", "accelerate", "peft")
 PACKAGES = {path.name: path for path in (ROOT / "trl_ext", *sorted(ROOT.glob("plugins/*/src/*")))}
 LISTS = {name: import_module(f"{name}.seams") for name, path in PACKAGES.items() if (path / "seams.py").is_file()}
 DOCUMENTED = {"transformers.utils:logging"}
@@ -50,47 +47,33 @@ for _package in LISTS:
         SEAMS.setdefault(_seam, {})[_package] = _reason
 
 
-def versions() -> str:
-    return ", ".join(f"{library} {version(library)}" for library in LIBRARIES)
+INSTALLED = {library: version(library) for library in LIBRARIES}
 
 
-def fingerprint(seam: str) -> str:
-    """sha256 of a seam's signature and source, or of its value where it is a constant."""
-    found = seams.resolve(seam)
-    if callable(found):
-        found = inspect.unwrap(found)  # TRL times some methods with a decorator
-        text = f"{_signature(found)}\n{dedent(inspect.getsource(found))}"
-    else:
-        text = repr(found)
-    return hashlib.sha256(text.encode()).hexdigest()
+def known(library: str) -> dict[str, str]:
+    """The fingerprints that were recorded for the installed release."""
+    return recorded().get(library, {}).get(INSTALLED[library], {})
 
 
-def _signature(found: Any) -> str:
-    return ", ".join(f"{p.kind.name} {p.name}" for p in inspect.signature(found).parameters.values())
-
-
-def recorded() -> dict[str, dict[str, str]]:
-    return json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-
-
-def test_the_installed_versions_have_been_reviewed():
-    assert versions() in recorded(), (
-        f"no fingerprints for {versions()}. Review each seam of every seams.py in the installed sources against its "
-        f"reason, run the whole suite, then record them with `python tests/test_seams.py` and commit {RECORD.name}"
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_the_installed_release_has_been_reviewed(library):
+    assert INSTALLED[library] in recorded()[library], (
+        f"no fingerprints for {library} {INSTALLED[library]}. Review what moved (`python tests/moved_seams.py "
+        f"{library}`), run the whole suite, record them with `python tests/test_seams.py` and commit {RECORD.name}"
     )
 
 
 @pytest.mark.parametrize("seam", SEAMS)
 def test_a_seam_is_as_it_was_reviewed(seam):
-    known = recorded().get(versions(), {})
-    assert fingerprint(seam) == known.get(seam), (
-        f"{seam} is not the one that was reviewed for {versions()}. Relied on: {SEAMS[seam]}. Compare it with the "
-        "version reviewed, repair what moved, then record it with `python tests/test_seams.py`"
+    library = seams.library(seam)
+    assert fingerprint(seam) == known(library).get(seam), (
+        f"{seam} is not the one that was reviewed for {library} {INSTALLED[library]}. Relied on: {SEAMS[seam]}. See "
+        f"what moved (`python tests/moved_seams.py {library}`), repair it, record it with `python tests/test_seams.py`"
     )
 
 
 def test_the_record_has_no_seam_that_is_not_listed():
-    assert set(recorded().get(versions(), {})) == set(SEAMS)
+    assert {seam for library in LIBRARIES for seam in known(library)} == set(SEAMS)
 
 
 def test_a_change_of_source_or_signature_changes_the_fingerprint(monkeypatch):
@@ -210,10 +193,13 @@ def test_every_seam_says_why():
 
 
 def record() -> None:
-    """Write the fingerprints of the installed versions beside those of others."""
-    known = recorded() | {versions(): {seam: fingerprint(seam) for seam in sorted(SEAMS)}}
-    RECORD.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
-    print(f"{RECORD.name}: {len(SEAMS)} seams of {versions()}")
+    """Write the fingerprints of the installed releases beside those of others."""
+    releases = recorded()
+    for library, installed in INSTALLED.items():
+        mine = {seam: fingerprint(seam) for seam in SEAMS if seams.library(seam) == library}
+        releases.setdefault(library, {})[installed] = mine
+        print(f"{RECORD.name}: {len(mine)} seams of {library} {installed}")
+    RECORD.write_text(json.dumps(releases, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -86,6 +86,13 @@ class _PluginSettings:
             "resuming from it. It takes about as long as reading the files."
         },
     )
+    strict_versions: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to refuse releases of TRL, transformers, accelerate or PEFT in which the places that "
+            "trl_ext relies on were not reviewed, instead of warning of them."
+        },
+    )
 
     def __post_init__(self) -> None:
         self._read_plugin_settings()

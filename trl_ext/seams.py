@@ -1,13 +1,22 @@
 """Every private or overridden seam of TRL and transformers that trl_ext relies on, and why.
 
-`tests/test_seams.py` fingerprints the signature and source of each, so that a release that moves one is seen before it
-trains anything wrong, and finds overrides, imports and private attributes that are missing here.
+`seams.json` keeps a fingerprint of the signature and source of each in the releases that were reviewed, so that another
+release that moves one is seen before it trains anything wrong. `tests/test_seams.py` compares them and finds overrides,
+imports and private attributes that are missing here.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 from importlib import import_module
+from pathlib import Path
+from textwrap import dedent
 from typing import Any
+
+LIBRARIES = ("trl", "transformers", "accelerate", "peft")
+RECORD = Path(__file__).with_name("seams.json")
 
 SFT = "trl.trainer.sft_trainer:SFTTrainer"
 GRPO = "trl.trainer.grpo_trainer:GRPOTrainer"
@@ -123,3 +132,33 @@ def resolve(seam: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name)
     return found
+
+
+def library(seam: str) -> str:
+    """The library that a seam is in."""
+    return seam.partition(":")[0].partition(".")[0]
+
+
+def fingerprint(seam: str) -> str:
+    """16 hexadecimal digits of the sha256 of a seam's signature and source, or of its value where it is a constant.
+
+    Raises:
+        AttributeError: it is not there any more.
+    """
+    found = resolve(seam)
+    if callable(found):
+        found = inspect.unwrap(found)  # TRL times some methods with a decorator
+        text = f"{_signature(found)}\n{dedent(inspect.getsource(found))}"
+    else:
+        text = repr(found)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _signature(found: Any) -> str:
+    return ", ".join(f"{p.kind.name} {p.name}" for p in inspect.signature(found).parameters.values())
+
+
+def recorded() -> dict[str, dict[str, dict[str, str]]]:
+    """Library to reviewed release to the fingerprint of each seam in it."""
+    record: dict[str, dict[str, dict[str, str]]] = json.loads(RECORD.read_text(encoding="utf-8"))
+    return record

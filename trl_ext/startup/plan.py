@@ -24,6 +24,7 @@ from trl_ext.startup.refusals import refuse_skipping, refuse_unsupported
 from trl_ext.startup.sharding import sharding_of, sharding_of_loaded
 from trl_ext.startup.stream_data import Matched, match_streams
 from trl_ext.startup.unsupported import refuse_declared
+from trl_ext.startup.versions import check_versions
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def plan_run(
     config = _config(kind, config_class, given)
     _ = config.world_size  # connects the ranks
     with agreed():
+        check_versions(config.strict_versions, config.process_index == 0)
         return _plan(kind, config, given, instances, streams)
 
 
