@@ -148,13 +148,16 @@ def resolved_options(plugin: object) -> dict[str, Any]:
 
     A secret is declared as `field(repr=False)`, or looks like one.
     """
+    written = written_options(plugin)
+    fields = option_fields(type(plugin)) if written else {}
+    return {name: masked(value, name) if fields[name].repr or not value else MASK for name, value in written.items()}
+
+
+def written_options(plugin: object) -> dict[str, Any]:
+    """The options of an instance as a config holds them, secrets and all; {} for a plain class."""
     if not dataclasses.is_dataclass(plugin):
         return {}
-    resolved = {}
-    for name, option in option_fields(type(plugin)).items():
-        value = as_written(getattr(plugin, name))
-        resolved[name] = masked(value, name) if option.repr or not value else MASK
-    return resolved
+    return {name: as_written(getattr(plugin, name)) for name in option_fields(type(plugin))}
 
 
 def as_written(value: Any) -> Any:
