@@ -113,7 +113,7 @@ def known_settings(parser: Any) -> set[str]:
 
 
 def in_two_words(arguments: Sequence[str]) -> list[str]:
-    """The command line with `--config=FILE` as `--config FILE`, and so for each flag that TRL reads as two words only."""
+    """The command line with `--config=FILE` as `--config FILE`, and so each flag that TRL reads as two words only."""
     apart = tuple(f"{flag}=" for flag in (CONFIG, ACCELERATE_CONFIG))
     return [word for text in arguments for word in (text.split("=", 1) if text.startswith(apart) else [text])]
 
