@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from trl_ext import hookimpl
+from trl_ext.groups import judged_total
 from trl_ext.records import Rewards, Rollouts
 from trl_ext_reachability.relations import ALONE, NEW_ADVANTAGES
 
@@ -75,9 +76,9 @@ class BestOfM:
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
         """(N,) float: m for the first correct draw of a group, 0 for the others; groups may reach over ranks."""
         m = rollouts.num_generations
-        judged = ~rewards.per_function.isnan().all(dim=1)  # TRL's total is 0 where every function returned None
-        judged = judged.view(-1, m)
-        first, queries = first_correct((rewards.total >= self.success).view(-1, m), judged)
+        total = judged_total(rewards).view(-1, m)
+        judged = ~total.isnan()
+        first, queries = first_correct(total >= self.success, judged)
         if rollouts.training:
             asked = int(queries.sum())
             self._total += asked

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_ext import hookimpl
+from trl_ext.groups import judged_total
 from trl_ext.records import PolicyTokens, Rewards, Rollouts, RunDescription, SetupContext
 from trl_ext_reachability.relations import ALONE, NEW_ADVANTAGES, declare
 
@@ -122,7 +123,8 @@ class PG:
         """(N,) float: A of each completion; 0 where every reward function returned None."""
         if self.rewards == "given":
             return advantages
-        total, judged = rewards.total, ~rewards.per_function.isnan().all(dim=1)
+        total = judged_total(rewards)
+        judged = ~total.isnan()
         if self.rewards != "raw":
             correct = (total > self.threshold).to(advantages.dtype)
             total = correct if self.rewards == "binary" else 2 * correct - 1

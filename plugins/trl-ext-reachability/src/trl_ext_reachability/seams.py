@@ -10,6 +10,5 @@ READ: dict[str, str] = {
     "trl.trainer.grpo_trainer:GRPOTrainer._calculate_rewards": (
         "passes prompts, completions, completion_ids and the columns by keyword; None becomes NaN"
     ),
-    "accelerate.utils:gather_object": "concatenates the lists of all ranks, in the order of the ranks",
     "accelerate.utils:gather": "concatenates the tensors of all ranks in the order of the ranks",
 }
