@@ -20,11 +20,12 @@ from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.options import Range
+from trl_ext.ranks import on_every_rank
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext
 from trl_ext_data_regularization.completion_gradients import CompletionGradients
 from trl_ext_data_regularization.engines import Projections
 from trl_ext_data_regularization.fresh_rollouts import HeldOut, roll_out
-from trl_ext_data_regularization.ranks import FailedElsewhere, gather_rows, together, total_over_ranks, world_size
+from trl_ext_data_regularization.ranks import gather_rows, total_over_ranks, world_size
 from trl_ext_data_regularization.solvers import Problem, Rule
 from trl_ext_data_regularization.token_coefficients import (
     PolicyBatch,
@@ -127,10 +128,7 @@ class RolloutFilter:
         """(N,) or (N, T): A_i w_i. NaN where a score is not finite: there is no order to drop by."""
         if not rollouts.training:
             return advantages
-        try:
-            g, t, size = together(lambda: self._vectors(rollouts, rewards, advantages), self._context.device)
-        except FailedElsewhere:
-            return advantages
+        g, t, size = on_every_rank(lambda: self._vectors(rollouts, rewards, advantages))
         target = total_over_ranks(torch.cat(t)).split([len(part) for part in t])
         scores = torch.stack([vectors @ part for vectors, part in zip(g, target, strict=True)]).sum(0)
         every, mine = torch.stack([scores, size], 1), slice(0, len(scores))

@@ -1,9 +1,6 @@
 """The seams of TRL and transformers that this distribution stands on; `tests/test_seams.py` fingerprints them."""
 
 READ: dict[str, str] = {
-    "trl.trainer.grpo_trainer:GRPOTrainer.__init__": (
-        "ends completions at the tokenizer's EOS and at those of the model's generation settings"
-    ),
     "trl.trainer.grpo_trainer:GRPOTrainer._generate_and_score_completions": (
         "advantages are rewards minus the group's mean, over its standard deviation plus 1e-4"
     ),
