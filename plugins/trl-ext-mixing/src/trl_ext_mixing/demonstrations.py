@@ -159,7 +159,7 @@ class Demonstrations:
         """
         parameters = self.context.weights.parameters
         sums = [torch.zeros_like(p) for p in parameters]
-        totals = torch.zeros(2, dtype=torch.float64)
+        losses = []
         for start in range(0, len(demonstrations), batch_size):
             batch = demonstrations[start : start + batch_size]
             loss = self.nll_sum(batch)
@@ -168,15 +168,16 @@ class Demonstrations:
             for total, part in zip(sums, parts, strict=True):
                 if part is not None:
                     total += part
-            totals += torch.tensor([float(loss.detach()), sum(d.tokens for d in batch)], dtype=torch.float64)
-        self.reduce(totals)
+            losses.append(loss.detach())
+        nll = torch.stack(losses).cpu().double().sum() if losses else torch.zeros((), dtype=torch.float64)
+        totals = self.reduce(torch.stack([nll, nll.new_tensor(sum(d.tokens for d in demonstrations))]))
         for total in sums:
             self.reduce(total)
         tokens = max(int(totals[1]), 1)
         torch._foreach_div_(sums, float(tokens))
-        nll = float(totals[0]) / tokens
+        mean = float(totals[0]) / tokens
         view = GradientView(self.context.weights.names, parameters, sums)
-        return StreamGradient(gradients=view, nll=nll, loss=nll, tokens=int(totals[1]))
+        return StreamGradient(gradients=view, nll=mean, loss=mean, tokens=int(totals[1]))
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; every rank must call this alike."""

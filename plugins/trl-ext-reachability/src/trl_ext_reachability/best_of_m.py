@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
@@ -80,9 +81,9 @@ class BestOfM:
         judged = ~total.isnan()
         first, queries = first_correct(total >= self.success, judged)
         if rollouts.training:
-            asked = int(queries.sum())
+            contexts, asked, solved = torch.stack([judged.any(dim=1).sum(), queries.sum(), first.sum()]).tolist()
             self._total += asked
-            self._recent.append((int(judged.any(dim=1).sum()), asked, int(first.sum())))
+            self._recent.append((contexts, asked, solved))
         return (m * first.flatten())[rewards.local].to(advantages)
 
     @hookimpl

@@ -91,7 +91,7 @@ class PG:
         if self.rewards == "given":
             declare(self, provides=(), conflicts={})
         self._parameters: list[nn.Parameter] = []
-        self._rates: list[float] = []
+        self._rates: list[Tensor] = []
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
@@ -140,7 +140,7 @@ class PG:
         if not self.adaptive or not tokens.training:
             return loss
         rates = adaptive_rate(sequence_squared_norms(tokens.log_probs, tokens.mask, self._parameters))
-        self._rates += rates.tolist()
+        self._rates.append(rates)
         return rates.unsqueeze(1).to(loss.dtype) * loss
 
     @hookimpl
@@ -148,5 +148,5 @@ class PG:
         """Mean adaptive rate of this rank's sequences since the last log."""
         if mode != "train" or not self._rates:
             return {}
-        mean, self._rates = sum(self._rates) / len(self._rates), []
-        return {"rate": mean}
+        rates, self._rates = torch.cat(self._rates), []
+        return {"rate": float(rates.mean())}
