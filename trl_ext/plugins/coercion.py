@@ -87,13 +87,13 @@ def build_options(plugin_class: type, spec: Mapping[str, Any], origin: str) -> d
                 hint = f"Its class sets one without an annotation: write `{option}: <type> = ...` there. "
             raise ConfigurationError(
                 f"plugin {origin} has no option {option!r}. {hint}Its options: {', '.join(fields) or 'none'}. "
-                f"Change {config_line(spec)}"
+                f"Change {line_of(plugin_class, spec)}"
             )
     for option, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and option not in given:
             kind = type_name(option_type(plugin_class, option))
-            line = config_line(spec, **{option: f"<{kind}>"})
+            line = line_of(plugin_class, spec, **{option: f"<{kind}>"})
             raise ConfigurationError(f"plugin {origin} needs a value for option {option!r} ({kind}): {line}")
     values = {}
     for option, value in given.items():
@@ -101,12 +101,18 @@ def build_options(plugin_class: type, spec: Mapping[str, Any], origin: str) -> d
         try:
             values[option] = coerce(value, annotation)
         except (TypeError, ValueError) as error:
-            line = config_line(spec, **{option: f"<{type_name(annotation)}>"})
+            line = line_of(plugin_class, spec, **{option: f"<{type_name(annotation)}>"})
             raise ConfigurationError(f"plugin {origin}, option {option!r}: {error}. Change it to {line}") from error
         if reason := violation(values[option], annotation):
-            line = config_line(spec, **{option: f"<{type_name(annotation)}>"})
+            line = line_of(plugin_class, spec, **{option: f"<{type_name(annotation)}>"})
             raise ConfigurationError(f"plugin {origin}: {option}={values[option]!r} {reason}. Change it to {line}")
     return values
+
+
+def line_of(plugin_class: type, spec: Mapping[str, Any], **changed: str) -> str:
+    """`config_line` of a spec, in which what the plugin hides from `repr` is masked too."""
+    hidden = {name for name, option in option_fields(plugin_class).items() if not option.repr}
+    return config_line({key: MASK if key in hidden and value else value for key, value in spec.items()}, **changed)
 
 
 def check_option_types(plugin_class: type, origin: str) -> None:
