@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trl_ext.own_passes import causal_lm
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
@@ -19,11 +21,6 @@ if TYPE_CHECKING:
     from trl_ext.records import RunDescription
 
 _RESCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-
-
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The model that carries TRL's fused head: without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def refuse_unreadable_states(run: RunDescription, reader: str, instead: str) -> None:

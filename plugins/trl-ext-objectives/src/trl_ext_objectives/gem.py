@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from trl_ext import hookimpl
 from trl_ext.options import Range
-from trl_ext_objectives.backbone import causal_lm, refuse_rescaled_logits
+from trl_ext.own_passes import causal_lm
+from trl_ext_objectives.backbone import refuse_rescaled_logits
 from trl_ext_objectives.objective import Objective
 from trl_ext_objectives.tempered_head import TemperedHead
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from trl_ext_objectives.backbone import causal_lm
+from trl_ext.own_passes import causal_lm
 
 if TYPE_CHECKING:
     from torch import nn
