@@ -101,7 +101,7 @@ class GEM(Objective):
     def setup(self, context: SetupContext) -> None:
         """Temper the head, once per model."""
         refuse_rescaled_logits(context.model, "gem")
-        if causal_lm(context.model).get_output_embeddings().bias is not None:  # type: ignore[operator]
+        if causal_lm(context.model).get_output_embeddings().bias is not None:
             raise ValueError("gem does not support an LM head with a bias; take another model")
         if self._tempered is not context.model:
             TemperedHead(context.model, self.beta)

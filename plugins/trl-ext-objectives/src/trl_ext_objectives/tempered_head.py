@@ -30,7 +30,7 @@ class TemperedHead:
         self._temperature = temperature
         self._on = False
         self._forward: Callable[..., Any] = lm.forward
-        lm.base_model.register_forward_hook(self._temper)  # type: ignore[union-attr]
+        lm.base_model.register_forward_hook(self._temper)
 
         @functools.wraps(self._forward)
         def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
