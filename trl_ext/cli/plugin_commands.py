@@ -170,7 +170,7 @@ def _options(plugin_class: type) -> list[tuple[str, ...]]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    from trl_ext.plugins.coercion import default_of
+    from trl_ext.plugins.written_options import default_of
 
     default = default_of(field, missing=...)
     return "required" if default is ... else repr(default)

@@ -8,12 +8,13 @@ from typing import Any
 from trl_ext.errors import ConfigurationError
 from trl_ext.hookspecs import HOOKS
 from trl_ext.options import check_options
-from trl_ext.plugins.coercion import build_options, check_option_types, line_of, resolved_options
+from trl_ext.plugins.coercion import build_options, check_option_types
 from trl_ext.plugins.declarations import read_declarations
 from trl_ext.plugins.discovery import find_distribution, load_plugin, range_error
 from trl_ext.plugins.implementations import marked_hooks
 from trl_ext.plugins.plugin_set import ActivePlugin, PluginSet, class_of
 from trl_ext.plugins.relations import refuse_relations
+from trl_ext.plugins.written_options import line_of, resolved_options
 from trl_ext.records import TrainerKind
 from trl_ext.specs import config_line, is_name, parse_specs, registered_name
 

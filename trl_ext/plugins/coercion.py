@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from trl_ext.errors import ConfigurationError, did_you_mean
-from trl_ext.options import MASK, Range, masked, option_fields, option_type, violation
-from trl_ext.specs import RESERVED, config_line, split_outside_brackets, unquote
+from trl_ext.options import Range, option_fields, option_type, violation
+from trl_ext.plugins.written_options import line_of
+from trl_ext.specs import RESERVED, split_outside_brackets, unquote
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -109,12 +110,6 @@ def build_options(plugin_class: type, spec: Mapping[str, Any], origin: str) -> d
     return values
 
 
-def line_of(plugin_class: type, spec: Mapping[str, Any], **changed: str) -> str:
-    """`config_line` of a spec, in which what the plugin hides from `repr` is masked too."""
-    hidden = {name for name, option in option_fields(plugin_class).items() if not option.repr}
-    return config_line({key: MASK if key in hidden and value else value for key, value in spec.items()}, **changed)
-
-
 def check_option_types(plugin_class: type, origin: str) -> None:
     """Check that every option of a plugin can be written in a config, and that its default is one it accepts.
 
@@ -147,39 +142,6 @@ def _refuse_reserved_options(plugin_class: type, origin: str) -> None:
             raise ConfigurationError(
                 f"plugin {origin} has an option {option!r}, a name that configs reserve; rename it"
             )
-
-
-def resolved_options(plugin: object) -> dict[str, Any]:
-    """The options of an instance as JSON values, secrets masked; {} for a plain class.
-
-    A secret is declared as `field(repr=False)`, or looks like one.
-    """
-    written = written_options(plugin)
-    fields = option_fields(type(plugin)) if written else {}
-    return {name: masked(value, name) if fields[name].repr or not value else MASK for name, value in written.items()}
-
-
-def written_options(plugin: object) -> dict[str, Any]:
-    """The options of an instance as a config holds them, secrets and all; {} for a plain class."""
-    if not dataclasses.is_dataclass(plugin):
-        return {}
-    return {name: as_written(getattr(plugin, name)) for name in option_fields(type(plugin))}
-
-
-def as_written(value: Any) -> Any:
-    """A value as a config holds it: a path as text, a member by its name; its `repr` where no config could."""
-
-    def written(value: Any) -> str:
-        return value.name if isinstance(value, enum.Enum) else str(value) if isinstance(value, Path) else repr(value)
-
-    return written(value) if isinstance(value, enum.Enum) else json.loads(json.dumps(value, default=written))
-
-
-def default_of(field: dataclasses.Field[Any], missing: Any) -> Any:
-    """The default of an option as a config holds it; `missing` where there is none."""
-    if field.default is not dataclasses.MISSING:
-        return as_written(field.default)
-    return missing if field.default_factory is dataclasses.MISSING else as_written(field.default_factory())
 
 
 def _to_bool(value: Any) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trl_ext.plugins.coercion import build_options, check_option_types, written_options
+from trl_ext.plugins.coercion import build_options, check_option_types
+from trl_ext.plugins.written_options import written_options
 from trl_ext.testing.conformance.case import case
 from trl_ext.testing.conformance.subject import Subject
 
