@@ -227,6 +227,7 @@ def algebra(a: GradientView, b: GradientView) -> dict[str, float]:
         "norm": float(a.norm()),
         "squared norm": float(b.squared_norm()),
         "cosine": float(a.cosine(b)),
+        "grams": a.grams(b).sum(0).flatten().tolist(),
         "mixed": float(mixed.norm()),
         "copied": float(copy.dot(a)),
         "clone": float(a.clone().norm()),

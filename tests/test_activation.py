@@ -637,3 +637,29 @@ def test_an_instance_s_ranges_and_hooks_are_checked_too():
     assert "Did you mean 'setup'" in message_of(None, [Misspelt()])
     assert "(class " in message_of(None, [Misspelt()])
     assert "plugins=[Misspelt(...)]" in message_of(None, [Misspelt()])
+
+
+SECRETIVE = """
+endpoint: str = field(default="", repr=False)
+count: int = 1
+trainers: ClassVar = ("sft",)
+
+def __post_init__(self):
+    if self.count < 0:
+        raise ValueError("it has to be positive")
+
+@hookimpl
+def setup(self): pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "trainer"),
+    [({"count": "many"}, "sft"), ({"cuont": 1}, "sft"), ({"count": -1}, "sft"), ({}, "grpo")],
+    ids=["wrong type", "unknown", "refused by the plugin", "other trainer"],
+)
+def test_no_line_to_change_shows_what_a_plugin_hides(site, options, trainer):
+    add_hooks(site, "judge", SECRETIVE)
+    message = message_of([{"name": "judge", "endpoint": "swordfish", **options}], trainer=trainer)
+    assert "endpoint=***" in message
+    assert "swordfish" not in message

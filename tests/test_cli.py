@@ -516,8 +516,43 @@ def test_doctor_names_versions_devices_and_problems(site, capsys):
     assert "cores" in report["devices"]["cpu"]
     assert report["plugins"]["trl-ext-bad 1.2"] == 1
     assert any("'bad' (trl-ext-bad 1.2): importing 'bad_pkg' fails" in problem for problem in report["problems"])
-    assert f"trl-ext-old needs pluggy>=99, and {version('pluggy')} is installed" in report["problems"]
+    assert f"trl-ext-old: it requires pluggy>=99, but {version('pluggy')} is installed" in report["problems"]
     assert run(["doctor"]) == 1
     text = capsys.readouterr().out
     assert f"  trl: {version('trl')}" in text.splitlines()
-    assert "trl-ext-old needs pluggy>=99" in text
+    assert "trl-ext-old: it requires pluggy>=99" in text
+
+
+SECRETIVE = (
+    HEADER.replace("dataclass\n", "dataclass, field\n", 1)
+    + """
+@dataclass
+class Plugin:
+    endpoint: str = field(default="", repr=False)
+    api_key: str = ""
+    count: int = 1
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("named", "shown"),
+    [
+        (
+            "judge:endpoint=sesame,api_key=sesame,count=3,label=one",
+            [{"name": "judge", "endpoint": "***", "api_key": "***", "count": 3, "label": "one"}],
+        ),
+        ("judge:count=sesame", None),
+        ("api_key=sesame", None),
+    ],
+)
+def test_doctor_shows_no_secret_of_the_plugins_that_the_environment_names(site, monkeypatch, capsys, named, shown):
+    add_plugin(site, "judge", SECRETIVE)
+    monkeypatch.setenv("TRL_EXT_PLUGINS", named)
+    run(["doctor", "--json"])
+    said = capsys.readouterr()
+    assert "sesame" not in said.out + said.err
+    report = json.loads(said.out)
+    assert shown is None or json.loads(report["environment"]["TRL_EXT_PLUGINS"]) == shown
+    problems = [problem for problem in report["problems"] if problem.startswith("TRL_EXT_PLUGINS cannot be activated")]
+    assert len(problems) == (shown is None)

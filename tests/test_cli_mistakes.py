@@ -61,6 +61,7 @@ MISTAKES = {
     "stray word": (["sft", "power", *sft()[1:]], "'power' belongs to no flag; settings are given as --name value"),
     "key": (sft(config="plugin.yaml"), "plugin.yaml: there is no setting 'plugin'. Did you mean 'plugins'"),
     "key without a like": (sft(config="far.yaml"), "far.yaml: there is no setting 'zzz'; --help lists all"),
+    "key, file in one word": ([*sft(), "--config=far.yaml"], "far.yaml: there is no setting 'zzz'; --help lists all"),
     "no YAML": (sft(config="plugins.yaml"), "--config: there is no file 'plugins.yaml'. Did you mean 'plugin.yaml'"),
     "config without file": ([*sft(), "--config"], "--config names no file"),
     "broken YAML": (sft(config="broken.yaml"), "broken.yaml, line 3 is not YAML"),
@@ -168,6 +169,10 @@ MISTAKES = {
         sft(accelerate_config="fsdp3"),
         "is no file and none of TRL's configurations. Did you mean 'fsdp",
     ),
+    "configuration in one word": (
+        [*sft(), "--accelerate_config=fsdp3"],
+        "--accelerate_config: 'fsdp3' is no file and none of TRL's configurations. Did you mean 'fsdp",
+    ),
     "number of processes": (sft(num_processes="two"), "--num_processes: invalid int value: 'two'"),
     "one process": ([*sft(num_processes=2), "--cpu"], "--cpu starts one process whatever num_processes says"),
     # other commands
@@ -183,6 +188,7 @@ MISTAKES = {
     "inputs of an average": (["average", "absent", "model", "-o", "averaged"], "absent"),
     "probe's options": (["probe", "passk"], "Missing option '--reward'. See trl-ext probe passk --help"),
     "nothing to validate": (["validate", "--max_steps", "1"], "validate: give --config FILE, or a kind (sft, grpo)"),
+    "validate, file in one word": (["validate", "--config=empty.yaml"], "empty.yaml is empty; expected settings"),
     "kind to validate": (["validate", "stf", "--config", "empty.yaml"], "validate: 'stf' is not one of sft, grpo"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,19 @@ def test_a_case_finds_the_plugin_that_is_broken_in_its_way(name: str, tmp_path: 
     outcome = outcome_of(CASES[name], subject, tmp_path)
     assert outcome.verdict == "FAILED", outcome
     assert said in outcome.remark
+
+
+@dataclass
+class Judged:
+    """Its secret is masked wherever a run shows it."""
+
+    api_key: str = "swordfish"
+    endpoint: str = field(default="open sesame", repr=False)
+
+
+def test_a_secret_comes_back_from_a_config_as_it_is(tmp_path: Path) -> None:
+    outcome = outcome_of(CASES["options_in_config"], Subject(Judged(), "sft"), tmp_path)
+    assert outcome.verdict == "passed", outcome
 
 
 def test_the_ratio_of_costs_counts_an_extra_forward(tmp_path: Path) -> None:

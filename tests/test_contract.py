@@ -27,6 +27,9 @@ RECORD = Path(__file__).parent / "contract.json"
 MODULES = (
     "trl_ext.records",
     "trl_ext.gradients",
+    "trl_ext.groups",
+    "trl_ext.own_passes",
+    "trl_ext.ranks",
     "trl_ext.errors",
     "trl_ext.options",
     "trl_ext.testing",

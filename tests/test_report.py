@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import trl_ext
 from trl_ext import hookimpl
+from trl_ext.config import SFTConfig
 from trl_ext.errors import ConfigurationError
 from trl_ext.plugins import activate
 from trl_ext.records import StreamRequest
@@ -177,6 +178,14 @@ def test_secrets_are_shown_and_kept_nowhere(tmp_path, capsys):
     assert options["headers"] == {"Authorization": "Bearer ***"}
     assert (options["api_key"], options["endpoint"]) == ("***", "***")
     assert (options["token_count"], options["unset_token"]) == (7, "")
+
+
+def test_a_secret_in_a_config_is_not_in_what_trackers_keep_of_it():
+    config = SFTConfig(use_cpu=True, bf16=False, plugins=[{"name": "judge", "api_key": SECRETS[2], "count": 3}])
+    assert config.plugins[0]["api_key"] == SECRETS[2]
+    assert config.to_dict()["plugins"] == [{"name": "judge", "api_key": "***", "count": 3}]
+    for kept in (config.to_json_string(), str(config.to_sanitized_dict())):
+        assert SECRETS[2] not in kept
 
 
 def test_a_secret_in_a_config_is_not_in_its_errors():

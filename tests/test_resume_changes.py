@@ -43,11 +43,13 @@ def log_of(caplog: Any) -> str:
 
 @dataclass(eq=False)
 class Secretive(Plugin):
-    """Has two options that no checkpoint may hold, and one whose `repr` is another in every process."""
+    """Has three options that no checkpoint may hold, and one whose `repr` is another in every process."""
 
     rule: Any = field(default_factory=object)
     api_key: str = "k-123"
     hidden: str = field(default="h-123", repr=False)
+    headers: dict[str, str] = field(default_factory=lambda: {"Authorization": "Bearer hf_0123456789"})
+    max_tokens: int = 7
 
     @hookimpl
     def weights_updated(self) -> None: ...
@@ -108,6 +110,14 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "training data": ({"train": additions(64, seed=9)}, "the training data has other rows"),
     "seed of the order": ({"data_seed": 9}, r"the training data has seed=9 \(checkpoint: 7\)"),
     "a secret": ({"plugins": [Mix(), Secretive(api_key="k-9")]}, "plugin 'Secretive' has api_key=xxh3:"),
+    "a secret inside of a value": (
+        {"plugins": [Mix(), Secretive(headers={"Authorization": "Bearer hf_9876543210"})]},
+        "plugin 'Secretive' has headers=xxh3:",
+    ),
+    "what only sounds like a secret": (
+        {"plugins": [Mix(), Secretive(max_tokens=8)]},
+        r"plugin 'Secretive' has max_tokens=8 \(checkpoint: 7\)",
+    ),
 }
 
 
@@ -168,6 +178,7 @@ def test_secrets_are_not_in_the_manifest(checkpoint):
     text = (checkpoint / "trl_ext" / "manifest.json").read_text()
     assert "k-123" not in text
     assert "h-123" not in text
+    assert "hf_0123456789" not in text
     assert '"decay"' in text
 
 

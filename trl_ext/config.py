@@ -12,6 +12,7 @@ from trl import SFTConfig as TrlSFTConfig
 
 from trl_ext.data import parse_columns, parse_streams
 from trl_ext.errors import ConfigurationError
+from trl_ext.options import masked
 from trl_ext.specs import PLUGINS_VARIABLE, parse_specs
 
 NONFINITE = ("raise", "skip", "ignore")
@@ -97,6 +98,11 @@ class _PluginSettings:
     def __post_init__(self) -> None:
         self._read_plugin_settings()
         super().__post_init__()  # type: ignore[misc]  # TRL's, in the classes below
+
+    def to_dict(self) -> dict[str, Any]:
+        """As TRL's, which trackers keep, with the secrets among the options of plugins masked as tokens are there."""
+        settings: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return settings | {"plugins": masked(settings["plugins"])}
 
     def _read_plugin_settings(self) -> None:
         """Bring the fields to their canonical form: what is saved with a run reads back as the same."""

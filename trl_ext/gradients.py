@@ -45,12 +45,12 @@ def sum_over_shards(partial: Tensor, parameters: Sequence[Tensor], agree: Callab
     """Sum per-parameter partial scalars over the ranks that hold other shards of the same parameter.
 
     Args:
-        partial: (P,) float, one scalar per parameter from this rank's shard.
-        parameters: the P parameters; plain tensors are replicated and keep their scalar.
+        partial: (P, ...) float, scalars of each parameter from this rank's shard.
+        parameters: the P parameters; plain tensors are replicated and keep their scalars.
         agree: called before the collectives, if there are any.
 
     Returns:
-        (P,) float, equal on all ranks of a mesh.
+        (P, ...) float, equal on all ranks of a mesh.
     """
     by_layout: dict[tuple[object, tuple[int, ...]], list[int]] = {}
     for i, parameter in enumerate(parameters):
@@ -110,8 +110,7 @@ class GradientView:
 
     def dots(self, other: GradientView) -> Tensor:
         """(P,) float: the inner product with `other` per parameter, over all shards."""
-        pairs = zip(self.tensors, other.tensors, strict=True)
-        return self._scalars([None if a is None or b is None else _dot(a, b) for a, b in pairs])
+        return self._over_shards(self._dots(other))
 
     def dot(self, other: GradientView) -> Tensor:
         """() float: the inner product with `other`, over all parameters and shards."""
@@ -119,20 +118,24 @@ class GradientView:
 
     def squared_norm(self) -> Tensor:
         """() float: the squared Euclidean norm over all parameters and shards."""
-        present = [(i, g) for i, g in enumerate(self.tensors) if g is not None]
-        scalars: list[Tensor | None] = [None] * len(self.parameters)
-        # One foreach call per (device, dtype); norms are taken in fp32 whatever the gradients' dtype.
-        for (i, _), norm in zip(present, _foreach_norm([g for _, g in present]), strict=True):
-            scalars[i] = norm * norm
-        return self._scalars(scalars).sum()
+        return self._over_shards(self._squared_norms()).sum()
 
     def norm(self) -> Tensor:
         """() float: the Euclidean norm over all parameters and shards."""
         return self.squared_norm().sqrt()
 
+    def grams(self, other: GradientView) -> Tensor:
+        """(P, 2, 2) float: per parameter [[<a, a>, <a, b>], [<a, b>, <b, b>]] with `other` as b, in one sum over shards
+        (new in 1.5)."""
+        dots = self._dots(other)
+        products = [self._squared_norms().to(dots.dtype), dots, other._squared_norms().to(dots.dtype)]
+        return self._over_shards(torch.stack(products, 1))[:, [0, 1, 1, 2]].view(-1, 2, 2)
+
     def cosine(self, other: GradientView) -> Tensor:
         """() float: the cosine of the angle to `other`; 0 where one of the two is zero."""
-        return self.dot(other) / (self.norm() * other.norm()).clamp(min=torch.finfo(torch.float32).tiny)
+        gram = self.grams(other).sum(0)
+        # Of the roots: the product of small squares would be 0.
+        return gram[0, 1] / (gram[0, 0].sqrt() * gram[1, 1].sqrt()).clamp(min=torch.finfo(torch.float32).tiny)
 
     # -- updates in place ----------------------------------------------------------------------------------------
 
@@ -185,14 +188,29 @@ class GradientView:
             self._tensors[i] = local_tensor(zeros)
         return local_tensor(zeros)
 
-    def _scalars(self, scalars: Iterable[Tensor | None]) -> Tensor:
+    def _dots(self, other: GradientView) -> Tensor:
+        """(P,) this rank's part of `dots`."""
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return self._stacked([None if a is None or b is None else _dot(a, b) for a, b in pairs])
+
+    def _squared_norms(self) -> Tensor:
+        """(P,) this rank's part of the squared norm of each gradient."""
+        present = [(i, g) for i, g in enumerate(self.tensors) if g is not None]
+        scalars: list[Tensor | None] = [None] * len(self.parameters)
+        # One foreach call per (device, dtype); norms are taken in fp32 whatever the gradients' dtype.
+        for (i, _), norm in zip(present, _foreach_norm([g for _, g in present]), strict=True):
+            scalars[i] = norm * norm
+        return self._stacked(scalars)
+
+    def _stacked(self, scalars: Iterable[Tensor | None]) -> Tensor:
         device = local_tensor(self.parameters[0].detach()).device
         present = [None if s is None else s.to(device) for s in scalars]
         dtype = max((s.dtype for s in present if s is not None), default=torch.float32, key=lambda d: d.itemsize)
         zero = torch.zeros((), dtype=dtype, device=device)
-        return sum_over_shards(
-            torch.stack([zero if s is None else s.to(dtype) for s in present]), self.parameters, self._agree
-        )
+        return torch.stack([zero if s is None else s.to(dtype) for s in present])
+
+    def _over_shards(self, partial: Tensor) -> Tensor:
+        return sum_over_shards(partial, self.parameters, self._agree)
 
 
 # -- two gradients that conflict -------------------------------------------------------------------------------------

@@ -88,6 +88,8 @@ READ: dict[str, str] = {
     "transformers.distributed:DistributedConfig": "the sizes of the dimensions that a model is split in",
     "trl.trainer.utils:is_async_callable": "tells an async reward function from a plain one",
     "accelerate.commands.launch:launch_command_parser": "knows the flags of accelerate's launcher",
+    "accelerate:PartialState": "the number of processes, and the device that this one communicates from",
+    "accelerate.utils:gather_object": "concatenates the lists of all ranks, in the order of the ranks",
     "accelerate.utils:is_peft_model": "whether PEFT wraps the model that carries the fused head",
 }
 

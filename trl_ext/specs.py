@@ -49,6 +49,18 @@ def parse_specs(value: Any) -> list[dict[str, Any]]:
     return specs
 
 
+def parse_one(text: str) -> dict[str, Any]:
+    """Give the canonical form of one plugin, with options as in a config: `power:alpha=10`.
+
+    Raises:
+        ConfigurationError: The text is not of this form, or does not name one plugin.
+    """
+    specs = parse_specs(text)
+    if len(specs) != 1:
+        raise ConfigurationError(f"{text!r} names {len(specs)} plugins; give one")
+    return specs[0]
+
+
 def is_name(value: Any) -> bool:
     """Whether a plugin may have this name or label; it names folders of checkpoints too."""
     return isinstance(value, str) and _NAME.fullmatch(value) is not None

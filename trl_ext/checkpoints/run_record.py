@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import xxhash
 
 from trl_ext.checkpoints.fingerprints import data_fingerprint
+from trl_ext.options import MASK
 
 _REPORTED = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs"),
@@ -25,7 +26,6 @@ _REPORTED = (
 """Settings of TRL's configs whose change is reported and allowed."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """Of an object in memory, in the `repr` of a function and the like: another in every process."""
-_SECRET = re.compile(r"token|secret|password|api_?key", re.IGNORECASE)
 
 
 @dataclass
@@ -130,19 +130,16 @@ def _identity(record: Mapping[str, Any]) -> str:
     return f"{record['class']} of {record['distribution'] or 'no distribution'}"
 
 
-def _options(instance: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options as every process has them, with a digest for each that is hidden from `repr` or looks secret."""
-    hidden = {f.name for f in fields(instance) if not f.repr} if is_dataclass(instance) else set()
-    portable = json.loads(_ADDRESS.sub("", json.dumps(options)))
-    # The options are masked for people already, so the digest is of the instance's own value.
+def _options(instance: Any, shown: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as every process has them, with a digest of the instance's own value for each that is masked."""
+    portable = {name: _ADDRESS.sub("", json.dumps(value)) for name, value in shown.items()}
     return {
-        name: _digest(getattr(instance, name)) if name in hidden or _SECRET.search(name) else value
-        for name, value in portable.items()
+        name: _digest(getattr(instance, name)) if MASK in text else json.loads(text) for name, text in portable.items()
     }
 
 
 def _digest(value: Any) -> str:
-    return "xxh3:" + xxhash.xxh3_64(json.dumps(value, default=str).encode()).hexdigest()
+    return "xxh3:" + xxhash.xxh3_64(_ADDRESS.sub("", json.dumps(value, default=str)).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -9,13 +9,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from trl_ext.errors import ConfigurationError
 from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.activation import from_spec
 from trl_ext.plugins.implementations import marked_hooks
 from trl_ext.plugins.plugin_set import ActivePlugin
 from trl_ext.records import TRAINERS, TrainerKind
-from trl_ext.specs import parse_specs
+from trl_ext.specs import parse_one
 from trl_ext.testing.conformance import Outcome, Subject, cases_of, outcome_of
 
 
@@ -28,10 +27,7 @@ def run_cases(text: str) -> Iterator[tuple[TrainerKind, str, Outcome]]:
     Raises:
         ConfigurationError: it is not one plugin, or cannot be activated.
     """
-    specs = parse_specs(text)
-    if len(specs) != 1:
-        raise ConfigurationError(f"{text!r} names {len(specs)} plugins; give one")
-    active = from_spec(specs[0])
+    active = from_spec(parse_one(text))
     for trainer in _trainers(active):
         subject = Subject(active.instance, trainer)
         with TemporaryDirectory(prefix="conformance-") as folder:

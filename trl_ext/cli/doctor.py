@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections import Counter
 from importlib import metadata
 from typing import Any
 
 import typer
+
+from trl_ext.plugins.discovery import Installation, installed_version
 
 LIBRARIES = ("trl", "transformers", "torch", "accelerate", "datasets", "safetensors", "pluggy", "typer")
 OPTIONAL = {
@@ -23,6 +26,8 @@ OPTIONAL = {
     "wandb": "report_to: wandb",
     "trackio": "report_to: trackio",
 }
+VARIABLES = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WORLD_SIZE")
+"""What of the environment matters, beside the plugins that it names."""
 
 
 def doctor_command(as_json: bool) -> None:
@@ -37,18 +42,19 @@ def diagnose() -> dict[str, Any]:
     """Versions, devices, distributions of plugins, what is supported here, and problems, as JSON."""
     from trl_ext.cli.listing import list_plugins
 
+    installed = Installation()
+    ours = [found for found in metadata.distributions() if (found.metadata["Name"] or "").startswith("trl-ext")]
+    unmet = [f"{found.metadata['Name']}: {what}" for found in ours for what in installed.unmet_requirements(found)]
+    named, problem = _plugins_of_environment()
     plugins = list_plugins()
-    distributions = {f"{plugin.distribution} {plugin.version}": 0 for plugin in plugins}
-    for plugin in plugins:
-        distributions[f"{plugin.distribution} {plugin.version}"] += 1
     broken = [f"plugin {plugin}: {plugin.error}" for plugin in plugins if plugin.error]
     return {
         "versions": _versions(),
         "devices": _devices(),
-        "plugins": distributions,
+        "plugins": Counter(f"{plugin.distribution} {plugin.version}" for plugin in plugins),
         "supported": _supported(),
-        "environment": {name: value for name, value in sorted(os.environ.items()) if _matters(name)},
-        "problems": [*_unmet_requirements(), *broken],
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ} | named,
+        "problems": [*unmet, *broken, *problem],
     }
 
 
@@ -67,7 +73,7 @@ def _versions() -> dict[str, str]:
 
     own = {"trl-ext": f"{trl_ext.__version__} (plugin API {trl_ext.API_VERSION})"}
     python = {"python": platform.python_version(), "platform": platform.platform()}
-    return own | {name: _installed(name) or "not installed" for name in LIBRARIES} | python
+    return own | {name: installed_version(name) or "not installed" for name in LIBRARIES} | python
 
 
 def _devices() -> dict[str, str]:
@@ -96,35 +102,24 @@ def _supported() -> dict[str, str]:
     if torch.cuda.device_count() > 1:
         facts["several processes"] += ", one a GPU (--num_processes)"
     for name, what in OPTIONAL.items():
-        version = _installed(name)
+        version = installed_version(name)
         facts[what] = f"{name} {version}" if version else f"no: pip install {name}"
     return facts
 
 
-def _matters(name: str) -> bool:
-    return name in ("TRL_EXT_PLUGINS", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "WORLD_SIZE")
+def _plugins_of_environment() -> tuple[dict[str, str], list[str]]:
+    """The plugins that the environment names, secrets masked as each plugin declares them; and why there are none."""
+    from trl_ext.errors import ConfigurationError
+    from trl_ext.plugins.activation import from_spec
+    from trl_ext.specs import PLUGINS_VARIABLE, parse_specs
 
-
-def _unmet_requirements() -> list[str]:
-    """Where our distributions ask for other versions than those that are installed."""
-    from packaging.requirements import Requirement
-
-    problems = []
-    for distribution in metadata.distributions():
-        name = distribution.metadata["Name"] or ""
-        if not name.startswith("trl-ext"):
-            continue
-        for requirement in map(Requirement, distribution.requires or ()):
-            present = _installed(requirement.name)
-            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-                continue
-            if present is None or not requirement.specifier.contains(present, prereleases=True):
-                problems.append(f"{name} needs {requirement}, and {present or 'none'} is installed")
-    return problems
-
-
-def _installed(name: str) -> str | None:
+    if PLUGINS_VARIABLE not in os.environ:
+        return {}, []
     try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+        specs = parse_specs(os.environ[PLUGINS_VARIABLE])
+        shown = [{key: from_spec(spec).options.get(key, value) for key, value in spec.items()} for spec in specs]
+    except ConfigurationError:  # its message may quote the text
+        return {PLUGINS_VARIABLE: "..."}, [
+            f"{PLUGINS_VARIABLE} cannot be activated; a run without plugins of its own says why"
+        ]
+    return {PLUGINS_VARIABLE: json.dumps(shown)}, []

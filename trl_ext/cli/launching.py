@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trl_ext.cli.ending import INTERRUPTED
-from trl_ext.cli.settings import refuse_value
+from trl_ext.cli.settings import ACCELERATE_CONFIG, refuse_value
 from trl_ext.errors import ConfigurationError, did_you_mean
 
 LAUNCHED = "TRL_EXT_LAUNCHED"
@@ -21,7 +21,8 @@ def launch_flags() -> set[str]:
     from accelerate.commands.launch import launch_command_parser
 
     options = launch_command_parser()._option_string_actions
-    return {"accelerate_config", *(name.removeprefix("--").replace("-", "_") for name in options if name[:2] == "--")}
+    flags = (ACCELERATE_CONFIG, *(name for name in options if name[:2] == "--"))
+    return {name.removeprefix("--").replace("-", "_") for name in flags}
 
 
 def is_launched() -> bool:
@@ -103,9 +104,9 @@ def _with_names(message: str, launch_args: Sequence[str]) -> str:
     from importlib.resources import files
 
     names = sorted(file.name.removesuffix(".yaml") for file in files("trl.accelerate_configs").iterdir())
-    given = launch_args[list(launch_args).index("--accelerate_config") + 1]
+    given = launch_args[list(launch_args).index(ACCELERATE_CONFIG) + 1]
     names = [name for name in names if not name.startswith("__")]
     return (
-        f"--accelerate_config: {given!r} is no file and none of TRL's configurations. {did_you_mean(given, names)}"
+        f"{ACCELERATE_CONFIG}: {given!r} is no file and none of TRL's configurations. {did_you_mean(given, names)}"
         f"TRL has {', '.join(names)}"
     )

@@ -48,17 +48,15 @@ def info(
     from trl_ext.errors import ConfigurationError
     from trl_ext.plugins.activation import from_spec
     from trl_ext.plugins.discovery import load_plugin
-    from trl_ext.specs import parse_specs
+    from trl_ext.specs import parse_one
 
-    specs = parse_specs(plugin)
-    if len(specs) != 1:
-        raise ConfigurationError(f"{plugin!r} names {len(specs)} plugins; give one")
-    name = specs[0]["name"]
+    spec = parse_one(plugin)
+    name = spec["name"]
     plugin_class, found = load_plugin(name)
     if as_bibtex:
         _print_bibtex(name, plugin_class)
         return
-    active = from_spec(specs[0]) if draw or len(specs[0]) > 1 else None
+    active = from_spec(spec) if draw or len(spec) > 1 else None
     if draw and active:
         if not hasattr(active.instance, "draw"):
             raise ConfigurationError(f"plugin {active} has nothing to draw; leave out --draw")
@@ -172,7 +170,7 @@ def _options(plugin_class: type) -> list[tuple[str, ...]]:
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
-    from trl_ext.plugins.coercion import default_of
+    from trl_ext.plugins.written_options import default_of
 
     default = default_of(field, missing=...)
     return "required" if default is ... else repr(default)

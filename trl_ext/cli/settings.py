@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from trl_ext.errors import ConfigurationError, did_you_mean
 
 CONFIG = "--config"
+ACCELERATE_CONFIG = "--accelerate_config"
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,12 @@ def read_command_line(parser: Any, arguments: Sequence[str]) -> CommandLine:
 
     Args:
         parser: The `TrlParser` of a training script.
-        arguments: The command line after the command's name.
+        arguments: The command line after the command's name, from `in_two_words`.
 
     Raises:
         ConfigurationError: The YAML cannot be read, or a value is not of its setting's type or is refused by the
             config's class.
     """
-    arguments = [part for text in arguments for part in _split_config(text)]
     path = config_path(arguments)
     config = read_yaml(path) if path else {}
     if path:
@@ -112,13 +112,14 @@ def known_settings(parser: Any) -> set[str]:
     return {action.dest for action in parser._actions}
 
 
-def _split_config(text: str) -> list[str]:
-    """`--config=FILE` as two, the one form that TRL's parser reads."""
-    return text.split("=", 1) if text.startswith(f"{CONFIG}=") else [text]
+def in_two_words(arguments: Sequence[str]) -> list[str]:
+    """The command line with `--config=FILE` as `--config FILE`, and so each flag that TRL reads as two words only."""
+    apart = tuple(f"{flag}=" for flag in (CONFIG, ACCELERATE_CONFIG))
+    return [word for text in arguments for word in (text.split("=", 1) if text.startswith(apart) else [text])]
 
 
 def config_path(arguments: Sequence[str]) -> Path | None:
-    """The file that `--config` names.
+    """The file that `--config` names, in a command line from `in_two_words`.
 
     Raises:
         ConfigurationError: It names none.

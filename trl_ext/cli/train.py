@@ -84,8 +84,9 @@ def read(kind: TrainerKind, arguments: Sequence[str]) -> tuple[Settings, list[st
         ConfigurationError: A setting is unknown or of the wrong type.
     """
     from trl_ext.cli.launching import is_launched, launch_flags
-    from trl_ext.cli.settings import read_command_line, refuse_unknown
+    from trl_ext.cli.settings import in_two_words, read_command_line, refuse_unknown
 
+    arguments = in_two_words(arguments)
     parser = make_parser(kind)
     line = read_command_line(parser, arguments)
     launch_args: list[str] = []

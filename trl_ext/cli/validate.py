@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trl_ext.cli.ending import held_warnings
-from trl_ext.cli.settings import CONFIG, config_path, known_settings, read_yaml
+from trl_ext.cli.settings import CONFIG, config_path, in_two_words, known_settings, read_yaml
 from trl_ext.cli.train import announce, check, make_parser, read
 from trl_ext.errors import ConfigurationError
 from trl_ext.records import TRAINERS, TrainerKind
@@ -29,7 +29,7 @@ def validate_command(arguments: Sequence[str]) -> None:
         print(USAGE.format(kinds=" or ".join(TRAINERS)))
         return
     named = next((kind for kind in TRAINERS if kind == arguments[0]), None)
-    rest = arguments[1:] if named else arguments
+    rest = in_two_words(arguments[1:] if named else arguments)
     if rest and not rest[0].startswith("-"):
         raise ConfigurationError(f"validate: {rest[0]!r} is not one of {', '.join(TRAINERS)}")
     announce("validate")

@@ -8,12 +8,13 @@ from typing import Any
 from trl_ext.errors import ConfigurationError
 from trl_ext.hookspecs import HOOKS
 from trl_ext.options import check_options
-from trl_ext.plugins.coercion import build_options, check_option_types, resolved_options
+from trl_ext.plugins.coercion import build_options, check_option_types
 from trl_ext.plugins.declarations import read_declarations
 from trl_ext.plugins.discovery import find_distribution, load_plugin, range_error
 from trl_ext.plugins.implementations import marked_hooks
 from trl_ext.plugins.plugin_set import ActivePlugin, PluginSet, class_of
 from trl_ext.plugins.relations import refuse_relations
+from trl_ext.plugins.written_options import line_of, resolved_options
 from trl_ext.records import TrainerKind
 from trl_ext.specs import config_line, is_name, parse_specs, registered_name
 
@@ -60,11 +61,12 @@ def from_spec(spec: dict[str, Any]) -> ActivePlugin:
         ConfigurationError: it is not installed, or refuses its options.
     """
     plugin_class, info = load_plugin(spec["name"])
+    line = line_of(plugin_class, spec)
     options = build_options(plugin_class, spec, str(info))
     try:
         instance = plugin_class(**options)
     except (ImportError, TypeError, ValueError) as error:
-        raise ConfigurationError(f"plugin {info} refuses its options: {error}. Change {config_line(spec)}") from error
+        raise ConfigurationError(f"plugin {info} refuses its options: {error}. Change {line}") from error
     return ActivePlugin(
         name=registered_name(spec),
         instance=instance,
@@ -72,8 +74,8 @@ def from_spec(spec: dict[str, Any]) -> ActivePlugin:
         version=info.version,
         options=resolved_options(instance),
         citation=getattr(plugin_class, "citation", ""),
-        declared=read_declarations(instance, info.name, str(info), config_line(spec)),
-        line=config_line(spec),
+        declared=read_declarations(instance, info.name, str(info), line),
+        line=line,
     )
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 from trl_ext.errors import ConfigurationError, did_you_mean
-from trl_ext.options import MASK, Range, masked, option_fields, option_type, violation
-from trl_ext.specs import RESERVED, config_line, split_outside_brackets, unquote
+from trl_ext.options import Range, option_fields, option_type, violation
+from trl_ext.plugins.written_options import line_of
+from trl_ext.specs import RESERVED, split_outside_brackets, unquote
 
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
@@ -87,13 +88,13 @@ def build_options(plugin_class: type, spec: Mapping[str, Any], origin: str) -> d
                 hint = f"Its class sets one without an annotation: write `{option}: <type> = ...` there. "
             raise ConfigurationError(
                 f"plugin {origin} has no option {option!r}. {hint}Its options: {', '.join(fields) or 'none'}. "
-                f"Change {config_line(spec)}"
+                f"Change {line_of(plugin_class, spec)}"
             )
     for option, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and option not in given:
             kind = type_name(option_type(plugin_class, option))
-            line = config_line(spec, **{option: f"<{kind}>"})
+            line = line_of(plugin_class, spec, **{option: f"<{kind}>"})
             raise ConfigurationError(f"plugin {origin} needs a value for option {option!r} ({kind}): {line}")
     values = {}
     for option, value in given.items():
@@ -101,10 +102,10 @@ def build_options(plugin_class: type, spec: Mapping[str, Any], origin: str) -> d
         try:
             values[option] = coerce(value, annotation)
         except (TypeError, ValueError) as error:
-            line = config_line(spec, **{option: f"<{type_name(annotation)}>"})
+            line = line_of(plugin_class, spec, **{option: f"<{type_name(annotation)}>"})
             raise ConfigurationError(f"plugin {origin}, option {option!r}: {error}. Change it to {line}") from error
         if reason := violation(values[option], annotation):
-            line = config_line(spec, **{option: f"<{type_name(annotation)}>"})
+            line = line_of(plugin_class, spec, **{option: f"<{type_name(annotation)}>"})
             raise ConfigurationError(f"plugin {origin}: {option}={values[option]!r} {reason}. Change it to {line}")
     return values
 
@@ -141,36 +142,6 @@ def _refuse_reserved_options(plugin_class: type, origin: str) -> None:
             raise ConfigurationError(
                 f"plugin {origin} has an option {option!r}, a name that configs reserve; rename it"
             )
-
-
-def resolved_options(plugin: object) -> dict[str, Any]:
-    """The options of an instance as JSON values, secrets masked; {} for a plain class.
-
-    A secret is declared as `field(repr=False)`, or looks like one.
-    """
-    if not dataclasses.is_dataclass(plugin):
-        return {}
-    resolved = {}
-    for name, option in option_fields(type(plugin)).items():
-        value = as_written(getattr(plugin, name))
-        resolved[name] = masked(value, name) if option.repr or not value else MASK
-    return resolved
-
-
-def as_written(value: Any) -> Any:
-    """A value as a config holds it: a path as text, a member by its name; its `repr` where no config could."""
-
-    def written(value: Any) -> str:
-        return value.name if isinstance(value, enum.Enum) else str(value) if isinstance(value, Path) else repr(value)
-
-    return written(value) if isinstance(value, enum.Enum) else json.loads(json.dumps(value, default=written))
-
-
-def default_of(field: dataclasses.Field[Any], missing: Any) -> Any:
-    """The default of an option as a config holds it; `missing` where there is none."""
-    if field.default is not dataclasses.MISSING:
-        return as_written(field.default)
-    return missing if field.default_factory is dataclasses.MISSING else as_written(field.default_factory())
 
 
 def _to_bool(value: Any) -> bool:

@@ -10,7 +10,7 @@ import dataclasses
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -139,7 +139,7 @@ class Installation:
 
     def __init__(self) -> None:
         self._origins: dict[metadata.Distribution | None, tuple[str, str, str]] = {None: ("unknown", "unknown", "")}
-        self._problems: dict[metadata.Distribution | None, str | None] = {None: None}
+        self._problems: dict[metadata.Distribution | None, str | None] = {}
         self._versions: dict[str, str | None] = {}
         found = metadata.entry_points(group=ENTRY_POINT_GROUP)
         self.entry_points = sorted(found, key=lambda entry_point: (entry_point.name, self._origin(entry_point.dist)))
@@ -186,7 +186,8 @@ class Installation:
         if not re.fullmatch(r"[\w.]+:\w+", value):
             return f"its entry point {value!r} is not of the form module:Class"
         if entry_point.dist not in self._problems:
-            self._problems[entry_point.dist] = self._unmet_requirement(entry_point.dist)
+            unmet = self.unmet_requirements(entry_point.dist) if entry_point.dist else ()
+            self._problems[entry_point.dist] = next(iter(unmet), None)
         return self._problems[entry_point.dist]
 
     def _origin(self, distribution: metadata.Distribution | None) -> tuple[str, str, str]:
@@ -202,16 +203,17 @@ class Installation:
             self._versions[distribution] = installed_version(distribution)
         return self._versions[distribution]
 
-    def _unmet_requirement(self, distribution: metadata.Distribution | None) -> str | None:
+    def unmet_requirements(self, distribution: metadata.Distribution) -> Iterator[str]:
+        """Where a distribution asks for what is not installed ("it requires pluggy>=99, but 1.6 is installed")."""
         environment: dict[str, Any] = {**default_environment(), "extra": ""}
-        for text in (distribution.requires if distribution else None) or ():
+        for text in distribution.requires or ():
             try:
                 requirement = Requirement(text)
             except InvalidRequirement:
-                return f"its metadata holds an invalid requirement {text!r}"
+                yield f"its metadata holds an invalid requirement {text!r}"
+                continue
             if requirement.marker and not requirement.marker.evaluate(environment):
                 continue
             present = self.version(requirement.name)
             if present is None or not requirement.specifier.contains(present, prereleases=True):
-                return f"it requires {text}, but {present or 'none'} is installed"
-        return None
+                yield f"it requires {text}, but {present or 'none'} is installed"

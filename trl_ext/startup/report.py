@@ -13,8 +13,8 @@ from typing import Any
 from trl_ext.engine.streams import Stream
 from trl_ext.hookspecs import API_VERSION, HOOKS
 from trl_ext.options import option_fields
-from trl_ext.plugins.coercion import default_of
 from trl_ext.plugins.plugin_set import PluginSet
+from trl_ext.plugins.written_options import default_of
 
 RUN_FILE = "trl_ext_run.json"
 RAW_FOLDER = "raw"

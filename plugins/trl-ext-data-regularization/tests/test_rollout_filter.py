@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,14 +125,23 @@ def test_filter_drops_what_opposes_the_rollout_itself_and_rescales(loss_type, ta
     torch.testing.assert_close(filtered, expected, rtol=1e-4, atol=1e-5)
 
 
+class Scored(RolloutFilter):
+    """Keeps the scores of the first generation batch."""
+
+    def _vectors(self, *arguments):
+        g, t, size = super()._vectors(*arguments)
+        self.scores = sum(vectors @ part for vectors, part in zip(g, t, strict=True))
+        return g, t, size
+
+
 def test_sketched_scores_agree_with_direct_ones():
-    runs = []
-    for options in ({"engine": "direct"}, {"engine": "sketch", "sketch_size": 512}):  # as wide as every layer: exact
-        after = Witness()
-        run([RolloutFilter(**options), after])
-        runs.append([advantages for _, _, advantages in after.seen])
-    for a, b in zip(*runs, strict=True):
-        torch.testing.assert_close(a, b)
+    plugins = [Scored(engine="direct"), Scored(engine="sketch", sketch_size=512)]  # as wide as every layer: exact
+    for plugin in plugins:
+        run([plugin], max_steps=1)
+    direct, sketched = (plugin.scores for plugin in plugins)
+    assert direct.std() > 0.01 * direct.abs().max(), "the case must tell completions apart"
+    # Both sum products in fp32, in other orders: an error of rounding relative to the largest of them.
+    torch.testing.assert_close(sketched, direct, rtol=1e-4, atol=1e-5 * float(direct.abs().max()))
 
 
 @pytest.fixture
@@ -169,11 +179,29 @@ def test_without_dropping_anything_training_is_plain_trl_to_the_bit(options, tar
 
 
 class Remembers(RolloutFilter):
-    """Keeps its fresh rollouts."""
+    """Keeps its fresh rollouts, one batch for each generation batch."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.batches = []
 
     def _fresh(self):
-        self.batch = super()._fresh()
-        return self.batch
+        self.batches.append(super()._fresh())
+        return self.batches[-1]
+
+    def drawn(self):
+        """(prompt, completion) texts of each batch."""
+        return [
+            [
+                tuple(TOKENIZER.decode(ids[real.bool()], skip_special_tokens=True) for ids, real in pair)
+                for pair in zip(
+                    zip(batch.prompt_ids, batch.prompt_mask, strict=True),
+                    zip(batch.completion_ids, batch.mask, strict=True),
+                    strict=True,
+                )
+            ]
+            for batch in self.batches
+        ]
 
 
 @pytest.mark.parametrize("target_loss", ["train-loss", "token-pg", "reward"])
@@ -182,32 +210,77 @@ def test_filter_drops_what_opposes_fresh_rollouts_on_held_out_prompts(held_out, 
     plugin = fresh(held_out, cls=Remembers, target_loss=target_loss, engine="direct")
     trainer = run([before, plugin, after], net, max_steps=1, temperature=0.9, per_device_train_batch_size=8)
     (rollouts, _, raw), (_, _, filtered) = before.seen[0], after.seen[0]
-    target = gradients_of(net, plugin.batch, plugin.batch.coefficients).sum(0)
+    (batch,), (drawn,) = plugin.batches, plugin.drawn()
+    rewards = torch.tensor(noisy_reward(prompts=None, completions=[completion for _, completion in drawn]))
+    pairs = rewards.view(2, 2)
+    expected = {
+        "reward": (rewards - rewards.mean()) / rewards.std(unbiased=False) / 4,
+        "train-loss": ((pairs - pairs.mean(1, keepdim=True)) / (pairs.std(1, keepdim=True) + 1e-4)).flatten(),
+    }
+    expected["token-pg"] = expected["train-loss"]
+    torch.testing.assert_close(batch.coefficients, expected[target_loss].unsqueeze(1) * batch.mask)
+    target = gradients_of(net, batch, batch.coefficients).sum(0)
     kept = gradients_of(net, rollouts, raw.unsqueeze(1) * rollouts.mask) @ target >= 0
     assert 0 < kept.sum() < len(kept), "the case must tell completions apart"
     tokens = rollouts.mask.sum(1)
     torch.testing.assert_close(filtered, raw * kept * tokens.sum() / tokens[kept].sum(), rtol=1e-4, atol=1e-5)
     assert trainer.state.log_history[0]["Remembers/kept"] == pytest.approx(float(kept.float().mean()))
-    assert "Remembers/target_reward" in trainer.state.log_history[0]
+    assert trainer.state.log_history[0]["Remembers/target_reward"] == pytest.approx(float(rewards.mean()))
 
 
 def test_held_out_prompts_cycle_and_resume_where_they_were(held_out):
-    plugin = fresh(held_out)
-    run([plugin])
-    assert plugin.state_dict() == {"position": 4}
-    other = fresh(held_out)
-    other.load_state_dict(plugin.state_dict())
-    assert other.state_dict() == plugin.state_dict()
+    """With a learning rate of 0 the policy stays, so that a resumed run has to draw what the whole one drew."""
+    rows = [json.loads(line)["prompt"] for line in Path(held_out).read_text().splitlines()]
+    still = {"learning_rate": 0.0, "num_iterations": 1}
+    whole = fresh(held_out, cls=Remembers)
+    run([whole], max_steps=3, **still)
+    drawn = whole.drawn()
+    assert [[prompt for prompt, _ in batch] for batch in drawn] == [
+        [rows[0], rows[0], rows[1], rows[1]],
+        [rows[2], rows[2], rows[3], rows[3]],
+        [rows[0], rows[0], rows[1], rows[1]],
+    ]
+    assert drawn[2] != drawn[0], "the same prompts get other completions the next time"
+    resumed = fresh(held_out, cls=Remembers)
+    resumed.load_state_dict({"position": 2})
+    run([resumed], max_steps=2, **still)
+    assert resumed.drawn() == drawn[1:]
+    assert resumed.state_dict() == whole.state_dict() == {"position": 6}
 
 
-def endless_reward(prompts, completions, **columns):
-    return [float("inf")] * len(completions)
+def test_fresh_rollouts_end_with_the_tokens_that_end_those_of_the_trainer(held_out):
+    """Those of the model's generation settings too; a token that is drawn in every completion shows it."""
+    free = fresh(held_out, cls=Remembers)
+    run([free], max_steps=1)
+    ids = free.batches[0].completion_ids[0]
+    ending = int(ids[0])
+    net = model(layers=1)
+    net.generation_config.eos_token_id = [TOKENIZER.eos_token_id, ending]
+    ended = fresh(held_out, cls=Remembers)
+    run([ended], net, max_steps=1)
+    batch = ended.batches[0]
+    assert batch.completion_ids[0, 0] == ending
+    assert batch.mask[0].tolist() == [1] + [0] * (batch.mask.shape[1] - 1)
+
+
+def unsure_reward(prompts, completions, **columns):
+    return [None] * len(completions)
+
+
+def test_a_reward_of_none_is_refused(held_out):
+    """What does not count has no gradient to be a target."""
+    with pytest.raises(PluginError, match=r"unsure_reward gave None for row 0 of prompts"):
+        run([fresh(held_out, reward="test_rollout_filter:unsure_reward")], max_steps=1)
+
+
+def huge_reward(prompts, completions, **columns):
+    return [3e38] * len(completions)
 
 
 def test_a_target_gradient_of_nan_stops_the_run(held_out, caplog):
-    """No order of NaN says which completions to drop."""
+    """No order of NaN says which completions to drop; here a mean of rewards is more than fp32 holds."""
     with pytest.raises(PluginError, match=r"rollout-filter.*advantages that are NaN or infinite"):
-        run([fresh(held_out, reward="test_rollout_filter:endless_reward")], max_steps=1)
+        run([fresh(held_out, reward="test_rollout_filter:huge_reward")], max_steps=1)
     assert "the scores <g_i, t> are NaN or infinite" in caplog.text
 
 
@@ -260,7 +333,8 @@ def test_losses_weigh_tokens_as_trl_does():
     torch.testing.assert_close(train_loss(advantages, mask, "grpo"), torch.tensor([[1.0, 1, 0], [-1, 0, 0]]))
     torch.testing.assert_close(train_loss(advantages, mask, "dapo"), torch.tensor([[2.0, 2, 0], [-1, 0, 0]]))
     torch.testing.assert_close(token_policy_gradient(advantages, mask), torch.tensor([[2.0, 2, 0], [-1, 0, 0]]))
-    torch.testing.assert_close(group_advantages(torch.tensor([1.0, 0.0, 1.0, 1.0]), 2).sum(), torch.tensor(0.0))
+    half = 0.5 / (0.5**0.5 + 1e-4)  # of two rewards 0 and 1, over their unbiased standard deviation
+    torch.testing.assert_close(group_advantages(torch.tensor([1.0, 0, 1, 1]), 2), torch.tensor([half, -half, 0, 0]))
 
 
 def test_inputs_put_labels_on_the_tokens_of_the_loss():

@@ -15,10 +15,11 @@ from runs import distance, grpo, prompts, weights
 from test_reachability import PROMPTS, Record, write_probe
 from trl_ext_probing.reachability.routing import ROUTES
 from trl_ext_reachability.draw_order import draw_order
-from trl_ext_reachability.merged_groups import group_advantages, group_labels
+from trl_ext_reachability.merged_groups import group_labels
 from trl_ext_reachability.reachability import Reachability
 
 from trl_ext.errors import ConfigurationError, PluginError
+from trl_ext.groups import group_advantages
 
 
 @given(st.data())

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from trl_ext.plugins.coercion import build_options, check_option_types, resolved_options
+from trl_ext.plugins.coercion import build_options, check_option_types
+from trl_ext.plugins.written_options import written_options
 from trl_ext.testing.conformance.case import case
 from trl_ext.testing.conformance.subject import Subject
 
@@ -19,7 +19,7 @@ def options_in_config(subject: Subject, folder: Path) -> None:
     """
     kind = type(subject.plugin)
     check_option_types(kind, kind.__name__)
-    written = json.loads(json.dumps(resolved_options(subject.plugin)))
+    written = written_options(subject.plugin)
     read = build_options(kind, {"name": "plugin", **written}, kind.__name__)
     different = [name for name, value in read.items() if value != getattr(subject.plugin, name, value)]
     assert not different, (

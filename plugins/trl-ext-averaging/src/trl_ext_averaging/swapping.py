@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+
+from trl_ext.own_passes import drop_gathered_weights
 
 
 class Swapper:
@@ -19,8 +20,7 @@ class Swapper:
     """
 
     def __init__(self, model: nn.Module | None = None, in_host_memory: bool = False) -> None:
-        modules = () if model is None else model.modules()
-        self._sharded: Sequence[FSDPModule] = [module for module in modules if isinstance(module, FSDPModule)]
+        self._model = model
         self._in_host_memory = in_host_memory
 
     @contextmanager
@@ -43,6 +43,5 @@ class Swapper:
             self._drop_gathered()
 
     def _drop_gathered(self) -> None:
-        """FSDP2 keeps the root's gathered weights after a forward without backward; they are stale after a swap."""
-        for module in self._sharded:
-            module.reshard()
+        if self._model is not None:
+            drop_gathered_weights(self._model)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trl_ext.own_passes import preserved_random_state
 from trl_ext.records import SetupContext
 from trl_ext_data_regularization.engines import Direct, Projections, Sketch
 from trl_ext_data_regularization.layers import Batch, find_layers
@@ -67,10 +68,8 @@ class CompletionGradients:
         """Forward and backward of some rows, unwrapped: no counter, metric, gradient or random state moves."""
         context, inputs = self._context, batch.inputs(rows)
         index = torch.arange(rows.stop - rows.start, device=context.device).unsqueeze(1).expand_as(inputs["input_ids"])
-        devices = [context.device] if context.device.type != "cpu" else []
-        kind = context.device.type if devices else "cuda"
         scoring = self._taps.active(ScorePass(engine), Batch(index, len(index), offset, True))
-        with torch.random.fork_rng(devices=devices, device_type=kind), torch.enable_grad(), scoring:
+        with preserved_random_state(context.device), torch.enable_grad(), scoring:
             output = context.model(**inputs, use_cache=False, fused_lm_head=True)
             log_probs = output.log_probs[:, -batch.mask.shape[1] :]
             (-(log_probs * batch.coefficients[rows])).sum().backward()

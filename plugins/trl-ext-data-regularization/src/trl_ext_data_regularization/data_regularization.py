@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
 from trl_ext.options import Range
+from trl_ext.ranks import on_every_rank
 from trl_ext.records import SampleWeights
 from trl_ext_data_regularization.checks import refuse_contradictions, refuse_run
 from trl_ext_data_regularization.engines import Projections, Scores, make_engine
 from trl_ext_data_regularization.observer import Observer, summary
 from trl_ext_data_regularization.plan import Plan
 from trl_ext_data_regularization.preconditioner import preconditioned, refuse_without_second_moments
-from trl_ext_data_regularization.ranks import FailedElsewhere, together
 from trl_ext_data_regularization.relations import COMBINED_TWICE, COMBINES_TARGET
 from trl_ext_data_regularization.selection import Samples, samples_of, samples_of_inputs
 from trl_ext_data_regularization.tapped_model import Inputs, TappedModel
@@ -154,10 +154,7 @@ class DataRegularization:
             self._model.own.begin()
             self._model.expect(samples_of(window).batches, afterwards=self._begin_general)
             return None
-        try:
-            return self._weigh(window, self._model)
-        except FailedElsewhere:
-            return None
+        return self._weigh(window, self._model)
 
     def _weigh(self, window: Window, model: TappedModel) -> SampleWeights | None:
         def scored() -> tuple[WindowChoice, Scores | None]:
@@ -166,7 +163,7 @@ class DataRegularization:
                 choice.forget_target()
             return choice, None if model.one_pass else choice.score(window, model.taps, self._context)
 
-        choice, scores = together(scored, self._context.device)
+        choice, scores = on_every_rank(scored)
         self._observer.window(window)
         if scores is not None:
             choice.choose(scores)
@@ -211,10 +208,7 @@ class DataRegularization:
         choice, self._choice = self._choice, None
         if choice is None:
             return
-        try:
-            share = self._target_share(choice)
-        except FailedElsewhere:
-            return
+        share = self._target_share(choice)
         update: GradientView = gradients
         target: GradientView | None = None
         if self._plan.from_stream:
@@ -234,12 +228,12 @@ class DataRegularization:
 
         Raises:
             Exception: what went wrong in this rank's backward pass.
-            FailedElsewhere: something did in another's, and the exchange would wait for it.
+            OnAllRanksError: the same on several ranks, where the exchange would wait for the one that failed.
         """
         if not self._plan.solver.uses_target:
             choice.raise_failure()
             return 1.0 if self.with_target else None
-        together(choice.raise_failure, self._context.device)
+        on_every_rank(choice.raise_failure)
         return choice.target_share()
 
     def _add_target(self, update: GradientView, target: GradientView, share: Tensor | float) -> None:

@@ -192,9 +192,9 @@ def gram_terms(problem: Problem, solution: Solution, squared_target_norm: Tensor
 
 def view_terms(update: GradientView, target: GradientView, general: GradientView) -> Tensor:
     """(P, 5) the same of each parameter, from the gradients themselves: exact, whatever the engine."""
-    gg, tt, uu = general.dots(general), target.dots(target), update.dots(update)
-    tg = target.dots(general)
-    return torch.stack([gg, tg, tt, uu - 2 * update.dots(general) + gg, uu - 2 * update.dots(target) + tt], -1)
+    tt, tg, _, gg = target.grams(general).flatten(1).unbind(1)
+    uu, ug, _, _ = update.grams(general).flatten(1).unbind(1)
+    return torch.stack([gg, tg, tt, uu - 2 * ug + gg, uu - 2 * update.dots(target) + tt], -1)
 
 
 def sample_id(tokens: Sequence[int]) -> str:

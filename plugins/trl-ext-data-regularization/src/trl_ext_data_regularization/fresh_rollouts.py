@@ -2,111 +2,126 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
-from torch import Tensor, nn
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from trl_ext_probing.encoding import prompt_ids
+from trl_ext_probing.engines import engine
+from trl_ext_probing.functions import load_function
+from trl_ext_probing.rewards import Judge
 
-RewardFunction = Callable[..., Sequence[float]]
-
-
-def load_function(path: str) -> RewardFunction:
-    """The object that "package.module:name" or "package.module:object.method" names.
-
-    Raises:
-        ValueError: it cannot be found.
-    """
-    module, _, name = path.partition(":")
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"reward={path!r} cannot be loaded: {error}; write it as package.module:function") from error
-    return found
+from trl_ext.data import load_dataset_spec
+from trl_ext.own_passes import inference_only
+from trl_ext.records import SetupContext
 
 
-def load_prompts(path: str, per_step: int, world_size: int) -> Dataset:
-    """A .json or .jsonl file, or the split "train" of what `datasets.load_dataset` takes.
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out prompts, and what judges completions of them."""
 
-    Args:
-        path: file, folder or hub id.
-        per_step: prompts that each of `world_size` ranks takes in one go.
+    rows: Dataset
+    judge: Judge
 
-    Raises:
-        ValueError: there is no column `prompt`, or there are too few rows.
-    """
-    file = path.endswith((".json", ".jsonl"))
-    found = load_dataset("json", data_files=path, split="train") if file else load_dataset(path, split="train")
-    if "prompt" not in found.column_names:
-        raise ValueError(f"prompts={path} has no column 'prompt' ({', '.join(found.column_names)}); rename one to it")
-    if len(found) < per_step * world_size:
-        raise ValueError(
-            f"prompts={path} has {len(found)} rows, fewer than prompts_per_step={per_step} on {world_size} rank(s); "
-            "lower prompts_per_step"
-        )
-    return found
+    @classmethod
+    def load(cls, prompts: str, reward: str, per_step: int, world_size: int) -> HeldOut:
+        """Read both from what a config says.
+
+        Args:
+            prompts: file, folder or hub id, of which the split "train" is taken.
+            reward: function of TRL's form, `package.module:function` or `file.py:function`.
+            per_step: prompts that each of `world_size` ranks takes in one go.
+            world_size: number of ranks.
+
+        Raises:
+            ValueError: one cannot be loaded, there is no column `prompt` or one that the reward needs, or there are too
+                few rows.
+        """
+        rows = load_dataset_spec({"path": prompts}, "prompts")
+        if "prompt" not in rows.column_names:
+            there = ", ".join(rows.column_names)
+            raise ValueError(f"prompts={prompts} has no column 'prompt' ({there}); rename one to it")
+        if len(rows) < per_step * world_size:
+            raise ValueError(
+                f"prompts={prompts} has {len(rows)} rows, fewer than prompts_per_step={per_step} on {world_size} "
+                "rank(s); lower prompts_per_step"
+            )
+        return cls(rows, Judge({reward: load_function(reward, "reward")}, rows.column_names))
 
 
-@contextmanager
-def generating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+@dataclass(frozen=True)
+class FreshRollouts:
+    """Judged completions of held-out prompts, those of a prompt one after the other. N rows."""
+
+    prompt_ids: Tensor
+    """(N, P) long, padded on the left."""
+    prompt_mask: Tensor
+    """(N, P) 0/1."""
+    completion_ids: Tensor
+    """(N, T) long, padded on the right."""
+    mask: Tensor
+    """(N, T) 0/1: the completion's tokens, up to and with the one that ends it."""
+    rewards: Tensor
+    """(N,) float."""
 
 
 def roll_out(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Any], options: dict[str, Any], seed: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sample one completion per prompt.
+    context: SetupContext, held_out: HeldOut, places: Sequence[int], generations: int, args: Any, seed: int
+) -> FreshRollouts:
+    """Sample completions as the trainer's settings have them, and judge them.
+
+    Neither a random state nor a module's mode is another one afterwards: the noise of a draw depends on the seed, the
+    prompt and the number of the sample alone.
 
     Args:
-        model: the unwrapped model.
-        tokenizer: its tokenizer.
-        prompts: N texts or lists of messages.
-        options: what `generate` takes.
-        seed: seed of the sampling; the surrounding random state is preserved.
+        context: the model and its tokenizer.
+        held_out: prompts and judge.
+        places: rows of the prompts.
+        generations: completions per prompt.
+        args: of the trainer.
+        seed: of the sampling.
 
-    Returns:
-        Prompt ids and mask (N, P), padded on the left; completion ids and mask (N, T), up to and with the EOS token.
+    Raises:
+        ValueError: a prompt has no tokens or no chat template, or a reward is not a finite number.
     """
-    texts = [
-        p if isinstance(p, str) else tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
-        for p in prompts
-    ]
-    device = next(model.parameters()).device
-    # Special tokens are in the template's text already; a plain prompt gets them as TRL's own tokenization does.
-    special = isinstance(prompts[0], str)
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special).to(
-        device
+    rows = held_out.rows.select(places).to_list()
+    drawer = engine(
+        "transformers", model=context.model, tokenizer=context.tokenizer, batch_size=len(rows) * generations
     )
-    devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"), generating(model):
-        torch.manual_seed(seed)
-        output = model.generate(**batch, **options)  # type: ignore[operator]
-    completion = output[:, batch["input_ids"].shape[1] :]
-    ended = (completion == tokenizer.eos_token_id).cumsum(1)
-    mask = ((ended == 0) | ((ended == 1) & (completion == tokenizer.eos_token_id))).long()
-    return batch["input_ids"], batch["attention_mask"], completion, mask
+    with inference_only(context.model):
+        drawn = drawer.generate(
+            [row["prompt"] for row in rows],
+            n=generations,
+            max_tokens=args.max_completion_length,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            seed=seed,
+        )
+        completions = sorted(drawn, key=lambda one: (one.prompt_index, one.sample_index))
+    tokens = [one.token_ids or () for one in completions]
+    prompted = [rows[one.prompt_index] for one in completions]
+    rewards = held_out.judge(prompted, [one.text for one in completions], tokens)
+    if None in rewards:
+        row = places[completions[rewards.index(None)].prompt_index]
+        raise ValueError(f"reward {held_out.judge.name} gave None for row {row} of prompts; leave such rows out")
+    heads = [prompt_ids(context.tokenizer, row["prompt"]) for row in rows]
+    return FreshRollouts(
+        *_padded([heads[one.prompt_index] for one in completions], "left", context.device),
+        *_padded(tokens, "right", context.device),
+        torch.tensor(rewards, device=context.device),
+    )
 
 
-def rewards_of(function: RewardFunction, rows: Dataset, tokenizer: Any, completion_ids: Tensor, mask: Tensor) -> Tensor:
-    """(N,) float: the rewards, by a function in TRL's form, of completions to N rows with a column `prompt`."""
-    texts = [
-        tokenizer.decode(ids[m.bool()], skip_special_tokens=True) for ids, m in zip(completion_ids, mask, strict=True)
+def _padded(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(N, longest) long each: the ids, 0 where there is none, and the mask."""
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]
+    padded = [
+        pad_sequence(part, batch_first=True, padding_side=side).to(device)
+        for part in (ids, [torch.ones_like(row) for row in ids])
     ]
-    columns = {name: list(rows[name]) for name in rows.column_names}
-    prompts = columns.pop("prompt")
-    completions = texts if isinstance(prompts[0], str) else [[{"role": "assistant", "content": text}] for text in texts]
-    values = function(prompts=prompts, completions=completions, **columns)
-    return torch.tensor([float(v) for v in values], device=completion_ids.device)
+    return padded[0], padded[1]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl_ext.own_passes import causal_lm
 from trl_ext_data_regularization.layers import ANY_LAYER, Batch, Use
 from trl_ext_data_regularization.visitors import Visitor
 
@@ -44,8 +45,7 @@ class HeadTap:
         self._current = current
         self.use = use
         self.temperature = temperature
-        wrapped: Any = model
-        self.base: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = causal_lm(model)
         self._pass: _Pass | None = None
         self._checked = False
         backbone: Any = self.base.base_model

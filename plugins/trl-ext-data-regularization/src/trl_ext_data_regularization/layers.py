@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.gradients import named_parameters, unwrapped_name
+from trl_ext.own_passes import causal_lm
 
 Kind = Literal["linear", "embedding", "scale", "head"]
 
@@ -131,9 +132,7 @@ def find_layers(model: nn.Module, names: Sequence[str]) -> tuple[list[Layer], li
 
 def _head(model: nn.Module) -> nn.Module | None:
     """The module whose weight TRL's fused head reads without calling it."""
-    base: Any = model
-    if hasattr(model, "get_base_model"):
-        base = base.get_base_model()
+    base = causal_lm(model)
     return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
 
 

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.options import Range
+from trl_ext.ranks import on_every_rank
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext
 from trl_ext_data_regularization.completion_gradients import CompletionGradients
 from trl_ext_data_regularization.engines import Projections
-from trl_ext_data_regularization.fresh_rollouts import load_function, load_prompts, rewards_of, roll_out
-from trl_ext_data_regularization.ranks import FailedElsewhere, gather_rows, together, total_over_ranks, world_size
+from trl_ext_data_regularization.fresh_rollouts import HeldOut, roll_out
+from trl_ext_data_regularization.ranks import gather_rows, total_over_ranks, world_size
 from trl_ext_data_regularization.solvers import Problem, Rule
 from trl_ext_data_regularization.token_coefficients import (
     PolicyBatch,
@@ -54,7 +55,7 @@ class RolloutFilter:
         frac: share of the completions with a negative score to drop, the most negative first.
         engine: "sketch": random projections; "direct": every completion's gradient, for LoRA and small models.
         prompts: target=prompts: data set of held-out prompts, path or hub id, with the columns that the reward needs.
-        reward: target=prompts: reward function in TRL's form, as "package.module:function".
+        reward: target=prompts: reward function in TRL's form, "package.module:function" or "file.py:function".
         prompts_per_step: target=prompts: held-out prompts per rank and generation batch, in order, cycling.
         generations: target=prompts: completions per held-out prompt; at least 2 unless target_loss=reward.
         sketch_size: the projections' width per side.
@@ -105,10 +106,10 @@ class RolloutFilter:
         if run.sharding not in ("none", "ddp"):
             raise ValueError(f"under {run.sharding} no rank sees whole layers; use DDP")
         self._args = run.args
-        self._held_out: Any = None
         if self.target == "prompts":
-            self._reward = load_function(self.reward or "")
-            self._held_out = load_prompts(self.prompts or "", self.prompts_per_step, run.world_size)
+            assert self.prompts is not None
+            assert self.reward is not None
+            self._held_out = HeldOut.load(self.prompts, self.reward, self.prompts_per_step, run.world_size)
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:
@@ -127,10 +128,7 @@ class RolloutFilter:
         """(N,) or (N, T): A_i w_i. NaN where a score is not finite: there is no order to drop by."""
         if not rollouts.training:
             return advantages
-        try:
-            g, t, size = together(lambda: self._vectors(rollouts, rewards, advantages), self._context.device)
-        except FailedElsewhere:
-            return advantages
+        g, t, size = on_every_rank(lambda: self._vectors(rollouts, rewards, advantages))
         target = total_over_ranks(torch.cat(t)).split([len(part) for part in t])
         scores = torch.stack([vectors @ part for vectors, part in zip(g, target, strict=True)]).sum(0)
         every, mine = torch.stack([scores, size], 1), slice(0, len(scores))
@@ -169,27 +167,17 @@ class RolloutFilter:
 
     def _fresh(self) -> PolicyBatch:
         """Fresh rollouts on this rank's next held-out prompts."""
-        context, args, n = self._context, self._args, len(self._held_out)
+        context, count = self._context, len(self._held_out.rows)
         start = self._position + context.rank * self.prompts_per_step
         self._position += context.world_size * self.prompts_per_step
-        indices = [(start + i) % n for i in range(self.prompts_per_step) for _ in range(self.generations)]
-        rows = self._held_out.select(indices)
-        options = {
-            "max_new_tokens": args.max_completion_length,
-            "do_sample": True,
-            "temperature": args.temperature,
-            "top_p": args.top_p,
-            "top_k": args.top_k,
-            "pad_token_id": context.tokenizer.pad_token_id,
-            "eos_token_id": context.tokenizer.eos_token_id,
-        }
-        seed = self.seed + start + 1
-        prompt_ids, prompt_mask, ids, mask = roll_out(context.model, context.tokenizer, rows["prompt"], options, seed)
-        found = rewards_of(self._reward, rows, context.tokenizer, ids, mask)
-        self._target_rewards.append(found.mean())
-        advantages = group_advantages(found, self.generations)
-        coefficients = self._target_coefficients(found, advantages, mask)
-        return PolicyBatch(prompt_ids, prompt_mask, ids, mask, coefficients, mask)
+        places = [(start + i) % count for i in range(self.prompts_per_step)]
+        drawn = roll_out(context, self._held_out, places, self.generations, self._args, self.seed + start + 1)
+        self._target_rewards.append(drawn.rewards.mean())
+        advantages = group_advantages(drawn.rewards, self.generations)
+        coefficients = self._target_coefficients(drawn.rewards, advantages, drawn.mask)
+        return PolicyBatch(
+            drawn.prompt_ids, drawn.prompt_mask, drawn.completion_ids, drawn.mask, coefficients, drawn.mask
+        )
 
     def _note(self, weights: Tensor, step: int) -> None:
         """Keep the share of completions kept, or say why there is none."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from trl_ext.records import Window
+from trl_ext.records.tokens import starts_in
 from trl_ext_data_regularization.engines import Engine, Scores, Sketch
 from trl_ext_data_regularization.layers import Batch
 from trl_ext_data_regularization.ranks import gather_rows, world_size
@@ -51,17 +52,14 @@ def samples_of_inputs(inputs: Mapping[str, Tensor], offset: int = 0) -> tuple[Ba
     Returns:
         The batch, and (samples,) label tokens.
     """
-    labels, positions = inputs["labels"], inputs.get("position_ids")
-    by_row = positions is None or "attention_mask" in inputs
+    labels = inputs["labels"]
+    by_row = "position_ids" not in inputs or "attention_mask" in inputs
     if by_row:
         index = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)
         samples = len(labels)
     else:
-        assert positions is not None
-        flat = positions.flatten()
-        # Zeros at the very end are padding to a multiple of some length, and no samples.
-        inside = (flat != 0).flip(0).cumsum(0).flip(0) > 0
-        index = (((flat == 0) & inside).cumsum(0) - 1).clamp(min=0).view(positions.shape)
+        starts = starts_in(inputs["position_ids"])
+        index = (starts.flatten().cumsum(0) - 1).clamp(min=0).view(starts.shape)
         samples = int(index[-1, -1]) + 1
     labelled = (labels[:, 1:] != -100).long()
     tokens = labels.new_zeros(samples).index_add_(0, index[:, 1:].reshape(-1), labelled.reshape(-1))

@@ -9,9 +9,10 @@ from functools import cached_property, partial, reduce
 import torch
 from torch import Tensor
 
+from trl_ext.own_passes import drop_gathered_weights
 from trl_ext.records import SetupContext, Window
 from trl_ext_data_regularization.diagnostics import gram_terms
-from trl_ext_data_regularization.engines import Engine, Scores, derivative_scores, forget_gathered
+from trl_ext_data_regularization.engines import Engine, Scores, derivative_scores
 from trl_ext_data_regularization.layers import Batch, Layer
 from trl_ext_data_regularization.plan import Plan
 from trl_ext_data_regularization.ranks import total_over_ranks, world_size
@@ -77,7 +78,7 @@ class WindowChoice:
     def score(self, window: Window, taps: Taps, context: SetupContext) -> Scores:
         """(L, n) scores of summed losses: a pass over the window that leaves no gradient."""
         if self.engine is None:
-            moved = partial(forget_gathered, context.model)
+            moved = partial(drop_gathered_weights, context.model)
             parameters = context.weights.parameters
             s = derivative_scores(
                 lambda: self._losses(window), parameters, self.target, points=self.plan.points, moved=moved

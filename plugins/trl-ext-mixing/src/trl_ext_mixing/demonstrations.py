@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from trl_ext_probing.encoding import prompt_and_completion_ids
 
-from trl_ext.errors import OnAllRanksError
 from trl_ext.gradients import GradientView
+from trl_ext.ranks import on_every_rank
 from trl_ext.records import Rewards, Rollouts, SetupContext, StreamGradient
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,30 +42,6 @@ def group_starts(rollouts: Rollouts, rewards: Rewards) -> list[tuple[int, int]]:
     """Prompt number over all ranks, and row on this rank, of each group that begins here: so a prompt counts once."""
     first, size = rewards.local.start, rollouts.num_generations
     return [((first + i) // size, i) for i in range(len(rollouts.prompts)) if (first + i) % size == 0]
-
-
-def on_every_rank(context: SetupContext, make: Callable[[], T]) -> T:
-    """What `make` gives from this rank's data; if it raises on any rank, an error on all. Collective.
-
-    For hooks that go on to communicate: a rank that had raised alone would be waited for.
-
-    Raises:
-        Exception: what `make` raised, on one rank.
-        OnAllRanksError: on several, the same on each.
-    """
-    if context.world_size == 1:
-        return make()
-    result, failure = None, None
-    try:
-        result = make()
-    except Exception as error:
-        failure = error
-    messages: list[str | None] = [None] * context.world_size
-    dist.all_gather_object(messages, None if failure is None else str(failure))
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise OnAllRanksError(f"{message} [on rank {rank} of {context.world_size}]") from failure
-    return result  # type: ignore[return-value]
 
 
 class Demonstrations:
@@ -117,7 +92,7 @@ class Demonstrations:
                         found[number] = demonstration
             return found
 
-        return on_every_rank(self.context, find)
+        return on_every_rank(find)
 
     def encode(self, prompt: Any, row: Mapping[str, Any]) -> tuple[Demonstration | None, list[int]]:
         """Tokenize one row as TRL's SFT does: prompt, completion, end of sequence.
@@ -184,7 +159,7 @@ class Demonstrations:
         """
         parameters = self.context.weights.parameters
         sums = [torch.zeros_like(p) for p in parameters]
-        totals = torch.zeros(2, dtype=torch.float64)
+        losses = []
         for start in range(0, len(demonstrations), batch_size):
             batch = demonstrations[start : start + batch_size]
             loss = self.nll_sum(batch)
@@ -193,15 +168,16 @@ class Demonstrations:
             for total, part in zip(sums, parts, strict=True):
                 if part is not None:
                     total += part
-            totals += torch.tensor([float(loss.detach()), sum(d.tokens for d in batch)], dtype=torch.float64)
-        self.reduce(totals)
+            losses.append(loss.detach())
+        nll = torch.stack(losses).cpu().double().sum() if losses else torch.zeros((), dtype=torch.float64)
+        totals = self.reduce(torch.stack([nll, nll.new_tensor(sum(d.tokens for d in demonstrations))]))
         for total in sums:
             self.reduce(total)
         tokens = max(int(totals[1]), 1)
         torch._foreach_div_(sums, float(tokens))
-        nll = float(totals[0]) / tokens
+        mean = float(totals[0]) / tokens
         view = GradientView(self.context.weights.names, parameters, sums)
-        return StreamGradient(gradients=view, nll=nll, loss=nll, tokens=int(totals[1]))
+        return StreamGradient(gradients=view, nll=mean, loss=mean, tokens=int(totals[1]))
 
     def reduce(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place; every rank must call this alike."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trl_ext.groups import judged_total
 from trl_ext.records import Rewards
 
 
@@ -28,7 +29,7 @@ def solved(rewards: Rewards, name: str, threshold: float) -> Tensor:
     """
     if name and name not in rewards.names:
         raise ValueError(f"reward={name!r} is not one of the reward functions: {', '.join(rewards.names)}")
-    values = rewards.per_function[:, rewards.names.index(name)] if name else _judged_total(rewards)
+    values = rewards.per_function[:, rewards.names.index(name)] if name else judged_total(rewards)
     return (values >= threshold).float().masked_fill(values.isnan(), torch.nan)
 
 
@@ -62,14 +63,9 @@ def all_groups_equal(rewards: Rewards, num_generations: int, summed: bool) -> bo
         num_generations: completions of a group.
         summed: whether advantages are made of the weighted sum; of each function otherwise.
     """
-    values = _judged_total(rewards).unsqueeze(1) if summed else rewards.per_function
+    values = judged_total(rewards).unsqueeze(1) if summed else rewards.per_function
     groups = values.view(-1, num_generations, values.shape[1])
     # TRL leaves completions that were not judged out of their group.
     low = groups.nan_to_num(nan=torch.inf).amin(dim=1)
     high = groups.nan_to_num(nan=-torch.inf).amax(dim=1)
     return bool((low >= high).all())
-
-
-def _judged_total(rewards: Rewards) -> Tensor:
-    """(N x ranks,) float: the weighted sum of the functions that judged; NaN where none did."""
-    return rewards.total.masked_fill(rewards.per_function.isnan().all(dim=1), torch.nan)

@@ -51,8 +51,8 @@ class Surgery(TwoGradients):
         """g <- w_RL a + w_SFT b, by norms and cosine alone."""
         norms = torch.stack([both.norm_a, both.norm_b])
         scales = torch.ones_like(norms)
-        if self.normalise and bool((norms > 0).all()):  # reduced over ranks, so all of them take one branch
-            scales = norms.mean() / norms
+        if self.normalise:  # where one of the two is zero, no scale brings it to the other
+            scales = torch.where((norms > 0).all(), norms.mean() / norms, scales)
         a, b = norms * scales
         dot = both.cosine * a * b
         weights = self._weigh(torch.stack([torch.stack([a * a, dot]), torch.stack([dot, b * b])]))

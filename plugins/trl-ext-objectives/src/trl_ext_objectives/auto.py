@@ -94,7 +94,7 @@ class Auto(Objective):
 
     def state_dict(self) -> dict[str, Any]:
         """The measurement, so that a resumed run keeps the choice."""
-        return {"mean_p": self._mean_p, "settled": self._settled}
+        return {"mean_p": self._mean_p}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trl_ext.own_passes import causal_lm
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
@@ -19,11 +21,6 @@ if TYPE_CHECKING:
     from trl_ext.records import RunDescription
 
 _RESCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-
-
-def causal_lm(model: nn.Module) -> nn.Module:
-    """The model that carries TRL's fused head: without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def refuse_unreadable_states(run: RunDescription, reader: str, instead: str) -> None:
@@ -45,7 +42,7 @@ def refuse_unreadable_states(run: RunDescription, reader: str, instead: str) -> 
 
 def refuse_rescaled_logits(model: nn.Module, reader: str, instead: str = "take another model") -> None:
     """Raise ValueError where the logits are more than a matrix product of the hidden states."""
-    config = causal_lm(model).config.get_text_config()  # type: ignore[union-attr, operator]
+    config = causal_lm(model).config.get_text_config()
     rescaled = [name for name in _RESCALED if getattr(config, name, None) not in (None, 1, 1.0)]
     if rescaled:
         raise ValueError(f"{reader} does not support models with {rescaled[0]} ({config.model_type}); {instead}")
@@ -67,11 +64,11 @@ class BackboneTap:
     @property
     def backbone(self) -> nn.Module:
         """The model without its LM head."""
-        return self._lm.base_model  # type: ignore[return-value]
+        return self._lm.base_model
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, H) and bias (V,) of the LM head, as TRL's fused head takes them."""
-        head = self._lm.get_output_embeddings()  # type: ignore[operator]
+        head = self._lm.get_output_embeddings()
         return head.weight, head.bias
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from trl_ext import hookimpl
 from trl_ext.options import Range
-from trl_ext_objectives.backbone import causal_lm, refuse_rescaled_logits
+from trl_ext.own_passes import causal_lm
+from trl_ext_objectives.backbone import refuse_rescaled_logits
 from trl_ext_objectives.objective import Objective
 from trl_ext_objectives.tempered_head import TemperedHead
 
@@ -100,7 +101,7 @@ class GEM(Objective):
     def setup(self, context: SetupContext) -> None:
         """Temper the head, once per model."""
         refuse_rescaled_logits(context.model, "gem")
-        if causal_lm(context.model).get_output_embeddings().bias is not None:  # type: ignore[operator]
+        if causal_lm(context.model).get_output_embeddings().bias is not None:
             raise ValueError("gem does not support an LM head with a bias; take another model")
         if self._tempered is not context.model:
             TemperedHead(context.model, self.beta)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from trl_ext_probing.capability.sample_keys import vocabulary_digest
 
+from trl_ext.own_passes import inference_only
 from trl_ext_objectives.reference import Reference
 
 if TYPE_CHECKING:
@@ -136,17 +137,3 @@ class OtherModel(LiveReference):
 
     def active(self) -> AbstractContextManager[Any]:
         return nullcontext()
-
-
-@contextmanager
-def inference_only(model: nn.Module) -> Iterator[None]:
-    """A forward without gradient, dropout or gradient checkpointing, in a model that may be in the middle of a step."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from trl_ext.own_passes import inference_only
 from trl_ext_objectives.backbone import BackboneTap, refuse_rescaled_logits, refuse_unreadable_states
-from trl_ext_objectives.live_reference import LiveReference, inference_only
+from trl_ext_objectives.live_reference import LiveReference
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from trl_ext_objectives.backbone import causal_lm
+from trl_ext.own_passes import causal_lm
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,7 +30,7 @@ class TemperedHead:
         self._temperature = temperature
         self._on = False
         self._forward: Callable[..., Any] = lm.forward
-        lm.base_model.register_forward_hook(self._temper)  # type: ignore[union-attr]
+        lm.base_model.register_forward_hook(self._temper)
 
         @functools.wraps(self._forward)
         def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:

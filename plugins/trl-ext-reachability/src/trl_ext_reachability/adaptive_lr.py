@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+from torch import Tensor
+
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
 from trl_ext.options import Range
@@ -41,16 +43,15 @@ class AdaptiveLr:
     slope: Annotated[float, Range(ge=0)] = 2.0
 
     def __post_init__(self) -> None:
-        self._factor: float | None = None
+        self._factor: Tensor | None = None
 
     @hookimpl
     def gradients_ready(self, gradients: GradientView, streams: Mapping[str, StreamGradient]) -> None:
         """Scale the window's gradient in place; its norm is over all parameters and shards."""
-        factor = 1 / (self.constant + self.slope * gradients.squared_norm())
-        gradients.mul_(factor)
-        self._factor = float(factor)
+        self._factor = 1 / (self.constant + self.slope * gradients.squared_norm())
+        gradients.mul_(self._factor)
 
     @hookimpl
     def metrics(self, mode: str) -> dict[str, float]:
         """The factor of the last step."""
-        return {} if mode != "train" or self._factor is None else {"factor": self._factor}
+        return {} if mode != "train" or self._factor is None else {"factor": float(self._factor)}

@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
+from trl_ext.groups import judged_total
 from trl_ext.records import Rewards, Rollouts
 from trl_ext_reachability.relations import ALONE, NEW_ADVANTAGES
 
@@ -75,13 +77,13 @@ class BestOfM:
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
         """(N,) float: m for the first correct draw of a group, 0 for the others; groups may reach over ranks."""
         m = rollouts.num_generations
-        judged = ~rewards.per_function.isnan().all(dim=1)  # TRL's total is 0 where every function returned None
-        judged = judged.view(-1, m)
-        first, queries = first_correct((rewards.total >= self.success).view(-1, m), judged)
+        total = judged_total(rewards).view(-1, m)
+        judged = ~total.isnan()
+        first, queries = first_correct(total >= self.success, judged)
         if rollouts.training:
-            asked = int(queries.sum())
+            contexts, asked, solved = torch.stack([judged.any(dim=1).sum(), queries.sum(), first.sum()]).tolist()
             self._total += asked
-            self._recent.append((int(judged.any(dim=1).sum()), asked, int(first.sum())))
+            self._recent.append((contexts, asked, solved))
         return (m * first.flatten())[rewards.local].to(advantages)
 
     @hookimpl

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from trl_ext import hookimpl
+from trl_ext.groups import judged_total
 from trl_ext.records import PolicyTokens, Rewards, Rollouts, RunDescription, SetupContext
 from trl_ext_reachability.relations import ALONE, NEW_ADVANTAGES, declare
 
@@ -90,7 +91,7 @@ class PG:
         if self.rewards == "given":
             declare(self, provides=(), conflicts={})
         self._parameters: list[nn.Parameter] = []
-        self._rates: list[float] = []
+        self._rates: list[Tensor] = []
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
@@ -122,7 +123,8 @@ class PG:
         """(N,) float: A of each completion; 0 where every reward function returned None."""
         if self.rewards == "given":
             return advantages
-        total, judged = rewards.total, ~rewards.per_function.isnan().all(dim=1)
+        total = judged_total(rewards)
+        judged = ~total.isnan()
         if self.rewards != "raw":
             correct = (total > self.threshold).to(advantages.dtype)
             total = correct if self.rewards == "binary" else 2 * correct - 1
@@ -138,7 +140,7 @@ class PG:
         if not self.adaptive or not tokens.training:
             return loss
         rates = adaptive_rate(sequence_squared_norms(tokens.log_probs, tokens.mask, self._parameters))
-        self._rates += rates.tolist()
+        self._rates.append(rates)
         return rates.unsqueeze(1).to(loss.dtype) * loss
 
     @hookimpl
@@ -146,5 +148,5 @@ class PG:
         """Mean adaptive rate of this rank's sequences since the last log."""
         if mode != "train" or not self._rates:
             return {}
-        mean, self._rates = sum(self._rates) / len(self._rates), []
-        return {"rate": mean}
+        rates, self._rates = torch.cat(self._rates), []
+        return {"rate": float(rates.mean())}

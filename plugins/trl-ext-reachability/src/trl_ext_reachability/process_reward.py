@@ -26,8 +26,8 @@ from accelerate.utils import gather
 from torch import Tensor
 
 from trl_ext import hookimpl
+from trl_ext.groups import EPSILON
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext
-from trl_ext_reachability.merged_groups import EPSILON
 from trl_ext_reachability.relations import AFTER, ALONE, NEW_ADVANTAGES, declare
 from trl_ext_reachability.step_rewards import StepJudge
 from trl_ext_reachability.step_verification import StepVerification

@@ -25,11 +25,12 @@ from trl_ext_probing.reachability.routing import ROUTES, Budget
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
+from trl_ext.groups import group_advantages, judged_total
 from trl_ext.options import Range
+from trl_ext.ranks import on_every_rank
 from trl_ext.records import Rewards, Rollouts, RunDescription, StreamGradient, StreamRequest
 from trl_ext_reachability.draw_order import Order, draw_order
-from trl_ext_reachability.every_rank import on_every_rank
-from trl_ext_reachability.merged_groups import group_advantages, group_labels
+from trl_ext_reachability.merged_groups import group_labels
 from trl_ext_reachability.probe_agreement import refuse_other_sampling
 from trl_ext_reachability.prompts import Prompts
 from trl_ext_reachability.relations import AFTER, NEW_ADVANTAGES, declare
@@ -181,13 +182,13 @@ class Reachability:
     def _count(self, rows: np.ndarray, rewards: Rewards) -> None:
         """Count the completions that a reward function judged, and those of them that are correct."""
         success = self._prompts.settings["solved_at"] if self.success is None else self.success
-        judged = (~rewards.per_function.isnan().all(dim=1)).cpu().numpy()
-        self._prompts.add(rows[judged], (rewards.total >= success).cpu().numpy()[judged])
+        total = judged_total(rewards).cpu().numpy()
+        judged = ~np.isnan(total)
+        self._prompts.add(rows[judged], total[judged] >= success)
 
     def _merged(self, rows: np.ndarray, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> Tensor:
         """The advantages with all groups of a marginal prompt as one."""
-        judged = ~rewards.per_function.isnan().all(dim=1)
-        total = torch.where(judged, rewards.total, torch.nan)
+        total = judged_total(rewards)
         marginal = [self._prompts.routes[row] == "marginal" for row in rows]
         none = [False] * len(rows)
         apart, merged = (

@@ -61,7 +61,7 @@ class StepClassifier:
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in rows], device=self.device)
         logits = self.model(input_ids=ids, attention_mask=mask).logits.float()
         right = logits[..., 0].sigmoid() if logits.shape[-1] == 1 else logits.softmax(-1)[..., 1]
-        return [[float(right[i, end]) for end in ends] for i, (_, ends) in enumerate(rows)]
+        return [[row[end] for end in ends] for row, (_, ends) in zip(right.tolist(), rows, strict=True)]
 
     def _encode_prompt(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from trl_ext.ranks import on_every_rank
 from trl_ext.records import Rollouts
-from trl_ext_reachability.every_rank import on_every_rank
 from trl_ext_reachability.steps import Span, Splitter
 from trl_ext_reachability.verifiers import Verifier
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
+from trl_ext_probing.engines.prompt_tokens import end_tokens
 from trl_ext_probing.functions import load_function
 
 from trl_ext.options import Range
@@ -92,11 +93,5 @@ class StepVerification:
             return StepJudge(splitter, self._own)
         if self.verifier == "model":
             return StepJudge(splitter, StepClassifier(self.model, self.separator, context.device))
-        generation: Any = context.model.generation_config
-        # As TRL: completions end at the tokenizer's EOS and at any of the model's.
-        eos = frozenset(_as_list(tokenizer.eos_token_id) + _as_list(generation.eos_token_id))
-        return StepJudge(splitter, StepChecker(splitter, self.solution, self.pattern, self.wrong, eos))
-
-
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        ends = end_tokens(context.model, tokenizer)
+        return StepJudge(splitter, StepChecker(splitter, self.solution, self.pattern, self.wrong, ends))

@@ -85,7 +85,7 @@ def write_best_of_sweep(request: Request, values: Sequence[float], goal: Goal, t
     """Try a method at several values, and write the best average with the points and their curve."""
     plans = {value: request.at(value).plan() for value in values}
     for plan in plans.values():
-        plan.source()
+        _ = plan.source  # refuses what does not belong together, before anything is written
     option = SWEPT[request.method]
     console.print(f"{request.method}: {len(plans)} values of {option}")
     if _stops(to):
@@ -107,7 +107,7 @@ def write_best_of_sweep(request: Request, values: Sequence[float], goal: Goal, t
 def write_soup(request: Request, goal: Goal, to: Destination) -> None:
     """Write the greedy soup of the inputs."""
     inputs = open_all(request, least=2)
-    mean_plan(request, inputs).source()
+    _ = mean_plan(request, inputs).source  # refuses what does not belong together, before anything is evaluated
     console.print(f"greedy soup of up to {len(inputs)} checkpoints")
     if _stops(to):
         return
@@ -164,7 +164,7 @@ def _write(plan: Plan, folder: Path) -> None:
 
 
 def _nbytes(plan: Plan) -> int:
-    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in plan.source().layout.values())
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in plan.source.layout.values())
 
 
 def _keep_points(points: Sequence[Point], chosen: Point, folder: Path, option: str, label: str) -> None:
@@ -185,7 +185,7 @@ def _announce(plan: Plan, to: Destination) -> None:
         console.print(f"  lora: by {plan.lora_mode}")
     if len({c.path.resolve().parent for c in plan.inputs}) > 1 and any(map(_from_rl, plan.inputs)):
         console.print("  warning: models from RL of different runs merge poorly (arXiv:2606.18521); check the result")
-    tensors, total, memory = len(plan.source().layout), _nbytes(plan) / 2**20, PIECE * 12 / 2**20
+    tensors, total, memory = len(plan.source.layout), _nbytes(plan) / 2**20, PIECE * 12 / 2**20
     console.print(f"  {tensors} tensors, {total:.1f} MiB to {to.output}; about {memory:.0f} MiB of memory for pieces")
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +26,11 @@ class Checkpoint:
     entries: Mapping[str, TensorEntry]
     config: Mapping[str, Any]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
-    @property
+    @cached_property
     def step(self) -> int | None:
         """The optimiser step that the trainer wrote it at, if it says so."""
         state = self.path / "trainer_state.json"

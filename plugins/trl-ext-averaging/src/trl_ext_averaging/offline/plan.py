@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +55,7 @@ class Plan:
         """What the output is like in all but its numbers."""
         return self.like or self.inputs[-1]
 
-    @property
+    @cached_property
     def lora_mode(self) -> LoraMode | None:
         """The mode for adapters, None for models."""
         if self.inputs[0].kind == "model":
@@ -65,6 +66,7 @@ class Plan:
         along = one_run and all(c.step is not None for c in self.inputs)
         return self.lora or ("factors" if along else "product")
 
+    @cached_property
     def source(self) -> Source:
         """The output's tensors, checked and not computed yet.
 
@@ -101,7 +103,7 @@ class Plan:
         Raises:
             CheckpointError, ConfigurationError: as `source`.
         """
-        source, like = self.source(), self.template
+        source, like = self.source, self.template
         write_checkpoint(folder, source, like.kind, like.path, self.provenance(), self.max_shard_bytes, advance)
         return source
 

@@ -14,8 +14,6 @@ from trl_ext_data_regularization.layers import Batch, Layer, Use
 class Direct(Engine):
     """G (n, P) in fp32 per layer, until its scores are taken: s = G t, K = G G'. For LoRA and small models."""
 
-    gram = True
-
     def __init__(
         self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int, device: torch.device
     ) -> None:

@@ -36,9 +36,6 @@ class Engine(ABC):
         device: where scores are.
     """
 
-    gram = False
-    """Whether the engine gives K."""
-
     def __init__(
         self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int, device: torch.device
     ) -> None:

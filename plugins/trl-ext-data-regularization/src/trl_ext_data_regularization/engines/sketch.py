@@ -62,8 +62,6 @@ class Sketch(Engine):
         projections: P and Q of every width.
     """
 
-    gram = True
-
     def __init__(
         self,
         layers: Sequence[Layer],
