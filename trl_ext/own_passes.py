@@ -31,10 +31,12 @@ def inference_only(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_random_state(device: torch.device) -> Iterator[None]:
-    """A block after which the random states of the CPU and of the device are as they were before it."""
+def preserved_random_state(device: torch.device, seed: int | None = None) -> Iterator[None]:
+    """A block that leaves the random states of CPU and device as they were; inside they start from `seed` if given."""
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        if seed is not None:
+            torch.manual_seed(seed)
         yield
 
 

@@ -19,17 +19,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.engine.columns import without_columns
 from trl_ext.gradients import GradientView, local_tensor
+from trl_ext.own_passes import preserved_random_state
 from trl_ext.records import WeightsView
-
-
-@contextmanager
-def preserved_rng(device: torch.device, seed: int | None = None) -> Iterator[None]:
-    """Put the CPU's and the device's random state back on exit; start from `seed` inside where one is given."""
-    devices = [device] if device.type != "cpu" else []
-    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        if seed is not None:
-            torch.manual_seed(seed)
-        yield
 
 
 @contextmanager
@@ -95,7 +86,7 @@ class ExtraPasses:
     @contextmanager
     def aside(self, seed: int | None = None) -> Iterator[None]:
         """All that an extra forward needs around it: TRL's contexts, and a random state that is put back."""
-        with preserved_rng(self.device, seed), self.surroundings():
+        with preserved_random_state(self.device, seed), self.surroundings():
             yield
 
     def forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:

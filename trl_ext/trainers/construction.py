@@ -24,6 +24,7 @@ from trl_ext.engine.step import OptimizerStep
 from trl_ext.engine.tally import LossTally
 from trl_ext.engine.weight_swaps import WeightSwaps
 from trl_ext.gradients import trainable_parameters, unwrapped_name
+from trl_ext.own_passes import causal_lm
 from trl_ext.records import SetupContext, WeightsView
 from trl_ext.startup.plan import RunPlan, check_loaded, plan_run
 from trl_ext.startup.refusals import refuse_copied_groups, refuse_frozen, refuse_wrapped
@@ -129,8 +130,8 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             self._last_loaded_step = -1
 
     def ext_base_model(self) -> nn.Module:
-        """The model that carries TRL's fused head: without PEFT's wrapper."""
-        return self.model.get_base_model() if is_peft_model(self.model) else self.model
+        """The model that carries TRL's fused head."""
+        return causal_lm(self.model)
 
     # -- training ----------------------------------------------------------------------------------------------------
 

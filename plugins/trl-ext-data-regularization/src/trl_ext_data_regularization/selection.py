@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trl_ext.records import Window
-from trl_ext.records.tokens import starts_in
+from trl_ext.records.tokens import rows_are_joined, starts_in
 from trl_ext_data_regularization.engines import Engine, Scores, Sketch
 from trl_ext_data_regularization.layers import Batch
 from trl_ext_data_regularization.ranks import gather_rows, world_size
@@ -53,7 +53,7 @@ def samples_of_inputs(inputs: Mapping[str, Tensor], offset: int = 0) -> tuple[Ba
         The batch, and (samples,) label tokens.
     """
     labels = inputs["labels"]
-    by_row = "position_ids" not in inputs or "attention_mask" in inputs
+    by_row = not rows_are_joined(inputs)
     if by_row:
         index = torch.arange(len(labels), device=labels.device).unsqueeze(1).expand_as(labels)
         samples = len(labels)
