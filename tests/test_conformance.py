@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer
-from broken_plugins import BROKEN, EveryStep
+from broken_plugins import BROKEN, EveryStep, NoCompletionNoNumber, NoStreamNoNumber, Weighs, WeighsWell
 from sound_plugins import Average, Away, Focal, SofterNegatives, focal_loss
 from torch import nn
 
@@ -36,6 +37,35 @@ def test_a_case_finds_the_plugin_that_is_broken_in_its_way(name: str, tmp_path: 
     outcome = outcome_of(CASES[name], subject, tmp_path)
     assert outcome.verdict == "FAILED", outcome
     assert said in outcome.remark
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plugin", "trainer", "said"),
+    [
+        (NoCompletionNoNumber(), "grpo", "NaN or infinite"),
+        (NoStreamNoNumber(), "grpo", "ZeroDivisionError"),
+        (Weighs(), "sft", "ZeroDivisionError"),
+    ],
+    ids=["completions", "stream", "columns"],
+)
+def test_a_rank_without_labels_is_one_in_every_trainer_and_with_columns(
+    plugin: Any, trainer: Any, said: str, tmp_path: Path
+) -> None:
+    outcome = outcome_of(CASES["rank_without_labels"], Subject(plugin, trainer), tmp_path)
+    assert outcome.verdict == "FAILED", outcome
+    assert said in outcome.remark
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plugin", "trainer"),
+    [(SofterNegatives(), "grpo"), (Away(), "grpo"), (WeighsWell(), "sft")],
+    ids=["completions", "stream", "columns"],
+)
+def test_a_sound_plugin_trains_with_a_rank_without_labels(plugin: Any, trainer: Any, tmp_path: Path) -> None:
+    outcome = outcome_of(CASES["rank_without_labels"], Subject(plugin, trainer), tmp_path)
+    assert outcome.verdict == "passed", outcome
 
 
 def test_the_ratio_of_costs_counts_an_extra_forward(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ class RanksError(AssertionError):
 class Ended:
     """How one rank has ended."""
 
-    code: int | None
-    """The exit code, negative for a signal; None where it had to be killed."""
+    code: int
+    """The exit code, negative for a signal."""
     output: str
     """What it wrote to stdout and stderr."""
     result: Any = None
@@ -78,7 +78,7 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2, **li
         RanksError: a rank raised, was killed, or did not end in time.
     """
     ended = end_of_ranks(function, *arguments, ranks=ranks, **limits)
-    if any(rank.code for rank in ended) or None in [rank.code for rank in ended]:
+    if any(rank.code for rank in ended):
         said = "\n".join(f"-- rank {i}: {rank}" for i, rank in enumerate(ended))
         cause = next((rank.result for rank in ended if isinstance(rank.result, Exception)), None)
         raise RanksError(f"{getattr(function, '__name__', function)} failed on {ranks} ranks\n{said}") from cause
@@ -136,7 +136,7 @@ class _Call:
             sent = pickle.dumps(result)
             pickle.loads(sent)
             (self.folder / f"{rank}.pickle").write_bytes(sent)
-        if code == 0:
+        if code == 0 and dist.is_initialized():  # the function may have taken it down
             with suppress(RuntimeError):  # another rank has failed, which is reported there
                 dist.barrier()
         sys.exit(code)
@@ -156,7 +156,7 @@ class _Call:
         for stream in (1, 2):
             os.dup2(log, stream)
 
-    def ended(self, rank: int, code: int | None) -> Ended:
+    def ended(self, rank: int, code: int) -> Ended:
         """What a rank has left behind."""
         log, result = self.folder / f"{rank}.log", self.folder / f"{rank}.pickle"
         output = log.read_text(errors="replace") if log.exists() else ""
