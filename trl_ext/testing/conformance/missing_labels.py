@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +9,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from trl_ext.records import Column
-from trl_ext.startup.column_values import COMPLETION_MASK
+from trl_ext.startup.column_values import IGNORED
+from trl_ext.testing.conformance.filling import filled
 from trl_ext.testing.conformance.subject import RANKS, ROWS, Subject
 from trl_ext.testing.runs import tokenizer
 
@@ -20,7 +19,7 @@ Settings = dict[str, Any]
 
 def rows_without_labels(subject: Subject) -> Settings:
     """SFT: tokenized rows with the columns that the plugin reads, those of the second rank without labels."""
-    data = _tokenized(24, ROWS["sft"] // RANKS, getattr(subject.plugin, "columns", ()))
+    data = _tokenized(subject, 24, ROWS["sft"] // RANKS)
     return {"train": data, "train_sampling_strategy": "sequential", "max_length": None}
 
 
@@ -31,9 +30,8 @@ def completions_without_labels(subject: Subject) -> Settings:
     """
     settings: Settings = {"mask_truncated_completions": True, "then": _second_half_cut_off}
     if subject.streams is None and not any(request.select for request in subject.requests()):
-        columns = getattr(subject.plugin, "columns", ())
         settings["streams"] = {
-            request.role: _tokenized(8 * request.batch_size, request.batch_size, columns)
+            request.role: _tokenized(subject, 8 * request.batch_size, request.batch_size)
             for request in subject.requests()
         }
     return settings
@@ -59,26 +57,8 @@ def _second_half_cut_off(trainer: Any) -> None:
         stream.request = replace(stream.request, shuffle=False)
 
 
-def _tokenized(size: int, block: int, columns: Sequence[Column]) -> Dataset:
-    """Tokenized sums, `block` rows with labels and as many without in turn, and a value for each column."""
+def _tokenized(subject: Subject, size: int, block: int) -> Dataset:
+    """Tokenized sums, `block` rows with labels and as many without in turn, and the columns that the plugin reads."""
     rows = [list(f"{i % 7}+{i % 5}={i % 7 + i % 5}".encode()) for i in range(size)]
-    labels = [row if i // block % RANKS == 0 else [-100] * len(row) for i, row in enumerate(rows)]
-    of_columns = {
-        column.name: [
-            _values(column, i, row, label[0] != -100) for i, (row, label) in enumerate(zip(rows, labels, strict=True))
-        ]
-        for column in columns
-        if column.name != COMPLETION_MASK  # made of the labels
-    }
-    return Dataset.from_dict({"input_ids": rows, "labels": labels, **of_columns})
-
-
-def _values(column: Column, i: int, row: list[int], labelled: bool) -> Any:
-    """What a row holds in a column: a value, or one for each token, or for its only turn where it has a label."""
-    value = {
-        "float": (1 + i % 2) / 2,
-        "int": i % 2,
-        "text": column.values[i % len(column.values)] if column.values else "",
-    }
-    of_row = value[column.dtype]
-    return {"sample": of_row, "message": [of_row] * labelled, "token": [of_row] * len(row)}[column.per]
+    labels = [row if i // block % RANKS == 0 else [IGNORED] * len(row) for i, row in enumerate(rows)]
+    return filled(Dataset.from_dict({"input_ids": rows, "labels": labels}), subject.columns)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.implementations import marked_hooks
-from trl_ext.records import StreamRequest, TrainerKind
+from trl_ext.records import Column, StreamRequest, TrainerKind
+from trl_ext.testing.conformance.filling import filled
 from trl_ext.testing.conformance.sampling import sample_by_row
 from trl_ext.testing.runs import MAKE, additions, logged, parameters
 
@@ -88,14 +89,19 @@ class Subject:
 
     @cached_property
     def data(self) -> Any:
-        """The training data: the author's, or sums of two numbers."""
+        """The training data: the author's, or sums of two numbers, with the columns that the plugin reads."""
         if self.dataset is not None:
             return self.dataset
-        return additions(24) if self.trainer == "sft" else additions(16, "prompt_only")
+        return filled(additions(24) if self.trainer == "sft" else additions(16, "prompt_only"), self.columns)
 
     def held_out(self) -> dict[str, Any]:
         """Arguments of a trainer that evaluates too."""
         return {"eval_dataset": self.data.select(range(4))}
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns that the plugin reads."""
+        return tuple(getattr(self.plugin, "columns", ()))
 
     @property
     def rows(self) -> int:
@@ -161,7 +167,9 @@ class Subject:
         """The author's data for the plugin's streams, or else sums for each role that it asks for."""
         if self.streams is not None:
             return dict(self.streams)
-        return {request.role: additions(16, seed=3 + i) for i, request in enumerate(self.requests())}
+        return {
+            request.role: filled(additions(16, seed=3 + i), self.columns) for i, request in enumerate(self.requests())
+        }
 
     def requests(self) -> list[StreamRequest]:
         """The streams that the plugin asks for and cannot do without."""
