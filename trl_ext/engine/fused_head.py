@@ -149,7 +149,7 @@ class TileStatistics:
     def _label_logits(self, targets: Tensor, dtype: torch.dtype) -> Tensor:
         """(n,) the labels' logits, rounded as the tile's are."""
         hidden, weight = self._hidden[self._rows].to(dtype), self._weight[targets].to(dtype)
-        logits = (hidden.float() * weight.float()).sum(1).to(dtype)
+        logits = torch.bmm(hidden.unsqueeze(1), weight.unsqueeze(2)).flatten()
         return logits if self._bias is None else logits + self._bias.detach()[targets].to(dtype)
 
 
