@@ -11,25 +11,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
-from helpers import (
-    COMMON,
-    MAKE,
-    Idle,
-    Nll,
-    Plugin,
-    additions,
-    assert_equal_bits,
-    logged,
-    make_grpo,
-    make_sft,
-    parameters,
-    tiny_model,
-    tokenizer,
-)
+from helpers import Idle, Nll, Plugin, assert_equal_bits
 
 from trl_ext import SFTConfig, SFTTrainer, hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
 from trl_ext.records import AuxiliaryLoss, StreamRequest
+from trl_ext.testing.runs import COMMON, MAKE, additions, logged, make_grpo, make_sft, parameters, tiny_model, tokenizer
 
 # -- hooks that raise ------------------------------------------------------------------------------------------------
 

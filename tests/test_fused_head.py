@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_model
 from torch import Tensor
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
 from trl_ext.engine.fused_head import add_head
 from trl_ext.testing import tiny_llama, tiny_qwen2
+from trl_ext.testing.runs import tiny_model
 
 VOCAB = 259
 OUTPUTS = ("log_probs", "entropy", "is_top1", "label_rank", "top8_log_probs", "top2_log_probs")

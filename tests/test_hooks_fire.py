@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers import MAKE, Nll, Plugin, additions, make_grpo, make_sft, parameters, tiny_model
+from helpers import Nll, Plugin
 from safetensors.torch import load_file
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
 from trl_ext.hookspecs import HOOKS
 from trl_ext.records import AuxiliaryLoss, StreamRequest
+from trl_ext.testing.runs import MAKE, additions, make_grpo, make_sft, parameters, tiny_model
 
 STEPS, ACCUMULATION, CLIP = 2, 2, 1e-3
 

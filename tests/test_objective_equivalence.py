@@ -9,24 +9,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
-from helpers import (
-    Nll,
-    Plugin,
-    additions,
-    assert_close,
-    assert_equal_bits,
-    logged,
-    lora,
-    make_sft,
-    moved,
-    parameters,
-    tiny_model,
-    without_timing,
-)
+from helpers import Nll, Plugin, assert_close, assert_equal_bits
 
 from trl_ext import hookimpl
 from trl_ext.records import TokenRecord
 from trl_ext.testing import tiny_moe, tiny_qwen2
+from trl_ext.testing.runs import additions, logged, lora, make_sft, moved, parameters, tiny_model, without_timing
 
 Case = dict[str, Any]
 """`model`: makes the model; `peft`: whether to train an adapter; anything else goes into the config."""

@@ -7,21 +7,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers import (
-    Plugin,
-    additions,
-    assert_equal_bits,
-    ending_model,
-    logged,
-    make_grpo,
-    moved,
-    parameters,
-)
-from helpers import lora as adapter
+from helpers import Plugin, assert_equal_bits, ending_model
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
 from trl_ext.records import Rollouts
+from trl_ext.testing.runs import additions, logged, make_grpo, moved, parameters
+from trl_ext.testing.runs import lora as adapter
 
 TEMPERATURE = 0.7
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Plugin, make_sft
+from helpers import Plugin
 
 from trl_ext import hookimpl
 from trl_ext.errors import PluginError
+from trl_ext.testing.runs import make_sft
 from trl_ext.trainers.tracking import trackers_of
 
 PIXELS = np.zeros((4, 6, 3), dtype=np.uint8)
