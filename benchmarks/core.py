@@ -1,6 +1,6 @@
 """What the layer and an objective cost: one run, ratios against plain TRL on the same data and weights.
 
-    python benchmarks/core.py [--device cuda] [--steps 40] [--only label_rank,top8_log_probs]
+    python benchmarks/core.py [--device cuda] [--steps 40] [--only label_rank,top20_log_probs]
 
 Arms: plain `trl.SFTTrainer` (nll); `trl_ext.SFTTrainer` without plugins; with `power`; TRL's deprecated
 `compute_loss_func` route with the same loss on full logits; nll that asks the fused head for an output of TRL's or one
@@ -37,7 +37,7 @@ from trl_ext.records import TokenRecord
 from trl_ext.testing import tiny_llama, tiny_tokenizer
 
 PLAIN, PLAIN_AGAIN = "plain nll", "plain nll, again"
-HEAD = ("log_sum_sq_probs", "label_rank", "top8_log_probs")
+HEAD = ("log_sum_sq_probs", "label_rank", "top20_log_probs")
 ARMS = (PLAIN, PLAIN_AGAIN, "no plugins", "power", "compute_loss_func", *HEAD)
 
 

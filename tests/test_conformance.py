@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from broken_plugins import BROKEN, EveryStep, NoCompletionNoNumber, NoStreamNoNu
 from sound_plugins import Average, Away, Focal, SofterNegatives, focal_loss
 from torch import nn
 
+from trl_ext import hookimpl
 from trl_ext.cli.conformance import run_cases
 from trl_ext.cli.plugin_commands import check
 from trl_ext.errors import ConfigurationError
@@ -139,6 +141,25 @@ def test_a_declared_limit_that_no_run_is_held_to_fails(tmp_path: Path, monkeypat
     outcome = outcome_of(CASES["packing"], Subject(NoPacking(), "sft"), tmp_path)
     assert outcome.verdict == "FAILED"
     assert "no run was refused" in outcome.remark
+
+
+@dataclass(eq=False)
+class UnpackedWhenStrict(Focal):
+    strict: bool = True
+
+    @hookimpl
+    def check(self, run):
+        if self.strict and run.args.packing:
+            raise ValueError("strict=True takes rows for samples; set packing=False, or strict=False")
+
+
+def test_a_setting_that_the_check_hook_refuses_with_these_options_is_reported(tmp_path: Path) -> None:
+    verdicts = [
+        outcome_of(CASES["packing"], Subject(UnpackedWhenStrict(strict=strict), "sft"), tmp_path / str(strict))
+        for strict in (True, False)
+    ]
+    assert [outcome.verdict for outcome in verdicts] == ["unsupported", "passed"]
+    assert "strict=True takes rows for samples" in verdicts[0].remark
 
 
 def test_a_property_that_is_not_claimed_is_not_run(tmp_path: Path) -> None:

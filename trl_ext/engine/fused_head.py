@@ -26,7 +26,7 @@ _kernels: Any = import_module("trl.kernels.chunked_logprob")
 OF_TRL = ("log_sum_sq_probs", "mean_logits", "is_top1")
 """What a plugin may ask of TRL's own head, beside the log-probabilities and the entropy."""
 RANK = "label_rank"
-_TOP = re.compile(r"top([1-9]\d{0,2})_log_probs")
+_TOP = re.compile(r"top([1-9]\d{0,3})_log_probs")
 OFFERED = f"{', '.join(OF_TRL)}, {RANK} and topK_log_probs, such as top8_log_probs,"
 
 

@@ -26,6 +26,10 @@ from trl_ext.startup.stream_data import Matched, match_streams
 from trl_ext.startup.unsupported import refuse_declared
 
 
+class CheckRefusalError(ConfigurationError):
+    """A plugin's `check` hook has refused the run."""
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """A run that nothing speaks against, before the model loads."""
@@ -114,7 +118,7 @@ def _check(run: RunDescription, plugins: PluginSet) -> None:
         try:
             call(run=run)
         except Exception as error:
-            raise ConfigurationError(f"plugin '{plugin}' refuses this run: {error}") from error
+            raise CheckRefusalError(f"plugin '{plugin}' refuses this run: {error}") from error
 
 
 def _config(kind: TrainerKind, config_class: type[Any], given: Mapping[str, Any]) -> Any:

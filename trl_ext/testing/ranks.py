@@ -103,8 +103,7 @@ def end_of_ranks(
         processes = [_context().Process(target=call.run, args=(rank,), daemon=True) for rank in range(ranks)]
         for process in processes:
             process.start()
-        _wait(processes, limit)
-        return [call.ended(rank, process.exitcode) for rank, process in enumerate(processes)]
+        return [call.ended(rank, code) for rank, code in enumerate(_wait(processes, limit))]
 
 
 @dataclass(frozen=True)
@@ -183,8 +182,8 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _wait(processes: Sequence[Any], limit: float) -> None:
-    """Wait until all have ended; kill those that outlive the limit, or a failure by more than the grace."""
+def _wait(processes: Sequence[Any], limit: float) -> list[int]:
+    """The exit codes once all have ended; those that outlive the limit, or a failure by the grace, are killed."""
     deadline = time.monotonic() + limit
     while running := [process for process in processes if process.is_alive()]:
         if any(process.exitcode for process in processes):
@@ -193,6 +192,7 @@ def _wait(processes: Sequence[Any], limit: float) -> None:
             for process in running:
                 process.kill()
                 process.join()
+    return [process.exitcode for process in processes]
 
 
 class _Pickler(pickle.Pickler):

@@ -114,7 +114,6 @@ def mixture(logits: Tensor, labels: Tensor) -> Tensor:
     return 0.3 * (1 - p**2) / 2 - 0.7 * p.detach() * p.log()
 
 
-TOP = {"fsdp2": "The likeliest tokens are read off the LM head itself, of which a rank has a shard; gate=whole is not"}
 WITH_PROMPT = {"completion_only_loss": False}  # the prompt has labels
 
 test_power = conformance(Power(0.5), trainer="sft", formula=power)
@@ -133,7 +132,7 @@ class TestOthers:
     test_iw_sft = staticmethod(
         conformance(IwSFT(temperature=20), trainer="sft", formula=nll)
     )  # at the start each ratio is 1
-    test_eaft = staticmethod(conformance(EAFT(), trainer="sft", formula=eaft, unsupported=TOP))
+    test_eaft = staticmethod(conformance(EAFT(), trainer="sft", formula=eaft))
     test_talr = staticmethod(conformance(TALR(), trainer="sft"))
     test_gem = staticmethod(conformance(GEM(), trainer="sft"))
     test_entropy = staticmethod(conformance(Entropy(0.3), trainer="sft", formula=entropy))
