@@ -269,8 +269,6 @@ def grpo(folder: Path, plugin: str, **options: Any) -> Demonstrations:
 @pytest.mark.parametrize(
     "plugin", ["power:alpha=1", "deft", "eaft", "talr", "psft", "iw-sft:temperature=0.1", "chord-phi"]
 )
-    "plugin", ["power:alpha=1", "deft", "eaft", "talr", "psft", "iw-sft:temperature=0.1", "chord-phi"]
-)
 def test_objective_shapes_the_sft_stream_of_grpo(plugin: str, tmp_path: Path) -> None:
     found = grpo(tmp_path, plugin)
     assert len(found.losses) == 2
