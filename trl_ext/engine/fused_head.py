@@ -59,10 +59,11 @@ def add_head(model: nn.Module, outputs: Sequence[str], cast_to_fp32: bool = Fals
     """
     ours = [name for name in dict.fromkeys(outputs) if name == RANK or _TOP.fullmatch(name)]
     of_trl = tuple(name for name in dict.fromkeys(outputs) if name not in ours)
-    add_fused_lm_head(model, cast_lm_head_to_fp32=cast_to_fp32, outputs=of_trl)  # type: ignore[arg-type]
+    add_fused_lm_head(model, cast_lm_head_to_fp32=cast_to_fp32, outputs=of_trl)
     if not ours:
         return
-    trl_forward = model.forward.__func__  # accelerate and copies of the model bind it to another instance
+    head: Any = model.forward
+    trl_forward = head.__func__  # accelerate and copies of the model bind it to another instance
 
     @wraps(trl_forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
