@@ -93,7 +93,7 @@ def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folde
 def measure_times(arms: tuple[str, ...], shape: dict[str, int], steps: int, device: str) -> dict[str, np.ndarray]:
     """Seconds of each arm's steps, in turn."""
     with tempfile.TemporaryDirectory() as folder:
-        return steps_in_turn({arm: make_trainer(arm, shape, steps, device, folder) for arm in arms}, device)
+        return steps_in_turn({arm: make_trainer(arm, shape, steps, device, f"{folder}/{arm}") for arm in arms}, device)
 
 
 def measure_memory(arm: str, shape: dict[str, int], steps: int, device: str) -> int:

@@ -19,7 +19,7 @@ HEADER = """\
 # with the reason.
 """
 AS = {
-    "by-column": "by-column:column=kind,objectives={sum: 'power:alpha=1', text: nll}",
+    "by-column": '{"name": "by-column", "column": "kind", "objectives": {"sum": "power:alpha=1", "text": "nll"}}',
     "lawa": "lawa:k=2,every=1",  # or there is no snapshot within three steps
     "wit": "wit:prompt=0,response=0.5",  # a weight of the prompt needs settings of the run
 }

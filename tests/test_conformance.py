@@ -88,7 +88,7 @@ def options_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("text", "trainers"),
-    [("power:alpha=0.5", ["sft"]), ("gradient-surgery", ["sft", "grpo"]), ("pg", ["grpo"])],
+    [("power:alpha=0.5", ["sft"]), ("weighted", ["sft"]), ("gradient-surgery", ["sft", "grpo"]), ("pg", ["grpo"])],
 )
 def test_a_plugin_is_run_in_the_trainers_that_it_acts_in(options_only: None, text: str, trainers: list[str]) -> None:
     found = [(trainer, outcome.verdict) for trainer, _, outcome in run_cases(text)]
