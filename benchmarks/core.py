@@ -1,9 +1,10 @@
 """What the layer and an objective cost: one run, ratios against plain TRL on the same data and weights.
 
-    python benchmarks/core.py [--device cuda] [--steps 40]
+    python benchmarks/core.py [--device cuda] [--steps 40] [--only label_rank,top20_log_probs]
 
 Arms: plain `trl.SFTTrainer` (nll); `trl_ext.SFTTrainer` without plugins; with `power`; TRL's deprecated
-`compute_loss_func` route with the same loss on full logits. Plain nll comes twice: how far the second is from 1 is what
+`compute_loss_func` route with the same loss on full logits; nll that asks the fused head for an output of TRL's or one
+of ours. Plain nll comes twice: how far the second is from 1 is what
 the other ratios are good for. All arms train in one process, a step of each in turn; a ratio is the median over turns,
 with its 95 % interval. On CPU one thread, and the processor's time. Memory is the peak of training above the level
 before it, as the allocator counts it; each arm in a process of its own.
@@ -18,6 +19,7 @@ import argparse
 import json
 import tempfile
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,24 @@ from transformers import PrinterCallback, logging
 from transformers.utils.logging import disable_progress_bar
 
 import trl_ext
+from trl_ext import hookimpl
+from trl_ext.records import TokenRecord
 from trl_ext.testing import tiny_llama, tiny_tokenizer
 
-ARMS = ("plain nll", "plain nll, again", "no plugins", "power", "compute_loss_func")
+PLAIN, PLAIN_AGAIN = "plain nll", "plain nll, again"
+HEAD = ("log_sum_sq_probs", "label_rank", "top20_log_probs")
+ARMS = (PLAIN, PLAIN_AGAIN, "no plugins", "power", "compute_loss_func", *HEAD)
+
+
+@dataclass(eq=False)
+class Asking:
+    """NLL, with one more output of the fused head."""
+
+    fused_outputs: tuple[str, ...] = field(init=False, default=())
+
+    @hookimpl
+    def per_token_loss(self, tokens: TokenRecord) -> torch.Tensor:
+        return -tokens.log_probs
 
 
 def full_logits_power(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -64,7 +81,11 @@ def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folde
         trainer = trl.SFTTrainer(args=trl.SFTConfig(folder, **common), **given, **extra)
     else:
         plugins = ["power:alpha=1"] if arm == "power" else None
-        trainer = trl_ext.SFTTrainer(args=trl_ext.SFTConfig(folder, plugins=plugins, **common), **given)
+        asking = Asking()
+        asking.fused_outputs = (arm,)
+        instances = [asking] if arm in HEAD else []
+        args = trl_ext.SFTConfig(folder, plugins=plugins, **common)
+        trainer = trl_ext.SFTTrainer(args=args, plugins=instances, **given)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -72,7 +93,7 @@ def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folde
 def measure_times(arms: tuple[str, ...], shape: dict[str, int], steps: int, device: str) -> dict[str, np.ndarray]:
     """Seconds of each arm's steps, in turn."""
     with tempfile.TemporaryDirectory() as folder:
-        return steps_in_turn({arm: make_trainer(arm, shape, steps, device, folder) for arm in arms}, device)
+        return steps_in_turn({arm: make_trainer(arm, shape, steps, device, f"{folder}/{arm}") for arm in arms}, device)
 
 
 def measure_memory(arm: str, shape: dict[str, int], steps: int, device: str) -> int:
@@ -81,10 +102,20 @@ def measure_memory(arm: str, shape: dict[str, int], steps: int, device: str) -> 
         return peak_memory(make_trainer(arm, shape, steps, device, folder).train, device)
 
 
+def measure_layer(plain: float, device: str) -> dict[str, float]:
+    """What the layer takes without plugins, and its share of a `plain` step of so many seconds."""
+    nothing = {"vocab": 64, "hidden": 8, "layers": 1, "batch": 1, "length": 8}
+    layer = measure_times((PLAIN, "no plugins"), nothing, 1000, device)
+    cost = float(np.median(layer["no plugins"] - layer[PLAIN]))
+    print(f"the layer without plugins: {cost * 1e6:.1f} us a step = {cost / plain:.4%} of plain nll")
+    return {"us_per_step": cost * 1e6, "share_of_plain_step": cost / plain}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--only", help="arms to measure beside plain nll, with commas; the layer is left out then")
     parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     parser.add_argument("--shape", help=argparse.SUPPRESS)
     parser.add_argument("--measure-memory", choices=ARMS, help=argparse.SUPPRESS)
@@ -106,29 +137,26 @@ def main() -> None:
     }  # Qwen2-0.5B's vocabulary and width
     small = {"vocab": 32_000, "hidden": 128, "layers": 2, "batch": 4, "length": 128}
     shape = big if options.device == "cuda" else small
-    times = measure_times(ARMS, shape, options.steps, options.device)
-    plain = times["plain nll"]
+    arms = tuple(arm for arm in ARMS if not options.only or arm in (PLAIN, PLAIN_AGAIN, *options.only.split(",")))
+    times = measure_times(arms, shape, options.steps, options.device)
+    plain = times[PLAIN]
     common = ["--device", options.device, "--shape", json.dumps(shape), "--steps", "3"]
-    memory = {arm: in_own_process(__file__, *common, "--measure-memory", arm) / 2**20 for arm in ARMS}
+    memory = {arm: in_own_process(__file__, *common, "--measure-memory", arm) / 2**20 for arm in arms}
     figures: dict[str, Any] = {"hardware": hardware(options.device), "shape": shape, "arms": {}}
     print(f"{figures['hardware']}, {shape}")
     print(f"{'arm':20} {'ms a step':>10} {'time ratio':>21} {'peak MiB':>9} {'memory ratio':>13}")
-    for arm in ARMS:
+    for arm in arms:
         row = {
             "step_ms": np.median(times[arm]) * 1e3,
             "time_ratio": str(ratio(times[arm], plain)),
             "peak_mib": memory[arm],
-            "memory_ratio": memory[arm] / memory["plain nll"],
+            "memory_ratio": memory[arm] / memory[PLAIN],
         }
         figures["arms"][arm] = row
         print("{:20} {:10.2f} {:>21} {:9.0f} {:13.3f}".format(arm, *row.values()))
 
-    nothing = {"vocab": 64, "hidden": 8, "layers": 1, "batch": 1, "length": 8}
-    layer = measure_times(("plain nll", "no plugins"), nothing, 1000, options.device)
-    cost = float(np.median(layer["no plugins"] - layer["plain nll"]))
-    share = cost / float(np.median(plain))
-    figures["layer"] = {"us_per_step": cost * 1e6, "share_of_plain_step": share}
-    print(f"the layer without plugins: {cost * 1e6:.1f} us a step = {share:.4%} of plain nll")
+    if not options.only:
+        figures["layer"] = measure_layer(float(np.median(plain)), options.device)
     if options.output:
         options.output.write_text(json.dumps(figures, indent=2) + "\n")
 

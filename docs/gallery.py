@@ -10,11 +10,22 @@ from importlib import metadata
 from typing import Any
 
 import yaml
+from conformance import in_words, read
 from generated import DOCS, _first_sentence, _linked, _table
 
 PAGE = DOCS / "plugins.md"
 THIRD_PARTY = DOCS / "third_party.yaml"
-COLUMNS = ("name", "kind", "what it does", "source", "trainers", "cost", "does not support", "distribution")
+COLUMNS = (
+    "name",
+    "kind",
+    "what it does",
+    "source",
+    "trainers",
+    "cost",
+    "does not support",
+    "conformance",
+    "distribution",
+)
 KINDS = {
     "per_token_loss": "objective",
     "policy_loss": "policy loss",
@@ -37,6 +48,11 @@ Every plugin of this repository, and those that others have published. When to u
 
 {ours}
 
+*Conformance* is how many cases of the [conformance kit](write/conformance.md) have passed, by
+`trl-ext plugins check --run NAME`, of those that mean something for the plugin. The others are declared unsupported, or
+could not run on the machine at hand; `docs/conformance.yaml` has the reasons. A plugin without a number needs data or
+models of its own: its tests run the kit with them.
+
 ## Plugins of others
 
 {others}
@@ -55,6 +71,7 @@ Add an entry to `docs/third_party.yaml`, run `python docs/gallery.py` and open a
   trainers: [sft]
   cost: none that can be measured
   unsupported: []
+  conformance: SFT 20 of 20
   distribution: trl-ext-my-loss
   url: https://pypi.org/project/trl-ext-my-loss
 ```
@@ -85,11 +102,16 @@ def _points(group: str) -> list[tuple[metadata.EntryPoint, str]]:
     )
 
 
+def plugins() -> list[str]:
+    """Names of this repository's plugins."""
+    return [point.name for point, _ in _points("trl_ext")]
+
+
 def _plugins() -> list[tuple[str, ...]]:
     from trl_ext.plugins.declarations import read_declarations
     from trl_ext.plugins.implementations import marked_hooks
 
-    rows = []
+    rows, recorded = [], read()
     for point, distribution in _points("trl_ext"):
         plugin, name = point.load(), point.name
         row = {
@@ -100,6 +122,7 @@ def _plugins() -> list[tuple[str, ...]]:
             "trainers": read_declarations(plugin, name, name, name).trainers,
             "cost": getattr(plugin, "cost", ""),
             "unsupported": getattr(plugin, "unsupported", {}),
+            "conformance": in_words(recorded.get(name, {})),
         }
         rows.append(_row(row, distribution))
     return rows
@@ -121,6 +144,7 @@ def _row(plugin: dict[str, Any], distribution: str) -> tuple[str, ...]:
         ", ".join(trainer.upper() for trainer in plugin.get("trainers", ())),
         plugin.get("cost", ""),
         ", ".join(plugin.get("unsupported", ())),
+        plugin.get("conformance", ""),
         distribution,
     )
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from sound_plugins import Average, Focal, focal_loss
 
 from trl_ext import hookimpl
-from trl_ext.records import AuxiliaryLoss, StreamRequest
+from trl_ext.records import AuxiliaryLoss, Column, StreamRequest
 from trl_ext.testing.conformance import Subject
 
 
@@ -205,6 +205,62 @@ class NoLabelsNoNumber:
     def auxiliary_losses(self, micro_step):
         mean = micro_step.log_probs.sum() / micro_step.mask.sum()
         return {"mean": AuxiliaryLoss(-0.1 * mean, "batch")}
+
+
+@dataclass(eq=False)
+class NoCompletionNoNumber:
+    """GRPO: 0 / 0 where all completions of a rank are masked."""
+
+    @hookimpl
+    def advantages(self, rollouts, advantages):
+        return advantages * rollouts.mask.sum() / rollouts.mask.sum()
+
+
+@dataclass(eq=False)
+class NoStreamNoNumber:
+    """GRPO: 0 / 0 where a rank has no label in a stream."""
+
+    @hookimpl
+    def streams(self):
+        return [StreamRequest("general", batch_size=2)]
+
+    @hookimpl
+    def per_token_loss(self, tokens):
+        labels = int(tokens.mask.sum())
+        return -labels / labels * tokens.log_probs
+
+    @hookimpl
+    def gradients_ready(self, gradients, streams):
+        gradients.axpy_(1.0, streams["general"].gradients)
+
+
+@dataclass(eq=False)
+class Weighs:
+    """0 / 0 where a rank has no label, in an objective that reads columns of every kind."""
+
+    columns = (
+        Column("trust"),
+        Column("grade", per="message", dtype="int"),
+        Column("source", dtype="text", values=("web", "book")),
+        Column("shade", per="token"),
+    )
+
+    @hookimpl
+    def per_token_loss(self, tokens):
+        weight = tokens.per_token("trust") + tokens.per_token("grade") + tokens.per_token("source")
+        weight = weight + tokens.per_token("shade")
+        return -self.scale(tokens) * weight * tokens.log_probs
+
+    def scale(self, tokens):
+        labels = int(tokens.mask.sum())
+        return labels / labels
+
+
+class WeighsWell(Weighs):
+    """The same without the fault."""
+
+    def scale(self, tokens):
+        return 1.0
 
 
 @dataclass(eq=False)

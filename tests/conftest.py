@@ -11,6 +11,16 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # `helpers`, which --import-mode=importlib would not find
 
 
+def pytest_collection_finish() -> None:
+    """Leave the imports to no collection of garbage: every `train()` has one, longer than its steps among them."""
+    import gc
+
+    import datasets
+
+    gc.freeze()
+    datasets.disable_progress_bars()
+
+
 class FakeSite:
     """A folder like site-packages, into which a test puts distributions of its own."""
 

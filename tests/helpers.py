@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import os
@@ -11,48 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
 import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.records import TokenRecord
-from trl_ext.testing.runs import (
-    COMMON,
-    MAKE,
-    additions,
-    logged,
-    lora,
-    make_grpo,
-    make_sft,
-    moved,
-    parameters,
-    tiny_model,
-    tokenizer,
-    varied_reward,
-    without_timing,
-)
-
-__all__ = [
-    "COMMON",
-    "MAKE",
-    "additions",
-    "ending_model",
-    "logged",
-    "lora",
-    "make_grpo",
-    "make_sft",
-    "moved",
-    "parameters",
-    "tiny_model",
-    "tokenizer",
-    "varied_reward",
-    "without_timing",
-]
-
-datasets.disable_progress_bars()
-# Every `train()` collects garbage, which takes longer than the steps while it goes through all of these imports.
-gc.freeze()
+from trl_ext.testing.runs import tiny_model, without_timing
 
 # A file's pickled config class differs by design; the others must not.
 PICKLED_CONFIG = "training_args.bin"

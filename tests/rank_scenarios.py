@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import Plugin, additions, logged, make_grpo, make_sft, parameters, tiny_model
+from helpers import Plugin
 from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
 from trl_ext.records import AuxiliaryLoss, SampleWeights, StreamRequest
+from trl_ext.testing.runs import additions, logged, make_grpo, make_sft, parameters, tiny_model
 
 # Plain SGD: what differs stays of the size of fp32's rounding.
 SGD = {"optim": "sgd", "learning_rate": 0.2, "max_grad_norm": 1.0, "ddp_timeout": 60}

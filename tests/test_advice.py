@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 from datasets import IterableDataset
-from helpers import MAKE, Nll, Plugin, additions
+from helpers import Nll, Plugin
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
 from trl_ext.records import StreamRequest
+from trl_ext.testing.runs import MAKE, additions
 
 
 @dataclass(eq=False)

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Idle, Plugin, make_sft
+from helpers import Idle, Plugin
 
 from trl_ext import hookimpl
 from trl_ext.errors import CheckpointError, ConfigurationError, PluginError
 from trl_ext.plugins.discovery import load_plugin
+from trl_ext.testing.runs import make_sft
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
 

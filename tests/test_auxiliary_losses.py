@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MAKE, Plugin, additions, assert_close, assert_equal_bits, logged, make_sft, moved, parameters
+from helpers import Plugin, assert_close, assert_equal_bits
 from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.errors import PluginError
 from trl_ext.records import AuxiliaryLoss, MicroStep
+from trl_ext.testing.runs import MAKE, additions, logged, make_sft, moved, parameters
 
 SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0}
 ROUNDING = {"rtol": 0, "atol": 5e-5}  # fp32 sums in another order, after steps that move weights by 1e-2

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import additions, tiny_model, tokenizer
 
 from trl_ext.cli import run
 from trl_ext.testing import save_model
+from trl_ext.testing.runs import additions, tiny_model, tokenizer
 
 DATA = {"dataset_name": "data.jsonl"}
 RUN = {

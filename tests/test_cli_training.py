@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import trl
-from helpers import additions, assert_close, assert_equal_bits, tiny_model, tokenizer
+from helpers import assert_close, assert_equal_bits
 from safetensors.torch import load_file
 
 from trl_ext.cli import run
 from trl_ext.cli.train import run_script, train
 from trl_ext.startup.report import RUN_FILE
 from trl_ext.testing import save_model
+from trl_ext.testing.runs import additions, tiny_model, tokenizer
 
 SCRIPTS = Path(trl.__file__).parent / "scripts"
 REWARD = (

@@ -12,20 +12,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from helpers import (
-    COMMON,
-    Plugin,
-    additions,
-    assert_close,
-    assert_equal_bits,
-    logged,
-    make_grpo,
-    make_sft,
-    moved,
-    parameters,
-    tiny_model,
-    tokenizer,
-)
+from helpers import Plugin, assert_close, assert_equal_bits
 from safetensors.torch import load_file
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -34,6 +21,17 @@ from trl_ext.cli.train import train as run_command
 from trl_ext.errors import ConfigurationError
 from trl_ext.records import AuxiliaryLoss, Column, StreamRequest, TokenRecord
 from trl_ext.testing import save_model
+from trl_ext.testing.runs import (
+    COMMON,
+    additions,
+    logged,
+    make_grpo,
+    make_sft,
+    moved,
+    parameters,
+    tiny_model,
+    tokenizer,
+)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer
-from broken_plugins import BROKEN, EveryStep
+from broken_plugins import BROKEN, EveryStep, NoCompletionNoNumber, NoStreamNoNumber, Weighs, WeighsWell
 from sound_plugins import Average, Away, Focal, SofterNegatives, focal_loss
 from torch import nn
 
+from trl_ext import hookimpl
 from trl_ext.cli.conformance import run_cases
 from trl_ext.cli.plugin_commands import check
 from trl_ext.errors import ConfigurationError
@@ -52,6 +54,35 @@ def test_a_secret_comes_back_from_a_config_as_it_is(tmp_path: Path) -> None:
     assert outcome.verdict == "passed", outcome
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plugin", "trainer", "said"),
+    [
+        (NoCompletionNoNumber(), "grpo", "NaN or infinite"),
+        (NoStreamNoNumber(), "grpo", "ZeroDivisionError"),
+        (Weighs(), "sft", "ZeroDivisionError"),
+    ],
+    ids=["completions", "stream", "columns"],
+)
+def test_a_rank_without_labels_is_one_in_every_trainer_and_with_columns(
+    plugin: Any, trainer: Any, said: str, tmp_path: Path
+) -> None:
+    outcome = outcome_of(CASES["rank_without_labels"], Subject(plugin, trainer), tmp_path)
+    assert outcome.verdict == "FAILED", outcome
+    assert said in outcome.remark
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plugin", "trainer"),
+    [(SofterNegatives(), "grpo"), (Away(), "grpo"), (WeighsWell(), "sft")],
+    ids=["completions", "stream", "columns"],
+)
+def test_a_sound_plugin_trains_with_a_rank_without_labels(plugin: Any, trainer: Any, tmp_path: Path) -> None:
+    outcome = outcome_of(CASES["rank_without_labels"], Subject(plugin, trainer), tmp_path)
+    assert outcome.verdict == "passed", outcome
+
+
 def test_the_ratio_of_costs_counts_an_extra_forward(tmp_path: Path) -> None:
     """A training step is a forward and a backward of twice its operations, so that one more forward makes 4/3."""
     outcome = outcome_of(CASES["cost"], Subject(EveryStep(), "sft"), tmp_path)
@@ -70,7 +101,7 @@ def options_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("text", "trainers"),
-    [("power:alpha=0.5", ["sft"]), ("gradient-surgery", ["sft", "grpo"]), ("pg", ["grpo"])],
+    [("power:alpha=0.5", ["sft"]), ("weighted", ["sft"]), ("gradient-surgery", ["sft", "grpo"]), ("pg", ["grpo"])],
 )
 def test_a_plugin_is_run_in_the_trainers_that_it_acts_in(options_only: None, text: str, trainers: list[str]) -> None:
     found = [(trainer, outcome.verdict) for trainer, _, outcome in run_cases(text)]
@@ -123,6 +154,25 @@ def test_a_declared_limit_that_no_run_is_held_to_fails(tmp_path: Path, monkeypat
     outcome = outcome_of(CASES["packing"], Subject(NoPacking(), "sft"), tmp_path)
     assert outcome.verdict == "FAILED"
     assert "no run was refused" in outcome.remark
+
+
+@dataclass(eq=False)
+class UnpackedWhenStrict(Focal):
+    strict: bool = True
+
+    @hookimpl
+    def check(self, run):
+        if self.strict and run.args.packing:
+            raise ValueError("strict=True takes rows for samples; set packing=False, or strict=False")
+
+
+def test_a_setting_that_the_check_hook_refuses_with_these_options_is_reported(tmp_path: Path) -> None:
+    verdicts = [
+        outcome_of(CASES["packing"], Subject(UnpackedWhenStrict(strict=strict), "sft"), tmp_path / str(strict))
+        for strict in (True, False)
+    ]
+    assert [outcome.verdict for outcome in verdicts] == ["unsupported", "passed"]
+    assert "strict=True takes rows for samples" in verdicts[0].remark
 
 
 def test_a_property_that_is_not_claimed_is_not_run(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ MODULES = (
     "trl_ext.options",
     "trl_ext.testing",
     "trl_ext.testing.conformance",
+    "trl_ext.testing.ranks",
 )
 OPTIONAL = " = ..."
 Contract = Mapping[str, Mapping[str, str]]

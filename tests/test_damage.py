@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Idle, Plugin, additions, make_grpo, make_sft
+from helpers import Idle, Plugin
 from test_resume import Counter, Mix
 
 from trl_ext.checkpoints import newest_complete
 from trl_ext.checkpoints.completeness import corruption, incompleteness
 from trl_ext.errors import CheckpointError
+from trl_ext.testing.runs import additions, make_grpo, make_sft
 
 SAVING = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
 

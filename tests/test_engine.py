@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import Plugin, tiny_model
+from helpers import Plugin
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
@@ -24,6 +24,7 @@ from trl_ext.errors import NonFiniteError
 from trl_ext.gradients import trainable_parameters
 from trl_ext.plugins.activation import activate
 from trl_ext.records import StreamRequest, WeightsView
+from trl_ext.testing.runs import tiny_model
 
 CPU = torch.device("cpu")
 ROWS = [

@@ -11,25 +11,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate.parallelism_config import ParallelismConfig
-from helpers import (
-    COMMON,
-    MAKE,
-    Idle,
-    Nll,
-    Plugin,
-    additions,
-    assert_equal_bits,
-    logged,
-    make_grpo,
-    make_sft,
-    parameters,
-    tiny_model,
-    tokenizer,
-)
+from helpers import Idle, Nll, Plugin, assert_equal_bits
 
 from trl_ext import SFTConfig, SFTTrainer, hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
 from trl_ext.records import AuxiliaryLoss, StreamRequest
+from trl_ext.testing.runs import COMMON, MAKE, additions, logged, make_grpo, make_sft, parameters, tiny_model, tokenizer
 
 # -- hooks that raise ------------------------------------------------------------------------------------------------
 
@@ -391,7 +378,7 @@ def test_unsloth_is_refused(tmp_path, monkeypatch):
 def test_unknown_fused_outputs_are_refused(tmp_path, outputs):
     plugin = Nll()
     plugin.fused_outputs = outputs
-    with pytest.raises(ConfigurationError, match=r"fused_outputs .*TRL's head offers log_sum_sq_probs, mean_logits"):
+    with pytest.raises(ConfigurationError, match=r"fused_outputs .*the head offers log_sum_sq_probs, mean_logits"):
         make_sft(tmp_path, plugins=[plugin])
 
 

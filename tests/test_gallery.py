@@ -15,7 +15,7 @@ def gallery(monkeypatch):
     import gallery
 
     yield gallery
-    for module in ("gallery", "generated"):
+    for module in ("gallery", "conformance", "generated"):
         sys.modules.pop(module, None)
 
 
@@ -30,9 +30,30 @@ def test_the_entry_that_the_page_shows_becomes_a_row(gallery, tmp_path, monkeypa
     row = next(line for line in gallery.page().splitlines() if line.startswith("| `my-loss`"))
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
         *("`my-loss`", "objective", "Weighs tokens by their probability."),
-        *("[1708.02002](https://arxiv.org/abs/1708.02002)", "SFT", "none that can be measured", ""),
+        *("[1708.02002](https://arxiv.org/abs/1708.02002)", "SFT", "none that can be measured", "", "SFT 20 of 20"),
         "[trl-ext-my-loss](https://pypi.org/project/trl-ext-my-loss)",
     ]
+
+
+def test_the_record_of_the_kit_is_of_plugins_that_there_are_and_of_no_failure(gallery):
+    import conformance
+
+    recorded = conformance.read()
+    assert set(recorded) <= set(gallery.plugins())
+    assert not [name for name, results in recorded.items() for found in results.values() if "FAILED" in found]
+
+
+def test_a_row_counts_cases(gallery):
+    from conformance import in_words, summary
+
+    outcomes = [
+        ("sft", "resume", "passed", ""),
+        ("sft", "packing", "unsupported", "It packs."),
+        ("grpo", "fsdp2", "skipped", "No."),
+    ]
+    results = summary(outcomes)
+    assert results["sft"] == {"passed": 1, "unsupported": {"packing": "It packs."}}
+    assert in_words(results) == "SFT 1 of 2, GRPO 0 of 1"
 
 
 def test_the_list_of_others_is_yaml_with_what_a_row_needs(gallery):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MAKE, Nll, Plugin, additions, assert_equal_bits, lora, make_sft, parameters, tiny_model
+from helpers import Nll, Plugin, assert_equal_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView, conflict_weight, named_parameters, pcgrad_weights, trainable_parameters
+from trl_ext.testing.runs import MAKE, additions, lora, make_sft, parameters, tiny_model
 
 SHAPES = [(3, 4), (5,), (), (2, 1, 3)]
 # Sums of n = 25 fp32 products of size 1: the error is at most n x 6e-8 x the sum of their sizes, 4e-5.

@@ -7,24 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    Plugin,
-    additions,
-    assert_close,
-    assert_equal_bits,
-    ending_model,
-    logged,
-    lora,
-    make_grpo,
-    moved,
-    parameters,
-    varied_reward,
-)
+from helpers import Plugin, assert_close, assert_equal_bits, ending_model
 from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
 from trl_ext.records import PolicyTokens, Rewards, Rollouts
+from trl_ext.testing.runs import additions, logged, lora, make_grpo, moved, parameters, varied_reward
 
 LOW, HIGH = 0.2, 0.3
 # Plain SGD, so that what differs stays of the size of fp32's rounding; several steps from one generation, so that

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_close, assert_equal_bits, moved, parameters, tiny_model
+from helpers import assert_close, assert_equal_bits
 from rank_scenarios import SCENARIOS, outcome
 from workers.failures import main as failures_of_rank
 from workers.values import main as values_of_rank
 
 from trl_ext.engine.rank_comparison import bit_sum
 from trl_ext.testing.ranks import on_ranks
+from trl_ext.testing.runs import moved, parameters, tiny_model
 
 RANKS = 2
 

@@ -10,6 +10,7 @@ from typing import get_args
 import pytest
 from fresh_environment import ROOT, FreshEnvironment
 
+from trl_ext.cli import run
 from trl_ext.cli.new_plugin import TEMPLATE, Kind, new_plugin
 from trl_ext.errors import ConfigurationError
 
@@ -83,6 +84,15 @@ def test_what_is_there_already_is_left_alone(tmp_path):
     with pytest.raises(ConfigurationError, match="is there already"):
         write(tmp_path, "objective")
     assert [path.name for path in (tmp_path / "project").iterdir()] == ["mine.txt"]
+
+
+def test_without_copier_the_command_to_install_it_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "copier", None)
+    assert run(["new-plugin", "my-method", "--kind", "probe", "--output", str(tmp_path / "project")]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said == "trl-ext: new-plugin writes its project with copier. copier is not installed: pip install 'copier>=9'\n"
+    )
 
 
 def test_without_a_terminal_what_has_a_default_is_not_asked(tmp_path, monkeypatch):

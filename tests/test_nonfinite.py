@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import MAKE, Idle, Plugin, additions, assert_equal_bits, logged, make_sft, parameters
+from helpers import Idle, Plugin, assert_equal_bits
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, NonFiniteError
 from trl_ext.records import AuxiliaryLoss, StreamRequest
+from trl_ext.testing.runs import MAKE, additions, logged, make_sft, parameters
 
 
 @dataclass(eq=False)

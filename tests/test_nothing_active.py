@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import trl
-from helpers import (
+from helpers import assert_equal_bits, file_digests
+from transformers import TrainingArguments
+
+import trl_ext
+from trl_ext.testing.runs import (
     COMMON,
     MAKE,
     additions,
-    assert_equal_bits,
-    file_digests,
     logged,
     lora,
     make_sft,
@@ -21,9 +23,6 @@ from helpers import (
     varied_reward,
     without_timing,
 )
-from transformers import TrainingArguments
-
-import trl_ext
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])

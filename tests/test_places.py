@@ -4,11 +4,12 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-from helpers import assert_close, make_sft, parameters
+from helpers import assert_close
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.plugins import activate
 from trl_ext.plugins.discovery import load_plugin
+from trl_ext.testing.runs import make_sft, parameters
 
 SOURCE = dedent("""
     from __future__ import annotations

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers import Plugin, additions, assert_equal_bits, make_grpo, parameters
+from helpers import Plugin, assert_equal_bits
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
+from trl_ext.testing.runs import additions, make_grpo, parameters
 
 ROWS = 10
 # A generation batch is 2 completions of 4 prompts, for 4 steps: an epoch of 10 prompts is 8 steps, and leaves 2 out.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers import MAKE, Nll, Plugin, additions, make_sft
+from helpers import Nll, Plugin
 from safetensors.torch import load_file
 
 import trl_ext
@@ -18,6 +18,7 @@ from trl_ext.config import SFTConfig
 from trl_ext.errors import ConfigurationError
 from trl_ext.plugins import activate
 from trl_ext.records import StreamRequest
+from trl_ext.testing.runs import MAKE, additions, make_sft
 
 
 @dataclass(eq=False)

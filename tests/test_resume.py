@@ -13,17 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers import (
-    Plugin,
-    additions,
-    assert_equal_bits,
-    file_digests,
-    logged,
-    make_grpo,
-    make_sft,
-    parameters,
-    tiny_model,
-)
+from helpers import Plugin, assert_equal_bits, file_digests
 from safetensors.torch import load_file
 
 from trl_ext import hookimpl
@@ -31,6 +21,7 @@ from trl_ext.checkpoints import newest_complete
 from trl_ext.checkpoints.completeness import incompleteness
 from trl_ext.errors import CheckpointError
 from trl_ext.records import StreamRequest
+from trl_ext.testing.runs import additions, logged, make_grpo, make_sft, parameters, tiny_model
 
 
 @dataclass(eq=False)

@@ -12,16 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import (
-    Plugin,
-    additions,
-    assert_equal_bits,
-    file_digests,
-    logged,
-    make_grpo,
-    make_sft,
-    parameters,
-)
+from helpers import Plugin, assert_equal_bits, file_digests
 from test_resume import Counter, Mix
 
 from trl_ext import hookimpl
@@ -30,6 +21,7 @@ from trl_ext.checkpoints.manifest import read_manifest, write_manifest
 from trl_ext.engine.streams import Stream
 from trl_ext.errors import CheckpointError
 from trl_ext.records import StreamRequest
+from trl_ext.testing.runs import additions, logged, make_grpo, make_sft, parameters
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 

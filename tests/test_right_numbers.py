@@ -10,14 +10,17 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers import (
+from helpers import Idle, Nll, Plugin, ending_model
+from peft import PeftModel, get_peft_model
+from schedulefree import AdamWScheduleFree
+
+from trl_ext import SFTConfig, SFTTrainer, hookimpl
+from trl_ext.errors import ConfigurationError, NonFiniteError, PluginError
+from trl_ext.records import AuxiliaryLoss
+from trl_ext.testing.runs import (
     COMMON,
     MAKE,
-    Idle,
-    Nll,
-    Plugin,
     additions,
-    ending_model,
     logged,
     lora,
     make_grpo,
@@ -27,12 +30,6 @@ from helpers import (
     tokenizer,
     varied_reward,
 )
-from peft import PeftModel, get_peft_model
-from schedulefree import AdamWScheduleFree
-
-from trl_ext import SFTConfig, SFTTrainer, hookimpl
-from trl_ext.errors import ConfigurationError, NonFiniteError, PluginError
-from trl_ext.records import AuxiliaryLoss
 
 
 @dataclass(eq=False)

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import pytest
 from filelock import SoftFileLock
-from helpers import Idle, Plugin, make_sft
+from helpers import Idle, Plugin
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
 from trl_ext.startup.run_folder import LOCK
+from trl_ext.testing.runs import make_sft
 
 
 @dataclass(eq=False)

@@ -8,19 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    Nll,
-    Plugin,
-    additions,
-    assert_close,
-    assert_equal_bits,
-    logged,
-    lora,
-    make_sft,
-    moved,
-    parameters,
-    tiny_model,
-)
+from helpers import Nll, Plugin, assert_close, assert_equal_bits
 from torch import Tensor, nn
 
 from trl_ext import hookimpl
@@ -28,6 +16,7 @@ from trl_ext.errors import PluginError
 from trl_ext.gradients import trainable_parameters
 from trl_ext.records import SampleWeights, StreamRequest, Window
 from trl_ext.testing import tiny_moe
+from trl_ext.testing.runs import additions, logged, lora, make_sft, moved, parameters, tiny_model
 
 ROUNDING = {"rtol": 0, "atol": 2e-6}  # sums of fp32 in another order, under SGD
 SGD = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0}

@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 import trl
-from helpers import MAKE
 
 from trl_ext import seams
 from trl_ext.seams import LIBRARIES, RECORD, fingerprint, recorded
+from trl_ext.testing.runs import MAKE
 from trl_ext.trainers import GRPOTrainer, SFTTrainer
 
 ROOT = Path(__file__).parent.parent

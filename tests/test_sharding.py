@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from helpers import COMMON, Idle, Plugin, additions, make_sft
+from helpers import Idle, Plugin
 from transformers.distributed import DistributedConfig
 
 from trl_ext import SFTConfig, SFTTrainer, hookimpl
 from trl_ext.errors import ConfigurationError
 from trl_ext.startup.sharding import sharding_of
+from trl_ext.testing.runs import COMMON, additions, make_sft
 
 
 class Seen(Exception):

@@ -9,23 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import (
-    COMMON,
-    MAKE,
-    Nll,
-    Plugin,
-    additions,
-    assert_equal_bits,
-    logged,
-    lora,
-    make_grpo,
-    make_sft,
-    moved,
-    parameters,
-    tiny_model,
-    tokenizer,
-    varied_reward,
-)
+from helpers import Nll, Plugin, assert_equal_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -36,6 +20,20 @@ from trl_ext.errors import ConfigurationError, StreamExhaustedError
 from trl_ext.gradients import trainable_parameters
 from trl_ext.records import StreamGradient, StreamRequest
 from trl_ext.testing import tiny_moe
+from trl_ext.testing.runs import (
+    COMMON,
+    MAKE,
+    additions,
+    logged,
+    lora,
+    make_grpo,
+    make_sft,
+    moved,
+    parameters,
+    tiny_model,
+    tokenizer,
+    varied_reward,
+)
 
 # -- order -----------------------------------------------------------------------------------------------------------
 

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import trl
-from helpers import MAKE, Nll, Plugin, assert_equal_bits, make_sft, parameters
+from helpers import Nll, Plugin, assert_equal_bits
 
 import trl_ext
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
 from trl_ext.records import AuxiliaryLoss
+from trl_ext.testing.runs import MAKE, make_sft, parameters
 
 
 class Weighs(Plugin):

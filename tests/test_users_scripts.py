@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import additions, assert_equal_bits, tiny_model, tokenizer
+from helpers import assert_equal_bits
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +20,7 @@ import trl_ext
 from trl_ext.cli import run
 from trl_ext.startup.report import RAW_FOLDER, RUN_FILE
 from trl_ext.testing import save_model
+from trl_ext.testing.runs import additions, tiny_model, tokenizer
 
 USERS = Path(__file__).parent / "users"
 YAML = """

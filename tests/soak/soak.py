@@ -28,10 +28,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers import additions, file_digests, make_grpo, make_sft, tiny_model
+from helpers import file_digests
 from test_resume import Counter, Mix
 
 from trl_ext.checkpoints import newest_complete
+from trl_ext.testing.runs import additions, make_grpo, make_sft, tiny_model
 
 STEPS = 6
 LIMIT = 1800  # seconds; a run takes a few, and minutes on two ranks of a busy machine

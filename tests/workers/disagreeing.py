@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import MAKE, Idle, Plugin, additions, tiny_model
+from helpers import Idle, Plugin
 from torch.distributed.fsdp import fully_shard
 from workers.failures import OnRankOne, sharded_model
 
 from trl_ext import hookimpl
 from trl_ext.records import AuxiliaryLoss
+from trl_ext.testing.runs import MAKE, additions, tiny_model
 
 
 @dataclass(eq=False)

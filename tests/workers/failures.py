@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers import MAKE, Idle, Plugin, additions, parameters, tiny_model, tokenizer
+from helpers import Idle, Plugin
 from rank_scenarios import whole
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
@@ -18,6 +18,7 @@ from trl_ext import hookimpl
 from trl_ext.checkpoints import newest_complete
 from trl_ext.records import AuxiliaryLoss
 from trl_ext.testing import save_model
+from trl_ext.testing.runs import MAKE, additions, parameters, tiny_model, tokenizer
 
 
 @dataclass(eq=False)

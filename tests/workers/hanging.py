@@ -6,9 +6,10 @@ import time
 from pathlib import Path
 
 import torch.distributed as dist
-from helpers import Plugin, make_sft
+from helpers import Plugin
 
 from trl_ext import hookimpl
+from trl_ext.testing.runs import make_sft
 
 
 class Sleeps(Plugin):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from helpers import Plugin, make_sft, tiny_model, tokenizer
+from helpers import Plugin
 from rank_scenarios import SCENARIOS, STREAMS, Everything, Weighted, algebra, outcome, sft_everything
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -15,6 +15,7 @@ from transformers.distributed import DistributedConfig
 
 from trl_ext import hookimpl
 from trl_ext.testing import save_model
+from trl_ext.testing.runs import make_sft, tiny_model, tokenizer
 
 
 @dataclass(eq=False)

@@ -55,10 +55,11 @@ def _trainers(active: ActivePlugin) -> list[TrainerKind]:
     GRPO calls an objective of supervised data for streams alone, which a plugin without any leaves to another one.
     """
     hooks = [name for name in marked_hooks(active.instance) if not HOOKS[name].bystander]
-    alone = {"grpo": {"per_token_loss"} if "streams" not in hooks else set()}
+    of_streams_of_others = "per_token_loss" in hooks and "streams" not in hooks
     return [
         trainer
         for trainer in TRAINERS
         if trainer in active.declared.trainers
-        and any(trainer in HOOKS[name].trainers for name in hooks if name not in alone.get(trainer, ()))
+        and any(trainer in HOOKS[name].trainers for name in hooks)
+        and not (trainer == "grpo" and of_streams_of_others)
     ]

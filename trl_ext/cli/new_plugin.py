@@ -50,7 +50,5 @@ def _copier() -> Any:
     try:
         import copier
     except ImportError as error:
-        from trl_ext.cli.installing import how_to_install
-
-        raise ConfigurationError(f"new-plugin: {how_to_install('copier')}") from error
+        raise ConfigurationError("new-plugin writes its project with copier") from error
     return copier

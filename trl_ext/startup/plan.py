@@ -27,6 +27,10 @@ from trl_ext.startup.unsupported import refuse_declared
 from trl_ext.startup.versions import check_versions
 
 
+class CheckRefusalError(ConfigurationError):
+    """A plugin's `check` hook has refused the run."""
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """A run that nothing speaks against, before the model loads."""
@@ -116,7 +120,7 @@ def _check(run: RunDescription, plugins: PluginSet) -> None:
         try:
             call(run=run)
         except Exception as error:
-            raise ConfigurationError(f"plugin '{plugin}' refuses this run: {error}") from error
+            raise CheckRefusalError(f"plugin '{plugin}' refuses this run: {error}") from error
 
 
 def _config(kind: TrainerKind, config_class: type[Any], given: Mapping[str, Any]) -> Any:

@@ -53,8 +53,8 @@ class RanksError(AssertionError):
 class Ended:
     """How one rank has ended."""
 
-    code: int | None
-    """The exit code, negative for a signal; None where it had to be killed."""
+    code: int
+    """The exit code, negative for a signal."""
     output: str
     """What it wrote to stdout and stderr."""
     result: Any = None
@@ -78,7 +78,7 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, ranks: int = 2, **li
         RanksError: a rank raised, was killed, or did not end in time.
     """
     ended = end_of_ranks(function, *arguments, ranks=ranks, **limits)
-    if any(rank.code for rank in ended) or None in [rank.code for rank in ended]:
+    if any(rank.code for rank in ended):
         said = "\n".join(f"-- rank {i}: {rank}" for i, rank in enumerate(ended))
         cause = next((rank.result for rank in ended if isinstance(rank.result, Exception)), None)
         raise RanksError(f"{getattr(function, '__name__', function)} failed on {ranks} ranks\n{said}") from cause
@@ -103,8 +103,7 @@ def end_of_ranks(
         processes = [_context().Process(target=call.run, args=(rank,), daemon=True) for rank in range(ranks)]
         for process in processes:
             process.start()
-        _wait(processes, limit)
-        return [call.ended(rank, process.exitcode) for rank, process in enumerate(processes)]
+        return [call.ended(rank, code) for rank, code in enumerate(_wait(processes, limit))]
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class _Call:
             sent = pickle.dumps(result)
             pickle.loads(sent)
             (self.folder / f"{rank}.pickle").write_bytes(sent)
-        if code == 0:
+        if code == 0 and dist.is_initialized():  # the function may have taken it down
             with suppress(RuntimeError):  # another rank has failed, which is reported there
                 dist.barrier()
         sys.exit(code)
@@ -156,7 +155,7 @@ class _Call:
         for stream in (1, 2):
             os.dup2(log, stream)
 
-    def ended(self, rank: int, code: int | None) -> Ended:
+    def ended(self, rank: int, code: int) -> Ended:
         """What a rank has left behind."""
         log, result = self.folder / f"{rank}.log", self.folder / f"{rank}.pickle"
         output = log.read_text(errors="replace") if log.exists() else ""
@@ -183,8 +182,8 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _wait(processes: Sequence[Any], limit: float) -> None:
-    """Wait until all have ended; kill those that outlive the limit, or a failure by more than the grace."""
+def _wait(processes: Sequence[Any], limit: float) -> list[int]:
+    """The exit codes once all have ended; those that outlive the limit, or a failure by the grace, are killed."""
     deadline = time.monotonic() + limit
     while running := [process for process in processes if process.is_alive()]:
         if any(process.exitcode for process in processes):
@@ -193,6 +192,7 @@ def _wait(processes: Sequence[Any], limit: float) -> None:
             for process in running:
                 process.kill()
                 process.join()
+    return [process.exitcode for process in processes]
 
 
 class _Pickler(pickle.Pickler):

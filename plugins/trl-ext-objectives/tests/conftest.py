@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from trl_ext_objectives.figures import HeadOutputs
 
 from trl_ext.records import TokenRecord
 
@@ -26,10 +27,7 @@ def make_record(logits: Tensor, labels: Tensor, mask: Tensor | None = None, **fi
             "denominator": mask.sum().clamp(min=1).to(logits.dtype),
             "accumulation_steps": 1,
             "progress": 0.0,
-            "extras": {
-                "log_sum_sq_probs": torch.logsumexp(2 * log_softmax.detach(), -1).masked_fill(~mask, 0),
-                "log_softmax": log_softmax.detach(),
-            },
+            "extras": HeadOutputs(log_softmax.detach()),
         }
         | fields
     )

@@ -13,6 +13,7 @@ import pytest
 from torch import Tensor
 from trl_ext_objectives.asft import ASFT
 from trl_ext_objectives.auto import Auto
+from trl_ext_objectives.by_column import ByColumn
 from trl_ext_objectives.chord_phi import ChordPhi
 from trl_ext_objectives.deft import DEFT
 from trl_ext_objectives.dft import DFT
@@ -31,6 +32,8 @@ from trl_ext_objectives.psft import PSFT
 from trl_ext_objectives.rho1 import Rho1
 from trl_ext_objectives.talr import TALR
 from trl_ext_objectives.threshold import Threshold
+from trl_ext_objectives.weighted import Weighted
+from trl_ext_objectives.wit import WIT
 
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
 from trl_ext.testing.conformance import conformance
@@ -111,7 +114,7 @@ def mixture(logits: Tensor, labels: Tensor) -> Tensor:
     return 0.3 * (1 - p**2) / 2 - 0.7 * p.detach() * p.log()
 
 
-TOP = {"fsdp2": "The likeliest tokens are read off the LM head itself, of which a rank has a shard; gate=whole is not"}
+WITH_PROMPT = {"completion_only_loss": False}  # the prompt has labels
 
 test_power = conformance(Power(0.5), trainer="sft", formula=power)
 
@@ -129,7 +132,7 @@ class TestOthers:
     test_iw_sft = staticmethod(
         conformance(IwSFT(temperature=20), trainer="sft", formula=nll)
     )  # at the start each ratio is 1
-    test_eaft = staticmethod(conformance(EAFT(), trainer="sft", formula=eaft, unsupported=TOP))
+    test_eaft = staticmethod(conformance(EAFT(), trainer="sft", formula=eaft))
     test_talr = staticmethod(conformance(TALR(), trainer="sft"))
     test_gem = staticmethod(conformance(GEM(), trainer="sft"))
     test_entropy = staticmethod(conformance(Entropy(0.3), trainer="sft", formula=entropy))
@@ -140,4 +143,9 @@ class TestOthers:
     test_threshold = staticmethod(conformance(Threshold(0.004), trainer="sft"))
     test_chord_phi = staticmethod(conformance(ChordPhi(), trainer="sft", formula=chord_phi))
     test_mixture = staticmethod(conformance(Mixture("power:alpha=2", "dft", 0.3), trainer="sft", formula=mixture))
+    test_weighted = staticmethod(conformance(Weighted(), trainer="sft"))
+    test_weighted_mean = staticmethod(conformance(Weighted(denominator="weights"), trainer="sft"))
+    test_wit = staticmethod(conformance(WIT(), trainer="sft", config=WITH_PROMPT))
+    test_wit_completion = staticmethod(conformance(WIT(0.0, 0.5), trainer="sft"))
+    test_by_column = staticmethod(conformance(ByColumn("kind", {"sum": "power:alpha=1", "text": "nll"}), trainer="sft"))
     test_auto = staticmethod(conformance(Auto(), trainer="sft"))

@@ -17,6 +17,7 @@ from trl_ext_objectives.deft import DEFT
 from trl_ext_objectives.dft import DFT
 from trl_ext_objectives.eaft import EAFT
 from trl_ext_objectives.entropy import Entropy
+from trl_ext_objectives.figures import HeadOutputs
 from trl_ext_objectives.focal import Focal
 from trl_ext_objectives.gem import GEM
 from trl_ext_objectives.huber import Huber
@@ -261,7 +262,7 @@ def test_extreme_probabilities_and_masked_positions_stay_finite(
         denominator=torch.tensor(22.0),
         accumulation_steps=1,
         progress=0.0,
-        extras={"log_sum_sq_probs": torch.zeros_like(log_probs), "log_softmax": torch.zeros(2, 12, 20)},
+        extras=HeadOutputs(torch.full((2, 12, 20), -math.log(20))),
         reference_log_probs=torch.full_like(log_probs, -0.7).masked_fill(~mask, 0),
     )
     loss = ORACLES[name][0].per_token_loss(tokens)

@@ -40,6 +40,7 @@ def test_mixture_moves_from_the_second_to_the_first(record: MakeRecord) -> None:
 
 def test_mixture_asks_for_what_its_parts_need() -> None:
     assert Mixture("deft", "power").fused_outputs == ("log_sum_sq_probs",)
+    assert Mixture("deft", "eaft:support=5").fused_outputs == ("log_sum_sq_probs", "top5_log_probs")
     assert Mixture("dft", "nll").fused_outputs == ()
     parts = Mixture("threshold:q=0.5,normalization=kept", "power:alpha=linear:1:2")
     assert parts.metrics("train") == {"first_normalized_by_kept": 1.0}
@@ -119,7 +120,7 @@ def test_rho1_keeps_its_share_of_the_label_tokens(record: MakeRecord, labels: in
         ("focal:gamma=-1", "gamma=.?-1.* is not >= 0"),
         ("huber:delta=0", r"delta=.?0.* is not in \(0, 1\]"),
         ("huber:delta=2", r"delta=.?2.* is not in \(0, 1\]"),
-        ("eaft:support=1", "support=.?1.* is not >= 2"),
+        ("eaft:support=1", r"support=.?1.* is not in \[2, 9999\]"),
         ("eaft:exponent=0", "exponent=.?0.* is not > 0"),
         ("eaft:gate=some", "expected one of 'top', 'whole'"),
         ("entropy:beta=-1", "beta=.?-1.* is not >= 0"),
@@ -140,7 +141,6 @@ def test_rho1_keeps_its_share_of_the_label_tokens(record: MakeRecord, labels: in
         ("mixture:weight=1.1", r"weight=.?1.1.? is not in \[0, 1\]"),
         ("mixture:first=ema", "is not one objective of trl-ext-objectives"),
         ("mixture:first=gem", "cannot be mixed: it changes the temperature of the model's head"),
-        ("mixture:first=eaft", "cannot be mixed: gate=top reads the hidden states .* set gate=whole"),
         ("mixture:second=power:alpha=0", "alpha=.?0.* is not > 0"),
         ("weighted:objective=gem", "cannot be mixed: it changes the temperature"),
         ("weighted:per=turn", "expected one of 'sample', 'message', 'token'"),
@@ -177,4 +177,4 @@ def test_mixture_works_where_both_of_its_parts_do() -> None:
     """`auto` measures in SFT only; in GRPO it would stay NLL without a word."""
     with pytest.raises(ConfigurationError, match="grpo"):
         activate(["mixture:first=auto,second=nll"], trainer="grpo")
-    assert Mixture("power", {"name": "eaft", "gate": "whole"}).trainers == ("sft", "grpo")
+    assert Mixture("power", "eaft").trainers == ("sft", "grpo")

@@ -266,7 +266,9 @@ def grpo(folder: Path, plugin: str, **options: Any) -> Demonstrations:
     return demonstrations
 
 
-@pytest.mark.parametrize("plugin", ["power:alpha=1", "deft", "talr", "psft", "iw-sft:temperature=0.1", "chord-phi"])
+@pytest.mark.parametrize(
+    "plugin", ["power:alpha=1", "deft", "eaft", "talr", "psft", "iw-sft:temperature=0.1", "chord-phi"]
+)
 def test_objective_shapes_the_sft_stream_of_grpo(plugin: str, tmp_path: Path) -> None:
     found = grpo(tmp_path, plugin)
     assert len(found.losses) == 2
@@ -276,6 +278,7 @@ def test_objective_shapes_the_sft_stream_of_grpo(plugin: str, tmp_path: Path) ->
     expected = {
         "power": 1 - p,
         "deft": nll,
+        "eaft": nll,
         "talr": nll / 2.718,
         "psft": -1.0,
         "iw-sft": nll,
@@ -286,7 +289,7 @@ def test_objective_shapes_the_sft_stream_of_grpo(plugin: str, tmp_path: Path) ->
         assert found.losses[1] != pytest.approx(found.nlls[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("plugin", ["gem", "auto", "asft", "eaft"])
+@pytest.mark.parametrize("plugin", ["gem", "auto", "asft"])
 def test_objectives_that_cannot_work_in_grpo_are_refused(plugin: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"grpo|GRPO"):
         grpo(tmp_path, plugin)

@@ -254,9 +254,8 @@ class NotingEAFT(EAFT):
 
 
 @pytest.mark.parametrize("case", ["lora", "padding-free"])
-def test_paper_gate_is_that_of_the_models_whole_logits(case: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_paper_gate_is_that_of_the_models_whole_logits(case: str, tmp_path: Path) -> None:
     """On a model with opinions, where the gate of 20 tokens is far from 1 and from that of the whole vocabulary."""
-    monkeypatch.setattr("trl_ext_objectives.top_entropy.POSITIONS_AT_ONCE", 5)
 
     def model() -> nn.Module:
         opinionated = tiny_llama(hidden=16, layers=1, seed=5)

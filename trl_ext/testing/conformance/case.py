@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.records import TRAINERS
+from trl_ext.startup.plan import CheckRefusalError
 from trl_ext.testing.conformance.subject import Subject
 
 Check = Callable[[Subject, Path], str | None]
@@ -69,14 +70,17 @@ def outcome_of(found: Case, subject: Subject, folder: Path) -> Outcome:
     except Skipped as skipped:
         return Outcome("skipped", str(skipped))
     except Exception as error:
-        if reason is not None and _is_refusal(error):
+        refusal = _refusal(error)
+        if refusal is not None and reason is not None:
             return Outcome("unsupported", reason)
+        if isinstance(refusal, CheckRefusalError) and found.setting:  # with these options
+            return Outcome("unsupported", str(refusal))
         return Outcome("FAILED", f"{type(error).__name__}: {error}", error)
     if reason is None:
         return Outcome("passed", remark)
     return Outcome("FAILED", f"the plugin declares this unsupported ({reason}), but no run was refused: it may go on")
 
 
-def _is_refusal(error: BaseException) -> bool:
-    """Whether a run was refused before it began, in this process or on the ranks that it started."""
-    return isinstance(error, ConfigurationError) or isinstance(error.__cause__, ConfigurationError)
+def _refusal(error: BaseException) -> ConfigurationError | None:
+    """Why a run was refused before it began, in this process or on the ranks that it started; None if it was not."""
+    return next((e for e in (error, error.__cause__) if isinstance(e, ConfigurationError)), None)

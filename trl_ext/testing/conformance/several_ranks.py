@@ -9,12 +9,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
-from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from trl_ext.testing.conformance.case import Skipped, case
 from trl_ext.testing.conformance.failing import failures
+from trl_ext.testing.conformance.missing_labels import completions_without_labels, rows_without_labels
 from trl_ext.testing.conformance.subject import RANKS, Run, Subject, require_close, require_same_bits
 from trl_ext.testing.models import save_model
 from trl_ext.testing.ranks import on_ranks, why_not
@@ -36,15 +36,16 @@ def two_ranks(subject: Subject, folder: Path) -> None:
     require_close(both[0], _alone(subject, folder), "two ranks, and one with the whole batch")
 
 
-@case(trainers=("sft",))
+@case()
 def rank_without_labels(subject: Subject, folder: Path) -> None:
     """Where the rows of one rank hold no label at all, two ranks still train as one rank with the whole batch.
 
-    TRL drops rows without labels where it cuts to `max_length`, and keeps those that are tokenized beforehand. A mean
-    over no tokens is NaN, and a rank that returns early misses the others' collectives: give a numerator of zero that
-    has a gradient, as `0 * log_probs.sum()`.
+    TRL drops rows without labels where it cuts to `max_length`, and keeps those that are tokenized beforehand. In GRPO
+    a rank has none where all of its completions are cut off and `mask_truncated_completions` leaves them out; its rows
+    of the streams have none then either. A mean over no tokens is NaN, and a rank that returns early misses the others'
+    collectives: give a numerator of zero that has a gradient, as `0 * log_probs.sum()`.
     """
-    settings = {"train": _some_without_labels(), "train_sampling_strategy": "sequential", "max_length": None}
+    settings = rows_without_labels(subject) if subject.trainer == "sft" else completions_without_labels(subject)
     both = _on_ranks(_run, subject, folder / "two", settings)
     require_same_bits(both[1].parameters, both[0].parameters, "the weights of rank 1, against those of rank 0")
     require_close(both[0], _alone(subject, folder, settings), "two ranks, and one with the whole batch")
@@ -132,10 +133,3 @@ def _fail(subject: Subject, folder: Path, name: str) -> tuple[list[str], str, in
     except Exception as error:
         return [kind.__name__ for kind in type(error).__mro__], str(error), trainer.state.global_step
     return ["nothing"], "no error", trainer.state.global_step
-
-
-def _some_without_labels() -> Dataset:
-    """Tokenized rows, two with labels and two without in turn."""
-    rows = [list(f"{i % 7}+{i % 5}={i % 7 + i % 5}".encode()) for i in range(24)]
-    labels = [row if i % 4 < 2 else [-100] * len(row) for i, row in enumerate(rows)]
-    return Dataset.from_dict({"input_ids": rows, "labels": labels})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.implementations import marked_hooks
-from trl_ext.records import TrainerKind
+from trl_ext.records import Column, StreamRequest, TrainerKind
+from trl_ext.testing.conformance.filling import filled
 from trl_ext.testing.conformance.sampling import sample_by_row
 from trl_ext.testing.runs import MAKE, additions, logged, parameters
 
@@ -87,40 +89,58 @@ class Subject:
 
     @cached_property
     def data(self) -> Any:
-        """The training data: the author's, or sums of two numbers."""
+        """The training data: the author's, or sums of two numbers, with the columns that the plugin reads."""
         if self.dataset is not None:
             return self.dataset
-        return additions(24) if self.trainer == "sft" else additions(16, "prompt_only")
+        return filled(additions(24) if self.trainer == "sft" else additions(16, "prompt_only"), self.columns)
 
     def held_out(self) -> dict[str, Any]:
         """Arguments of a trainer that evaluates too."""
         return {"eval_dataset": self.data.select(range(4))}
 
     @property
+    def columns(self) -> tuple[Column, ...]:
+        """The columns that the plugin reads."""
+        return tuple(getattr(self.plugin, "columns", ()))
+
+    @property
     def rows(self) -> int:
         """Rows of an optimiser step over all ranks."""
         return ROWS[self.trainer]
 
-    def build(self, folder: Path, plugin: Any = None, *, plain: bool = False, **settings: Any) -> Any:
+    def build(
+        self,
+        folder: Path,
+        plugin: Any = None,
+        *,
+        plain: bool = False,
+        then: Callable[[Any], None] = lambda trainer: None,
+        **settings: Any,
+    ) -> Any:
         """A trainer of a tiny model.
 
         Args:
             folder: the run's.
             plugin: the instance to use; a copy of the author's where None.
             plain: leave the plugin out.
-            **settings: of the config; `model`, `train` and `trainer` as for `make_sft`.
+            then: what to do with the trainer.
+            **settings: of the config; `model`, `train`, `streams` and `trainer` as for `make_sft`.
         """
-        gc.freeze()  # each training collects garbage, which takes longer than its steps among TRL's imports
+        _freeze_imports()
         plugins = [] if plain else [plugin or copy.deepcopy(self.plugin)]
         common = {"per_device_train_batch_size": self.rows, "max_steps": STEPS, **SETTINGS[self.trainer]}
         settings = {**common, **self.config, **settings}
         settings.setdefault("train", self.data)
+        settings.setdefault("streams", self._streams())
         if self.trainer == "grpo" and self.reward is not None:
             settings["reward"] = self.reward
-        trainer = MAKE[self.trainer](folder, plugins=plugins, streams=None if plain else self._streams(), **settings)
+        if plain:
+            del settings["streams"]
+        trainer = MAKE[self.trainer](folder, plugins=plugins, **settings)
         if self.trainer == "grpo":
             sample_by_row(trainer)
         _share_streams(trainer)
+        then(trainer)
         return trainer
 
     def run(self, folder: Path, plugin: Any = None, *, resume: Path | None = None, **settings: Any) -> Run:
@@ -147,8 +167,20 @@ class Subject:
         """The author's data for the plugin's streams, or else sums for each role that it asks for."""
         if self.streams is not None:
             return dict(self.streams)
+        return {
+            request.role: filled(additions(16, seed=3 + i), self.columns) for i, request in enumerate(self.requests())
+        }
+
+    def requests(self) -> list[StreamRequest]:
+        """The streams that the plugin asks for and cannot do without."""
         asked = copy.deepcopy(self.plugin).streams() if "streams" in self.hooks else ()
-        return {request.role: additions(16, seed=3 + i) for i, request in enumerate(asked) if not request.optional}
+        return [request for request in asked if not request.optional]
+
+
+@functools.cache
+def _freeze_imports() -> None:
+    """Leave what TRL's imports have made to no collection of garbage: each training has one, longer than its steps."""
+    gc.freeze()
 
 
 def _share_streams(trainer: Any) -> None:

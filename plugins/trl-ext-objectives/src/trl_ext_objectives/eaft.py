@@ -13,12 +13,17 @@ from trl_ext import hookimpl
 from trl_ext.options import Range
 from trl_ext.schedules import Scheduled
 from trl_ext_objectives.objective import Objective
-from trl_ext_objectives.top_entropy import TopEntropy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trl_ext.records import RunDescription, SetupContext, TokenRecord
+    from trl_ext.records import TokenRecord
+
+
+def top_entropy(log_probs: Tensor) -> Tensor:
+    """(...) entropy in nats of the K likeliest tokens, renormalised, from their log-probabilities (..., K)."""
+    renormalised = log_probs.log_softmax(-1)
+    return -(renormalised.exp() * renormalised).sum(-1)
 
 
 def eaft_loss(log_probs: Tensor, entropy: Tensor, support: int, exponent: float) -> Tensor:
@@ -31,11 +36,9 @@ def eaft_loss(log_probs: Tensor, entropy: Tensor, support: int, exponent: float)
 class EAFT(Objective):
     """Learn where the model is unsure, whatever the probability of the label.
 
-    The paper's gate takes the 20 likeliest tokens, renormalised (the authors' code divides by 3 for ln 20). TRL's fused
-    head does not give them, so the LM head projects the label positions once more, without gradient; this works in SFT
-    with an unsharded head. `gate=whole` costs nothing and works everywhere, GRPO and mixtures included, but it opens
-    wider where much of the entropy lies outside of the top: with p = 0.9 and the rest spread evenly over 2,000 tokens
-    it is 0.362, and the paper's is 0.004.
+    The paper's gate takes the 20 likeliest tokens, renormalised (the authors' code divides by 3 for ln 20).
+    `gate=whole` takes the whole vocabulary, and opens wider where much of the entropy lies outside of the top: with
+    p = 0.9 and the rest spread evenly over 2,000 tokens it is 0.362, and the paper's is 0.004.
 
     Args:
         support: Number K of tokens, whose uniform distribution opens the gate fully.
@@ -45,18 +48,18 @@ class EAFT(Objective):
     """
 
     citation: ClassVar[str] = "Entropy-Adaptive Fine-Tuning, arXiv 2601.02151"
-    cost: ClassVar[str] = "one more pass of the LM head over the label tokens; none with gate=whole"
+    requires_api: ClassVar[str] = ">=1.5,<2"
+    cost: ClassVar[str] = "one more output of the fused head; none with gate=whole"
 
-    support: Annotated[int, Range(ge=2)] = 20
+    support: Annotated[int, Range(ge=2, le=9999)] = 20
     exponent: Annotated[Scheduled, Range(gt=0)] = 1.0
     gate: Literal["top", "whole"] = "top"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._top: TopEntropy | None = None
+        self._top = f"top{self.support}_log_probs"
         if self.gate == "top":
-            self._top = TopEntropy(self.support, "eaft with gate=top", "set gate=whole")
-            self.alone = "gate=top reads the hidden states of the model's own forward; set gate=whole"
+            self.fused_outputs = (self._top,)
 
     @hookimpl
     def per_token_loss(self, tokens: TokenRecord) -> Tensor:
@@ -64,17 +67,5 @@ class EAFT(Objective):
 
         The core's denominator is all label tokens of the window.
         """
-        entropy = tokens.entropy if self._top is None else self._top.per_token(tokens)
+        entropy = tokens.entropy if self.gate == "whole" else top_entropy(tokens.extras[self._top])
         return eaft_loss(tokens.log_probs, entropy, self.support, self.now("exponent", tokens))
-
-    @hookimpl
-    def check(self, run: RunDescription) -> None:
-        """Refuse the paper's gate where the LM head is out of reach."""
-        if self._top is not None:
-            self._top.check(run)
-
-    @hookimpl
-    def setup(self, context: SetupContext) -> None:
-        """Listen to the backbone, where the gate needs its hidden states."""
-        if self._top is not None:
-            self._top.setup(context)

@@ -46,10 +46,25 @@ def curves(loss: Loss, p: Tensor, *, temperature: float = 1.0, progress: float =
     return values.detach()[0], -gradient[:, 0]
 
 
+class HeadOutputs(dict[str, Tensor]):
+    """What the fused head gives beside log-probabilities and entropy, made of the whole distributions when asked for.
+
+    Args:
+        log_softmax: (B, T, V) float, without gradient.
+    """
+
+    def __init__(self, log_softmax: Tensor) -> None:
+        super().__init__(log_sum_sq_probs=torch.logsumexp(2 * log_softmax, -1))
+        self._log_softmax = log_softmax
+
+    def __missing__(self, name: str) -> Tensor:
+        count = int(name.removeprefix("top").removesuffix("_log_probs"))
+        return self._log_softmax.topk(min(count, self._log_softmax.shape[-1])).values
+
+
 def _record(log_softmax: Tensor, progress: float) -> TokenRecord:
     """One row of label tokens, each the first of the vocabulary."""
     count = len(log_softmax)
-    distributions = log_softmax.detach()
     return TokenRecord(
         log_probs=log_softmax[None, :, 0],
         entropy=-(log_softmax.exp() * log_softmax).sum(-1)[None],
@@ -58,10 +73,7 @@ def _record(log_softmax: Tensor, progress: float) -> TokenRecord:
         denominator=torch.tensor(float(count)),
         accumulation_steps=1,
         progress=progress,
-        extras={
-            "log_sum_sq_probs": torch.logsumexp(2 * distributions, -1)[None],
-            "log_softmax": distributions[None],
-        },
+        extras=HeadOutputs(log_softmax.detach()[None]),
         reference_log_probs=torch.full((1, count), math.log(REFERENCE_P), dtype=torch.float64),
     )
 

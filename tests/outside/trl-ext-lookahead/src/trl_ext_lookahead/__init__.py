@@ -9,7 +9,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 
 from trl_ext import hookimpl
+from trl_ext.gradients import local_tensor
 from trl_ext.options import Range
+
+HEIGHT, WIDTH = 64, 8
+"""Pixels of the picture, the width that of a bar."""
 
 
 class LookaheadOptimizer(torch.optim.Optimizer):
@@ -71,9 +75,27 @@ class Lookahead:
         return self.optimizer
 
     @hookimpl
+    def setup(self, context):
+        self.trackers = context.trackers
+
+    @hookimpl
     def metrics(self, mode):
         """How far the weights are from the slow ones."""
-        states = [(p, s["slow"]) for p, s in self.optimizer.state.items() if "slow" in s]
-        if mode != "train" or not states:
-            return {}
-        return {"distance": torch.stack([(p.detach() - slow).norm() for p, slow in states]).norm()}
+        distances = self.distances()
+        return {"distance": distances.norm()} if mode == "train" and len(distances) else {}
+
+    @hookimpl
+    def end(self):
+        """A bar for each parameter: its distance from the slow weights, against the largest."""
+        distances = self.distances()
+        heights = (HEIGHT * distances / distances.max().clamp(min=1e-30)).cpu()
+        filled = torch.arange(HEIGHT, 0, -1).unsqueeze(1) <= heights
+        bars = (255 * filled).to(torch.uint8).repeat_interleave(WIDTH, dim=1)
+        self.trackers.picture("lookahead/distances", bars.unsqueeze(2).expand(-1, -1, 3).numpy())
+
+    def distances(self) -> torch.Tensor:
+        """(P,) float: the distance of each parameter from its slow weights, local shards under FSDP2."""
+        states = [(p.detach(), s["slow"]) for p, s in self.optimizer.state.items() if "slow" in s]
+        if not states:
+            return torch.zeros(0)
+        return torch.stack([local_tensor(p - slow).norm() for p, slow in states])
