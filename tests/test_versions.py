@@ -8,11 +8,11 @@ from importlib.metadata import version
 
 import moved_seams
 import pytest
-from helpers import make_sft
 
 from trl_ext import seams
 from trl_ext.errors import ConfigurationError
 from trl_ext.startup import versions
+from trl_ext.testing.runs import make_sft
 
 MOVED = f"{seams.HF}._get_grad_norm"
 
