@@ -65,7 +65,8 @@ class CovarianceLoss:
     trainers: ClassVar[tuple[str, ...]] = ("grpo",)
     cost: ClassVar[str] = "none that can be measured"
     unsupported: ClassVar[Mapping[str, str]] = {
-        "accumulation": "The tokens are chosen within a micro-batch, so that its size decides which they are"
+        "accumulation": "The tokens are chosen within a micro-batch, so that its size decides which they are",
+        "two_ranks": "The tokens are chosen within a micro-batch, into which each rank shuffles rollouts of its own",
     }
 
     def __post_init__(self) -> None:

@@ -10,21 +10,22 @@ CLIPPED = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo")
 """Values of TRL's `loss_type` whose policy term is the clipped ratio times the advantage."""
 
 
-def refuse_small_groups(args: Any, k: int, setting: str) -> None:
-    """Raise where a group has fewer completions than `k`, in training or, where it has a number of its own, evaluation.
+def refuse_small_groups(args: Any, least: int, setting: str) -> None:
+    """Raise where training has fewer completions a prompt than a method needs; evaluation may have fewer.
 
     Args:
         args: the trainer's config.
-        k: completions that the method needs.
+        least: completions that the method needs.
         setting: the option in words, for the message.
 
     Raises:
         ValueError: naming both numbers.
     """
-    for name in ("num_generations", "num_generations_eval"):
-        n = getattr(args, name)
-        if n is not None and n < k:
-            raise ValueError(f"{setting} needs {k} completions a prompt, and {name}={n}; lower k or raise {name}")
+    if args.num_generations < least:
+        raise ValueError(
+            f"{setting} needs {least} completions a prompt, and num_generations={args.num_generations}; lower k or "
+            f"set num_generations={least}"
+        )
 
 
 def refuse_other_sums(args: Any) -> None:

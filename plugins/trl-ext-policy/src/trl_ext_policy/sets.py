@@ -21,8 +21,8 @@ from trl_ext_policy.run_checks import refuse_other_sums, refuse_small_groups
 class SetsOfK:
     """Base of the methods whose advantages follow from the rewards of a group and k alone.
 
-    A completion that no reward function judged has advantage 0 and is not counted among its group's n. A group with
-    fewer than k others has advantages of 0.
+    A completion that no reward function judged has advantage 0 and is not counted among its group's n. Where fewer than
+    k are left, as in an evaluation with small groups, all have advantage 0.
 
     Args:
         k: completions of a set.
