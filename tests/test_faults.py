@@ -391,7 +391,7 @@ def test_unsloth_is_refused(tmp_path, monkeypatch):
 def test_unknown_fused_outputs_are_refused(tmp_path, outputs):
     plugin = Nll()
     plugin.fused_outputs = outputs
-    with pytest.raises(ConfigurationError, match=r"fused_outputs .*TRL's head offers log_sum_sq_probs, mean_logits"):
+    with pytest.raises(ConfigurationError, match=r"fused_outputs .*the head offers log_sum_sq_probs, mean_logits"):
         make_sft(tmp_path, plugins=[plugin])
 
 

@@ -84,6 +84,11 @@ class Spy(Plugin):
         self.note("deployed_weights ends")
 
     @hookimpl
+    def end(self, weights, step):
+        assert weights is self.context.weights
+        self.note("end", step=step, weights=self.weights())
+
+    @hookimpl
     def metrics(self, mode):
         self.note("metrics", mode=mode)
         return {"events": len(self.events)}
@@ -268,6 +273,14 @@ def at_each_log(run: Run) -> None:
     assert keys == [f"{name}/events", f"{name}/events", f"eval_{name}/events"]
 
 
+def at_the_end(run: Run) -> None:
+    (facts,) = run.of("end")
+    assert facts["step"] == STEPS
+    assert all(
+        torch.equal(a, b) for a, b in zip(facts["weights"], run.of("weights_updated")[-1]["weights"], strict=True)
+    )
+
+
 MOMENTS = {
     "check": at_check,
     "setup": during_setup,
@@ -284,6 +297,7 @@ MOMENTS = {
     "weights_updated": after_the_step,
     "deployed_weights": around_evaluation_and_final_save,
     "metrics": at_each_log,
+    "end": at_the_end,
 }
 
 
@@ -309,6 +323,7 @@ ORDER = {
         *START,
         *[STREAM, "sample_weights", *MICRO * ACCUMULATION, *END] * STEPS,
         *["deployed_weights", "per_token_loss", "metrics", "deployed_weights ends"],
+        "end",
         *["deployed_weights", "deployed_weights ends"],
     ],
     "grpo": [
@@ -316,6 +331,7 @@ ORDER = {
         "prompt_order",
         *[STREAM, *SAMPLING, "advantages", *["policy_loss", "auxiliary_losses"] * ACCUMULATION, *END] * STEPS,
         *["deployed_weights", *["advantages", "policy_loss"] * 2, "metrics", "deployed_weights ends"],
+        "end",
         *["deployed_weights", "deployed_weights ends"],
     ],
 }
@@ -342,6 +358,55 @@ def test_check_runs_before_the_model_loads(tmp_path):
 
     with pytest.raises(ConfigurationError, match=r"'Refuses' refuses this run: not with no/such/model"):
         make_sft(tmp_path, model="no/such/model", plugins=[Refuses()])
+
+
+@dataclass(eq=False)
+class Ends(Plugin):
+    """Notes the end, and may fail at a step."""
+
+    fails_at: int = 0
+    steps: list[int] = field(default_factory=list)
+
+    @hookimpl
+    def weights_updated(self, step):
+        if step == self.fails_at:
+            raise ValueError("as asked for")
+
+    @hookimpl
+    def end(self, step):
+        self.steps.append(step)
+
+
+def test_a_run_that_fails_has_no_end(tmp_path):
+    plugin = Ends(fails_at=2)
+    with pytest.raises(PluginError, match="as asked for"):
+        make_sft(tmp_path, plugins=[plugin]).train()
+    assert plugin.steps == []
+
+
+def test_a_run_that_resumes_after_its_last_step_ends_once_more(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    first, again = Ends(), Ends()
+    make_sft(tmp_path, plugins=[first], **saving).train()
+    make_sft(tmp_path, plugins=[again], **saving).train(resume_from_checkpoint=True)
+    assert first.steps == again.steps == [4]
+
+
+def test_the_end_sees_the_last_weights_and_not_the_best_that_are_loaded_after_it(tmp_path):
+    spy = SpyOnSft()
+    trainer = make_sft(
+        tmp_path,
+        plugins=[spy],
+        streams={"early": additions(8), "late": additions(8)},
+        trainer={"eval_dataset": additions(4, seed=5)},
+        **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
+        **{"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True},
+    )
+    trainer.train()
+    (facts,) = Run(spy, trainer).of("end")
+    updated = Run(spy, trainer).of("weights_updated")[-1]["weights"]
+    assert all(torch.equal(a, b) for a, b in zip(facts["weights"], updated, strict=True))
+    assert trainer.state.best_global_step < 4, "the best weights by the worst loss are early ones"
 
 
 def test_saved_weights_are_the_deployed_ones_and_checkpoints_keep_raw_ones(tmp_path):

@@ -217,7 +217,13 @@ def test_packing_agrees_with_padding(tmp_path):
 
 @dataclass(eq=False)
 class Keep(Plugin):
-    fused_outputs: ClassVar[tuple[str, ...]] = ("log_sum_sq_probs", "mean_logits", "is_top1")
+    fused_outputs: ClassVar[tuple[str, ...]] = (
+        "log_sum_sq_probs",
+        "mean_logits",
+        "is_top1",
+        "label_rank",
+        "top3_log_probs",
+    )
     records: list[TokenRecord] = field(default_factory=list)
 
     @hookimpl
@@ -257,6 +263,8 @@ def test_the_record_holds_what_full_logits_give(tmp_path, padding_free):
             "log_sum_sq_probs": (record.extras["log_sum_sq_probs"], (2 * log_probs).logsumexp(-1)),
             "mean_logits": (record.extras["mean_logits"], logits.mean(-1)),
             "is_top1": (record.extras["is_top1"], logits.argmax(-1) == labels),
+            "label_rank": (record.extras["label_rank"], (log_probs > picked.unsqueeze(-1)).sum(-1)),
+            "top3_log_probs": (record.extras["top3_log_probs"], log_probs.topk(3).values),
         }
         assert torch.equal(record.mask, mask)
         assert (record.log_probs[~mask] == 0).all()

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         Window,
     )
 
-API_VERSION = "1.4"
+API_VERSION = "1.5"
 PROJECT = "trl_ext"
 
 Kind = Literal["all", "collect", "exclusive", "chain", "sum", "in place"]
@@ -160,3 +160,7 @@ class HookSpecs:
         self, weights: WeightsView
     ) -> AbstractContextManager[None] | Mapping[str, AbstractContextManager[None]]:
         """Give a context inside which the weights are those to evaluate and to save at the end."""
+
+    @hook("all", moment="at the end of training", bystander=True)
+    def end(self, weights: WeightsView, step: int) -> None:
+        """See the weights that training ended with, after its last step, number `step` of the run."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trl_ext.engine.columns import with_columns, without_columns
 from trl_ext.engine.context import RunContext
+from trl_ext.engine.fused_head import head_outputs
 from trl_ext.records import AuxiliaryLoss, MicroStep, TokenRecord
 
 
@@ -36,7 +37,7 @@ def token_record(
         accumulation_steps=run.accumulation_steps() if own_step else 1,
         progress=run.progress(),
         stream=stream,
-        extras={name: outputs[name] for name in run.fused_outputs},
+        extras=head_outputs(outputs, run.fused_outputs),
         inputs=without_columns(batch),
         samples_marked=stream is not None or run.samples_marked(),  # streams are not packed
         column_totals=totals,

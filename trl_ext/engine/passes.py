@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.engine.columns import without_columns
+from trl_ext.engine.fused_head import add_head
 from trl_ext.gradients import GradientView, local_tensor
 from trl_ext.records import WeightsView
 
@@ -140,8 +140,7 @@ def sft_head(
         base = base_model()
         policy_forward = base.forward
         if forward is None:
-            names = tuple(dict.fromkeys(("log_probs", "entropy", *outputs)))
-            add_fused_lm_head(base, cast_lm_head_to_fp32=cast_to_fp32, outputs=names)
+            add_head(base, ("log_probs", "entropy", *outputs), cast_to_fp32)
             forward = base.forward
         base.forward = forward
         try:

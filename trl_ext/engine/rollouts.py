@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from inspect import signature
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trl_ext.checkpoints import State
 from trl_ext.engine.context import RunContext
 from trl_ext.engine.finite_rewards import refuse_non_finite_advantages
 from trl_ext.engine.grpo_loss import loss_mask
+from trl_ext.engine.passes import preserved_rng
 from trl_ext.records import Column, Rewards, Rollouts
 
 _PREFIX = "rollouts"
@@ -26,12 +29,13 @@ def shaped_advantages(
     num_generations: int,
     columns: Sequence[Column],
     finite: bool,
+    entropy: Tensor | None = None,
 ) -> Tensor:
     """The advantages (N,) or (N, T) of this rank's completions, as the `advantages` hooks leave them. Collective.
 
     `output` is what TRL's `_generate_and_score_completions` returns, `rows` its inputs, prompts and completions;
     `columns` are those that plugins want of the prompts, `finite` says whether a plugin that returns NaN or infinity
-    fails.
+    fails; `entropy` (N, T) is there where a plugin wants it.
     """
     of_prompts: dict[str, Tensor] = {}
     if columns:  # streamed rows were not looked at before: what is wrong with one on this rank has to reach the others
@@ -48,6 +52,7 @@ def shaped_advantages(
         training=run.training(),
         old_log_probs=output.get("old_per_token_logps"),
         columns=of_prompts,
+        entropy=entropy,
     )
     shapes = (len(rows["prompts"]),), tuple(rollouts.mask.shape)
 
@@ -62,6 +67,53 @@ def shaped_advantages(
     shaped = run.guard.chain("advantages", "advantages", given, check, rollouts=rollouts, rewards=rewards)
     run.guard.agree()  # what follows is collective: streams, the loss of sharded weights
     return shaped
+
+
+class OldEntropy:
+    """The entropy of each next-token distribution of the completions, under the policy that the update starts from.
+
+    It comes with the old log-probabilities, where TRL's forward computes them, and else of one more forward.
+    """
+
+    _scoring = False
+    _entropy: Tensor | None = None
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Around TRL's scoring of completions: note the entropy of its first forward."""
+        self._scoring, self._entropy = True, None
+        try:
+            yield
+        finally:
+            self._scoring = False
+
+    def log_probs(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's `_get_per_token_logps_and_entropies`, `forward`."""
+        if not self._scoring or self._entropy is not None:
+            return forward(*args, **kwargs)
+        log_probs, self._entropy, aux_loss = forward(*args, **{**kwargs, "compute_entropy": True})
+        return log_probs, None, aux_loss
+
+    def of(self, output: Mapping[str, Any], forward: Callable[..., Any], model: nn.Module, batch_size: int) -> Tensor:
+        """(N, T) float, in nats. Collective where the model is sharded.
+
+        Args:
+            output: What TRL's `_generate_and_score_completions` returned inside of `scoring`.
+            forward: TRL's `_get_per_token_logps_and_entropies`.
+            model: The policy, as TRL scores with it.
+            batch_size: Rows of one forward.
+        """
+        if output.get("old_per_token_logps") is not None:
+            assert self._entropy is not None, "noted with the old log-probabilities"
+            return self._entropy
+        ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+        attended = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+        names = signature(forward).parameters.keys() & output.keys()  # of images
+        others = {name: output[name] for name in names}
+        with torch.no_grad(), preserved_rng(ids.device):
+            kept = output["completion_ids"].size(1)
+            _, entropy, _ = forward(model, ids, attended, kept, batch_size, compute_entropy=True, **others)
+        return cast("Tensor", entropy)
 
 
 def _of_rows(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], device: torch.device) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@
     weights_updated  `weights_updated`
     end              whether replicas are still the same, every `rank_check_steps`
 
+    end_training     `end`, once, after the last step
+
 The overrides of trainers/stepping.py call these methods in this order.
 """
 
@@ -137,6 +139,12 @@ class OptimizerStep:
                 "be compared. What all ranks hold of parameters and of plugins' states is compared",
                 *(len(alone), len(parameters), alone[0]),
             )
+
+    def end_training(self) -> None:
+        """After the last step, and what is logged, evaluated and saved with it. Collective."""
+        if self.run.plugins.implements("end"):
+            self.run.guard.run_all("end", weights=self.passes.weights(), step=self.run.step())
+            self.run.guard.agree()
 
     @property
     def out_of_data(self) -> bool:

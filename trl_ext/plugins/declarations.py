@@ -18,6 +18,8 @@ class Declarations:
     """The trainers that it is for; all of them, unless it says otherwise."""
     fused_outputs: tuple[str, ...] = ()
     """Outputs of TRL's fused head that it wants beside the log-probabilities and the entropy."""
+    rollout_outputs: tuple[str, ...] = ()
+    """Fields of `Rollouts` that are computed where a plugin wants them."""
     columns: tuple[Column, ...] = ()
     """Columns of the data that it reads."""
     provides: tuple[str, ...] = ()
@@ -46,6 +48,7 @@ def read_declarations(plugin: Any, name: str, origin: str, line: str) -> Declara
         declared = Declarations(
             trainers=_words(plugin, "trainers", TRAINERS),
             fused_outputs=_words(plugin, "fused_outputs"),
+            rollout_outputs=_words(plugin, "rollout_outputs"),
             columns=_columns(plugin),
             provides=(name, *_words(plugin, "provides")),
             conflicts=_reasons(plugin, "conflicts"),
@@ -53,6 +56,7 @@ def read_declarations(plugin: Any, name: str, origin: str, line: str) -> Declara
             unsupported=_reasons(plugin, "unsupported"),
         )
         _refuse_unknown_trainers(declared.trainers)
+        _refuse_unknown_rollout_outputs(declared.rollout_outputs)
         _refuse_itself_before_itself(declared)
         _refuse_half_a_state(plugin)
     except ValueError as error:
@@ -95,6 +99,11 @@ def _reasons(plugin: Any, attribute: str) -> dict[str, str]:
 def _refuse_unknown_trainers(trainers: tuple[str, ...]) -> None:
     if not trainers or not set(trainers) <= set(TRAINERS):
         raise ValueError(f"declares trainers = {trainers!r}; name one or more of {', '.join(TRAINERS)}")
+
+
+def _refuse_unknown_rollout_outputs(outputs: tuple[str, ...]) -> None:
+    if set(outputs) - {"entropy"}:
+        raise ValueError(f"declares rollout_outputs = {outputs!r}; what it may name is 'entropy'")
 
 
 def _refuse_itself_before_itself(declared: Declarations) -> None:

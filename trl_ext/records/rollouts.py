@@ -35,6 +35,9 @@ class Rollouts:
     """(N, T) float, where TRL computed them."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """(N,) float or long each: the columns that plugins declare, of the rows in `inputs` (new in 1.4)."""
+    entropy: Tensor | None = None
+    """(N, T) float, in nats: entropy of each next-token distribution under the policy that the update starts from, at
+    the trainer's temperature; where a plugin names "entropy" in its `rollout_outputs` (new in 1.5)."""
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import nn
 
     from trl_ext.records.step import WeightsView
@@ -39,6 +41,24 @@ class RunDescription:
     """GRPO: names of the reward functions; empty where they are not known beforehand (new in 1.2)."""
 
 
+def _nowhere(*_: Any) -> None:
+    """What a run without trackers does with a picture or table."""
+
+
+@dataclass(frozen=True)
+class Trackers:
+    """Takes pictures and tables to where the trainer logs its numbers: wandb and TensorBoard (new in 1.5).
+
+    May be called in any hook from the first step on, `end` included, on all ranks or on some: the first rank writes, at
+    the current step. Begin a name with the plugin's. Where `report_to` names no such tracker, a warning says so once.
+    """
+
+    picture: Callable[[str, NDArray[np.uint8]], None] = _nowhere
+    """`picture(name, pixels)`, with (height, width, 3) uint8 pixels; a ValueError for others."""
+    table: Callable[[str, Sequence[str], Sequence[Sequence[Any]]], None] = _nowhere
+    """`table(name, columns, rows)`, with a value for each column in each row; a ValueError otherwise."""
+
+
 @dataclass(frozen=True)
 class SetupContext:
     """The model as it will be trained, and facts of the run (`setup`)."""
@@ -62,6 +82,8 @@ class SetupContext:
     tokenizer: Any
     reference: nn.Module | None = None
     """GRPO: the unwrapped reference model of the KL term, where the trainer keeps one beside the policy."""
+    trackers: Trackers = field(default_factory=Trackers)
+    """Takes pictures and tables, from the first step on (new in 1.5)."""
 
 
 @dataclass(frozen=True)

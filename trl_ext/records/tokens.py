@@ -49,8 +49,11 @@ class TokenRecord:
     stream: str | None = None
     """Name of the stream, or None for the trainer's own data."""
     extras: Mapping[str, Tensor] = field(default_factory=dict)
-    """(B, T) each: the outputs named in the plugin's `fused_outputs` ("log_sum_sq_probs", "mean_logits", "is_top1"),
-    without gradient."""
+    """The outputs named in the plugin's `fused_outputs`, without gradient and 0 where `mask` is False.
+
+    (B, T) float "log_sum_sq_probs" and "mean_logits", (B, T) bool "is_top1". New in 1.5: (B, T) long "label_rank", how
+    many tokens have a larger logit than the label; (B, T, K) float "topK_log_probs" with a number for K, such as
+    "top8_log_probs", the K largest log-probabilities in falling order."""
     reference_log_probs: Tensor | None = None
     """(B, T) float: log-probabilities of the labels under a reference that the trainer has; TRL's SFT has none, so
     an objective asks a reference of its own where this is None."""

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from trl_ext.engine.fused_head import OFFERED, is_offered
 from trl_ext.errors import ConfigurationError
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription
 from trl_ext.records.tokens import UNMARKED
 from trl_ext.startup.sharding import Sharding, refuse_dimensions
-
-EXTRA_FUSED_OUTPUTS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def refuse_unsupported(
@@ -54,11 +53,11 @@ def refuse_unsupported(
         _refuse_orders(args, plugins, streaming)
     _refuse_gradients(run, plugins)
     for plugin in plugins:
-        unknown = sorted(set(plugin.declared.fused_outputs) - set(EXTRA_FUSED_OUTPUTS))
+        unknown = [name for name in plugin.declared.fused_outputs if not is_offered(name)]
         if unknown:
             raise ConfigurationError(
                 f"plugin {plugin} declares fused_outputs {unknown}; "
-                f"TRL's head offers {', '.join(EXTRA_FUSED_OUTPUTS)} beside log_probs and entropy"
+                f"the head offers {OFFERED} beside log_probs and entropy"
             )
 
 

@@ -33,6 +33,7 @@ from trl_ext.startup.stream_data import TextForm, prepare_stream
 from trl_ext.trainers.deployment import DeploymentMixin
 from trl_ext.trainers.saving import CheckpointMixin
 from trl_ext.trainers.stepping import StepCallback, SteppingMixin
+from trl_ext.trainers.tracking import trackers_of
 
 
 class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
@@ -191,6 +192,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             resuming=checkpoint is not None,
             tokenizer=self.processing_class,
             reference=None if reference is None else self.accelerator.unwrap_model(reference),
+            trackers=trackers_of(self.callback_handler.callbacks, self.is_world_process_zero(), self.ext_run.step),
         )
         self.ext_run.guard.run_all("setup", context=context)
         self.ext_run.guard.agree()

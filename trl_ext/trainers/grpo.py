@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -44,6 +44,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
 
     reward_funcs: list[Any]
     _buffered_inputs: list[dict[str, Any]] | None
+    ext_entropy: rollouts.OldEntropy | None
+    """Gives the entropy of completions, where a plugin wants it."""
     _ext_scored: tuple[dict[str, Any], Rewards]
     """Rows and rewards of the generation batch at hand."""
 
@@ -58,6 +60,8 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             window=self.ext_step.window,
             window_batches=self._ext_window_batches,
         )
+        wanted = {name for plugin in self.ext_plugins for name in plugin.declared.rollout_outputs}
+        self.ext_entropy = rollouts.OldEntropy() if "entropy" in wanted else None
         self.ext_order = PromptOrder(self.ext_run.guard, self.ext_gather)
         if self.ext_step.nonfinite != "ignore":
             self.reward_funcs = [nan_as_infinite(function) for function in self.reward_funcs]
@@ -107,7 +111,9 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
+        with self.ext_entropy.scoring() if self.ext_entropy else nullcontext():
+            output = super()._generate_and_score_completions(inputs)
+        entropy = self._ext_entropy_of(output)
         self.ext_reached.add("_generate_and_score_completions")
         nonfinite = self.ext_step.nonfinite
         rows, rewards = self._ext_scored
@@ -119,10 +125,19 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
             generations = self.num_generations if self.model.training else self.num_generations_eval
             finite = nonfinite == "raise"
             columns = [wanted.column for wanted in self.ext_columns.data]
-            shaped = rollouts.shaped_advantages(self.ext_run, output, rows, rewards, generations, columns, finite)
+            shaped = rollouts.shaped_advantages(
+                self.ext_run, output, rows, rewards, generations, columns, finite, entropy
+            )
             output["advantages"] = shaped
             self._ext_show_advantages(shaped, output)
         return output
+
+    def _ext_entropy_of(self, output: dict[str, Any]) -> Tensor | None:
+        if self.ext_entropy is None:
+            return None
+        args, forward = self.args, super()._get_per_token_logps_and_entropies
+        rows = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+        return self.ext_entropy.of(output, forward, self.model, rows)
 
     def _ext_show_advantages(self, advantages: Tensor, output: dict[str, Any]) -> None:
         """Put the advantages trained on into TRL's table of completions, which holds TRL's own so far. Collective."""
@@ -135,7 +150,10 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
     # -- loss --------------------------------------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        return self.ext_loss.log_probs(super()._get_per_token_logps_and_entropies, *args, **kwargs)
+        forward = super()._get_per_token_logps_and_entropies
+        if self.ext_entropy:
+            forward = partial(self.ext_entropy.log_probs, forward)
+        return self.ext_loss.log_probs(forward, *args, **kwargs)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if self.model.training:

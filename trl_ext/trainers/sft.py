@@ -6,9 +6,9 @@ from typing import Any
 
 import trl
 from torch import Tensor, nn
-from trl.trainer.utils import add_fused_lm_head
 
 from trl_ext.config import SFTConfig
+from trl_ext.engine.fused_head import add_head
 from trl_ext.engine.sample_weights import SampleWeighting
 from trl_ext.engine.sft_loss import SFTLoss
 from trl_ext.records.columns import CARRIED
@@ -40,8 +40,7 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
         self.ext_step.weighting = SampleWeighting(self.ext_run, self.ext_passes, self._prepare_inputs, ranks)
         self.ext_loss = SFTLoss(self.ext_run, self.ext_step.window, ranks)
         if plan.fused_outputs:
-            outputs = dict.fromkeys(("log_probs", "entropy", "is_top1", *plan.fused_outputs))
-            add_fused_lm_head(self.ext_base_model(), outputs=tuple(outputs))
+            add_head(self.ext_base_model(), ("log_probs", "entropy", "is_top1", *plan.fused_outputs))
         if plan.columns.data:
             self.data_collator = collator_with_columns(self.data_collator, plan.columns.data)
 

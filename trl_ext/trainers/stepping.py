@@ -49,6 +49,10 @@ class SteppingMixin(Opened):
         self.ext_step.agree(model, norm)
         return norm
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.ext_step.end_training()
+        return super()._finalize_training(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.ext_plugins or self.ext_step.nonfinite != "ignore":
             mode = "train" if self.model.training else "eval"
