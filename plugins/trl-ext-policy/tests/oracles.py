@@ -70,3 +70,55 @@ def expectation(probabilities: Numbers, n: int, value: Callable[[tuple[int, ...]
 
     walk((), 1.0)
     return total
+
+
+def conflict_weights(completions: Sequence[Sequence[int]], advantages: Numbers) -> list[list[int]]:
+    """GTPO's lambda: walk from the start, and from the end, while a right and a wrong completion have the token."""
+    found = [[1] * len(c) for c in completions]
+    for back in (False, True):
+        turned = [list(reversed(c)) if back else list(c) for c in completions]
+
+        def has(t: int, token: int, sign: int, turned: list[list[int]] = turned) -> bool:
+            return any(a * sign > 0 and t < len(c) and c[t] == token for c, a in zip(turned, advantages, strict=True))
+
+        for i, completion in enumerate(turned):
+            for t, token in enumerate(completion):
+                if not (has(t, token, 1) and has(t, token, -1)):
+                    break
+                place = len(completion) - 1 - t if back else t
+                if advantages[i] != 0:
+                    found[i][place] = 2 if advantages[i] > 0 else 0
+    return found
+
+
+def gtpo(
+    completions: Sequence[Sequence[int]], entropies: Sequence[Numbers], advantages: Numbers, gamma: float, start: float
+) -> list[list[float]]:
+    """A_it of one group, without padding."""
+    found = []
+    for i, weights in enumerate(conflict_weights(completions, advantages)):
+        mean = statistics.fmean(entropies[i]) if entropies[i] else 0.0
+        keep = 0.0 if start < math.log(2) < mean else 1.0
+        found.append([w * keep * (advantages[i] - gamma * mean) for w in weights])
+    return found
+
+
+def entropy_rewards(entropies: Sequence[Numbers], right: Sequence[bool | None], alpha: float) -> list[list[float]]:
+    """Eq. 3, 5 and 6 of arXiv 2508.04349 for one group, with both constants, without padding."""
+    found = [[0.0] * len(h) for h in entropies]
+    if True not in right or False not in right:
+        return found
+    for kind in (True, False):
+        rows = [i for i, r in enumerate(right) if r is kind]
+        shaped = {}
+        for i in rows:
+            for t, h in enumerate(entropies[i]):
+                there = [entropies[k][t] for k in rows if t < len(entropies[k])]
+                if kind:
+                    shaped[i, t] = 1 + alpha * len(there) * h / sum(there)
+                else:
+                    shaped[i, t] = -1 - alpha * len(there) * (1 / h) / sum(1 / other for other in there)
+        mean, spread = statistics.fmean(shaped.values()), statistics.pstdev(shaped.values())
+        for (i, t), value in shaped.items():
+            found[i][t] = (value - mean) / (spread + alpha * 1e-4)
+    return found

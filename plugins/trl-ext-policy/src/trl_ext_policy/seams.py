@@ -8,5 +8,6 @@ READ: dict[str, str] = {
         "grpo, bnpo, dr_grpo, dapo and luspo clip the ratio by epsilon, epsilon_high and delta; the others do not"
     ),
     "accelerate.utils:gather": "concatenates the tensors of all ranks in the order of the ranks",
+    "accelerate.utils:pad_across_processes": "pads a dimension to its largest size over the ranks",
     "accelerate.utils:reduce": "sums tensors over all ranks",
 }
