@@ -25,10 +25,11 @@ def binary_reward(completions: Sequence[str], **columns: Any) -> list[float]:
     return [float(sum(map(ord, c)) % 3 == 0) for c in completions]
 
 
-def stopping_model() -> Any:
-    """Its completions end now and then, so that lengths differ."""
+def stopping_model(sharpness: float = 1.0) -> Any:
+    """Its completions end now and then, so that lengths differ; with more sharpness entropies do too."""
     model = tiny_model()
     with torch.no_grad():
+        model.lm_head.weight *= sharpness
         model.lm_head.weight[tokenizer().eos_token_id] *= 8
     return model
 

@@ -10,7 +10,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from policy_runs import Seen, binary_reward, checksum_reward, grpo
+from policy_runs import Seen, binary_reward, checksum_reward, grpo, stopping_model
 from trl_ext_policy.entropy_reward import EntropyReward
 from trl_ext_policy.gfpo import GFPO
 from trl_ext_policy.gtpo import GTPO
@@ -78,9 +78,9 @@ def run_all(folder: Path) -> dict[str, list[list[Row]]]:
     """This rank's four rows of each step, by method."""
     found = {}
     for name, (plugin, reward) in METHODS.items():
-        before, after = Seen(), Seen()
+        before, after = Seen("before"), Seen("after")
         settings = {"per_device_train_batch_size": 4, "num_generations": 8, "rank_check_steps": 1, "reward": reward}
-        grpo(folder / name, [before, plugin, after], **settings).train()
+        grpo(folder / name, [before, plugin, after], model=stopping_model(sharpness=10), **settings).train()
         found[name] = rows_of(before, after)
     return found
 
