@@ -3,8 +3,8 @@
     python benchmarks/policy.py                     # CPU
     python benchmarks/policy.py --device cuda       # one GPU
 
-All train in one process, a step of each in turn, at the size of `benchmarks/mixing.py`. Completions have a fixed length,
-so that every step does the same work: generation, rewards, advantages, loss and update. On CPU one thread, the
+All train in one process, a step of each in turn, at the size of `benchmarks/mixing.py`. Completions have a fixed
+length, so that every step does the same work: generation, rewards, advantages, loss and update. On CPU one thread, the
 processor's time, and an allocator that keeps freed memory, as CUDA's does. The ratio is to the plain step of the same
 turn: the median over turns, with its 95 % interval.
 """
