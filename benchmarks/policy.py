@@ -89,7 +89,7 @@ def main() -> None:
     one_thread(options.device)
     with tempfile.TemporaryDirectory() as folder:
         arms = [PLAIN, *METHODS]
-        trainers = {arm: make_trainer(arm, options.device, options.steps, folder) for arm in arms}
+        trainers = {arm: make_trainer(arm, options.device, options.steps, f"{folder}/{arm}") for arm in arms}
         seconds = steps_in_turn(trainers, options.device)
     print(f"{hardware(options.device)}; {SIZES[options.device]}, {options.steps} steps of each\n")
     print("| arm | ms a step | / plain GRPO |\n|---|---|---|")

@@ -96,13 +96,15 @@ def advantages(plugin: Any, rewards: list[list[float | None]], size: int, rows: 
     return plugin.advantages(rollouts, record, torch.zeros(1)).tolist()
 
 
-@pytest.mark.parametrize("plugin", [PKPO(k=2), PassAtK(k=2)], ids=["pkpo", "pass-at-k"])
-def test_what_no_function_judged_is_not_in_its_group(plugin: Any) -> None:
-    judged = [1.0, 0.0, 0.0]
-    rule = {"PKPO": oracles.best_of_sets, "PassAtK": lambda r, k: oracles.sets_as_samples([x >= 1 for x in r], k)}
-    expected = rule[type(plugin).__name__](judged, 2)
-    found = advantages(plugin, [[1.0], [None], [0.0], [0.0]], 4)
+@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("method", [PKPO, PassAtK])
+def test_what_no_function_judged_is_not_in_its_group(method: Any, k: int) -> None:
+    judged, plugin = [0.5, 1.0, 0.0], method(k=k)
+    right = [reward >= 1 for reward in judged]
+    expected = oracles.best_of_sets(judged, k) if method is PKPO else oracles.sets_as_samples(right, k)
+    found = advantages(plugin, [[0.5], [None], [1.0], [0.0]], 4)
     assert found == pytest.approx([expected[0], 0.0, expected[1], expected[2]], abs=1e-6)
+    assert any(found) or (method, k) == (PassAtK, 3)  # its one set has no spread
     assert advantages(plugin, [[1.0], [None], [None], [None]], 4) == [0, 0, 0, 0]
     assert advantages(plugin, [[None]] * 4, 4) == [0, 0, 0, 0]
 
