@@ -72,7 +72,9 @@ def test_new_advantages_go_with_every_policy_term(tmp_path: Path, name: str, los
         ("gfpo:k=4", {}, "set num_generations=5"),
         ("pkpo:k=5", {}, "k=5 needs 5 completions a prompt, and num_generations=4"),
         ("pass-at-k:k=5", {}, "k=5 needs 5 completions a prompt, and num_generations=4"),
-        ("pkpo:k=1", {}, "k=1 is not >= 2"),
+        ("pkpo:k=linear:5:2", {}, "k=linear:5:2 needs 5 completions a prompt, and num_generations=4"),
+        ("pkpo:k=0", {}, "0 is not >= 1"),
+        ("pass-at-k:k=2.5", {}, "k=2.5 does not begin and end with whole numbers"),
         *[
             (name, {"multi_objective_aggregation": "normalize_then_sum"}, "set it to 'sum_then_normalize'")
             for name in ("gfpo:k=2", "pkpo", "pass-at-k")

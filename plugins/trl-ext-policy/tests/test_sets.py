@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import oracles
 import pytest
 import torch
+from policy_runs import Seen, grpo
 from trl_ext_policy.pass_at_k import PassAtK, set_advantages
 from trl_ext_policy.pkpo import PKPO, marginal_gains
 
 from trl_ext.records import Rewards, Rollouts
 
 SIZES = [(n, k) for n in range(2, 9) for k in range(2, n + 1)]
+"""Of groups and sets."""
 
 
 def group(*rewards: float) -> torch.Tensor:
@@ -38,7 +41,7 @@ def test_pkpo_of_right_and_wrong_is_its_closed_form(n: int, k: int) -> None:
         torch.testing.assert_close(found, group(*[right] * c, *[0.0] * (n - c)), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize(("n", "k"), [(2, 2), (4, 2), (4, 3), (5, 4)])
+@pytest.mark.parametrize(("n", "k"), [(3, 1), (2, 2), (4, 2), (4, 3), (5, 4)])
 @pytest.mark.parametrize("rewards", [(1.0, 0.0, 0.0), (0.3, -1.0, 2.0)])
 def test_pkpo_estimates_the_gradient_of_the_best_of_k_without_bias(n: int, k: int, rewards: tuple[float, ...]) -> None:
     """A bandit with softmax policy: mean over all draws of 1/n sum_i A_i grad log p, against autograd of E max."""
@@ -60,7 +63,7 @@ def test_pkpo_estimates_the_gradient_of_the_best_of_k_without_bias(n: int, k: in
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize(("n", "k"), [*SIZES, (4, 1), (7, 1)])
 def test_pass_at_k_is_grpo_on_all_sets(n: int, k: int) -> None:
     for c in range(n + 1):
         right = [i < c for i in range(n)]
@@ -127,3 +130,14 @@ def test_several_functions_add_up() -> None:
 def test_equal_rewards_teach_nothing(plugin: Any) -> None:
     for reward in (0.0, 1.0, 0.1):
         assert advantages(plugin, [[reward]] * 5, 5) == [0] * 5
+
+
+def test_k_follows_its_schedule(tmp_path: Path) -> None:
+    """From 4 to 1 in the first three of four steps: 4, 3, 2, 1."""
+    seen = Seen()
+    grpo(tmp_path, [seen], names=["pkpo:k=linear:4:1:0.75"], max_steps=4).train()
+    for k, (_, rewards, found) in zip((4, 3, 2, 1), seen.batches, strict=True):
+        for group, advantages in zip(rewards.total.view(-1, 4).tolist(), found.view(-1, 4).tolist(), strict=True):
+            mean = sum(group) / 4
+            expected = oracles.best_of_sets(group, k) if k > 1 else [(r - mean) * 4 / 3 for r in group]
+            assert advantages == pytest.approx(expected, abs=1e-5)  # TRL's rewards are in fp32

@@ -46,7 +46,7 @@ class PassAtK(SetsOfK):
     already scaled, so that `scale_rewards` does not act.
 
     Args:
-        k: completions of a set, from 2 to `num_generations`.
+        k: completions of a set, up to `num_generations`; with 1 it is GRPO. May be a schedule such as "linear:8:1".
         success: reward from which a completion counts as correct.
     """
 
@@ -54,5 +54,5 @@ class PassAtK(SetsOfK):
 
     citation: ClassVar[str] = "Chen et al., Pass@k Training, arXiv 2508.10751"
 
-    def of_group(self, rewards: Tensor) -> Tensor:
-        return set_advantages(rewards >= self.success, self.k)
+    def of_group(self, rewards: Tensor, k: int) -> Tensor:
+        return set_advantages(rewards >= self.success, k)

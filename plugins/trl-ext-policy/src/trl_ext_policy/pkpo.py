@@ -9,6 +9,8 @@ completion i adds to the best of k - 1 others, as a mean over all such sets J of
 GRPO takes a mean over the n completions of a prompt, hence the factor n. With rewards of 0 and 1, of which c are 1:
 
     A_i = k C(n-c, k-1) / C(n-1, k-1)    for a right completion,    and 0 for a wrong one
+
+There are no sets of k - 1 for k = 1; then the baseline is the mean of the others (eq. 29).
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from trl_ext_policy.sets import SetsOfK
 
 
 def marginal_gains(rewards: Tensor, k: int) -> Tensor:
-    """(n,) double: A_i of a group's rewards (n,) double, for 2 <= k <= n."""
+    """(n,) double: A_i of a group's rewards (n,) double, for k <= n."""
     n = len(rewards)
+    if k == 1:
+        return (rewards - rewards.mean()) * (n / max(n - 1, 1))
     best_of_others = rewards.new_tensor([comb(j, k - 2) / comb(n - 1, k - 1) for j in range(n)])
     gains = (rewards.unsqueeze(1) - rewards.sort().values).clamp(min=0)
     return k * (gains * best_of_others).sum(dim=1)
@@ -39,11 +43,11 @@ class PKPO(SetsOfK):
     weighs tokens alike (`loss_type="dr_grpo"`), as long as rollouts are used once.
 
     Args:
-        k: completions of a set, from 2 to `num_generations`; the paper leaves the choice to the user. With k = 1 it
-            would be GRPO without a spread, `scale_rewards="none"`.
+        k: completions of a set, up to `num_generations`, which the paper leaves to the user; a schedule such as
+            "linear:8:1" lowers it in the course of the training, as the paper does too.
     """
 
     citation: ClassVar[str] = "Walder and Karkhanis, Pass@K Policy Optimization (PKPO), arXiv 2505.15201"
 
-    def of_group(self, rewards: Tensor) -> Tensor:
-        return marginal_gains(rewards, self.k)
+    def of_group(self, rewards: Tensor, k: int) -> Tensor:
+        return marginal_gains(rewards, k)
