@@ -1,4 +1,4 @@
-"""`clip-cov`: a random few of the tokens of high covariance give no gradient (Clip-Cov, arXiv 2505.22617, eq. 12).
+"""`clip-cov`: a random few of the tokens of high covariance give no gradient (arXiv 2505.22617, eq. 11 and 12).
 
     L_t = -min(r_t A_t, clip(r_t) A_t),    and 0 for t in I
 

@@ -1,4 +1,4 @@
-"""`entropy-advantage`: tokens at which the policy is uncertain count for more (arXiv 2506.14758, eq. 5 and 6).
+"""`entropy-advantage`: tokens at which the policy is uncertain count for more (arXiv 2506.14758).
 
     A_t <- A_t + min(alpha H_t, |A_t| / kappa)
 

@@ -13,7 +13,7 @@ from trl_ext.records import PolicyTokens
 
 @dataclass(frozen=True)
 class Clipped:
-    """-min(r A, clip(r, 1 - low, 1 + high) A), r the ratio to the policy that generated (arXiv 2402.03300, eq. 3).
+    """-min(r A, clip(r, 1 - low, 1 + high) A), r the ratio to the policy that drew (arXiv 2402.03300, section 4.1).
 
     A `delta` bounds r in the first product (dual clip), as in TRL.
     """
