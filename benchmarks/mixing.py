@@ -113,7 +113,9 @@ def main() -> None:
         return
     variants = VARIANTS[:-1] if options.no_gradients else VARIANTS
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {variant: make_trainer(variant, options.device, options.steps, folder) for variant in variants}
+        trainers = {
+            variant: make_trainer(variant, options.device, options.steps, f"{folder}/{variant}") for variant in variants
+        }
         seconds = steps_in_turn(trainers, options.device)
         del trainers
     memory = peaks(__file__, options.device, variants, lambda variant: measure_memory(variant, options.device))
