@@ -1,4 +1,4 @@
-"""GRPO's generation batch: its completions and rewards as plugins see them, and as a checkpoint keeps them."""
+"""A generation batch of GRPO or RLOO: its completions and rewards as plugins see them, and as a checkpoint keeps them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,18 @@ def shaped_advantages(
     rewards: Rewards,
     num_generations: int,
     columns: Sequence[Column],
+    *,
     finite: bool,
+    per_token: bool,
 ) -> Tensor:
-    """The advantages (N,) or (N, T) of this rank's completions, as the `advantages` hooks leave them. Collective.
+    """The advantages of this rank's completions, as the `advantages` hooks leave them. Collective.
 
     `output` is what TRL's `_generate_and_score_completions` returns, `rows` its inputs, prompts and completions;
     `columns` are those that plugins want of the prompts, `finite` says whether a plugin that returns NaN or infinity
-    fails.
+    fails, `per_token` whether it may give one advantage per token.
+
+    Returns:
+        (N,) float, or (N, T).
     """
     of_prompts: dict[str, Tensor] = {}
     if columns:  # streamed rows were not looked at before: what is wrong with one on this rank has to reach the others
@@ -49,12 +54,12 @@ def shaped_advantages(
         old_log_probs=output.get("old_per_token_logps"),
         columns=of_prompts,
     )
-    shapes = (len(rows["prompts"]),), tuple(rollouts.mask.shape)
+    shapes = [(len(rows["prompts"]),), *([tuple(rollouts.mask.shape)] if per_token else [])]
 
     def check(result: Any) -> None:
         if not isinstance(result, Tensor) or tuple(result.shape) not in shapes:
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise TypeError(f"returned {got}; expected advantages of shape {shapes[0]} or {shapes[1]}")
+            raise TypeError(f"returned {got}; expected advantages of shape {' or '.join(map(str, shapes))}")
         if finite:
             refuse_non_finite_advantages(result)
 

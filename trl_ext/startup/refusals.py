@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from trl_ext.errors import ConfigurationError
+from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription
 from trl_ext.records.tokens import UNMARKED
@@ -49,8 +50,9 @@ def refuse_unsupported(
     refuse_dimensions(args, run.model)
     if run.trainer == "sft":
         _refuse_losses(args, plugins, compute_loss_func)
-    else:
+    if run.trainer == "grpo":
         _refuse_policy(args, plugins)
+    if run.trainer in HOOKS["prompt_order"].trainers:
         _refuse_orders(args, plugins, streaming)
     _refuse_gradients(run, plugins)
     for plugin in plugins:
