@@ -151,6 +151,7 @@ def make(
 make_sft = functools.partial(make, "sft")
 make_grpo = functools.partial(make, "grpo")
 
+
 def varied_reward(completions: list[str], **columns: Any) -> list[float]:
     """A reward that differs within groups even for an untrained model: the share of digits, and the length."""
     return [sum(c.isdigit() for c in text) + len(text.encode()) / 7 for text in completions]
