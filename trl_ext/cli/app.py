@@ -53,10 +53,9 @@ def _add_training_command(kind: TrainerKind) -> None:
 
         train(kind, ctx.args)
 
-    what = {"reward": "Train a reward model", "distillation": "Distil a teacher"}.get(
-        kind, f"Train with {kind.upper()}"
-    )
-    about = f"{what}: TRL's flags and YAML, --plugins, --streams, --num_processes."
+    what = {"reward": "a reward model", "distillation": "a student of a teacher"}.get(kind, f"with {kind.upper()}")
+    streams = "" if kind == "reward" else " --streams,"
+    about = f"Train {what}: TRL's flags and YAML, --plugins,{streams} --num_processes."
     app.command(kind, cls=_Verbatim, help=about)(command)
 
 

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 NAMES = ("SFT", "GRPO", "DPO", "KTO", "RLOO", "Reward", "Distillation")
-"""Of the trainers: their classes end in `Trainer` and `Config`, and in lower case they name TRL's modules and scripts."""
+"""Of the trainers: their classes end in `Trainer` and `Config`; in lower case they name TRL's modules and scripts."""
 PLACES: dict[str, tuple[str, ...]] = {}
 """Each of our classes, and the modules of TRL that export one of its name."""
 for _name in NAMES:

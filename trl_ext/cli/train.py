@@ -1,4 +1,4 @@
-"""`trl-ext sft`, the other training commands and `trl-ext run`: scripts of TRL and others, with our trainers in place."""
+"""The training commands and `trl-ext run`: TRL's own scripts and other people's, with our trainers in place."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class AccumulationWindow:
     done: int = 0
     """Micro-steps already done."""
     tokens: Tensor | None = None
-    """() float: label tokens of the window over all ranks, where an auxiliary loss may need them (GRPO, RLOO, DPO, KTO)."""
+    """() float: label tokens of the window over all ranks, where an auxiliary loss may need them (not in SFT)."""
     sequences: Tensor | None = None
     """() float: samples of the window over all ranks, where an auxiliary loss may need them (SFT, DPO, KTO)."""
     column_totals: Mapping[str, Tensor] | None = None

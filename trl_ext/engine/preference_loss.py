@@ -1,4 +1,4 @@
-"""The loss of DPO and KTO with the auxiliary losses of plugins: TRL's `compute_loss`, called with a stand-in for the model.
+"""The loss of DPO and KTO with the auxiliary losses of plugins: TRL's `compute_loss`, with a stand-in for the model.
 
 The stand-in notes what the model gives for the batch, so that there is no second forward. TRL runs the reference
 by another way (`ref_model`, or the model itself with another adapter), which the stand-in does not see.
@@ -48,7 +48,8 @@ class PreferenceLoss:
         labels = mask.size(1)  # prompt learning puts virtual tokens in front
         if window.tokens is None:
             self._count()
-        assert window.tokens is not None and window.sequences is not None, "counted above"
+        assert window.tokens is not None, "counted above"
+        assert window.sequences is not None, "counted above"
         micro_step = MicroStep(
             inputs=inputs,
             log_probs=outputs.log_probs[:, -labels:],

@@ -1,4 +1,4 @@
-"""A generation batch of GRPO or RLOO: its completions and rewards as plugins see them, and as a checkpoint keeps them."""
+"""A generation batch: its completions and rewards as plugins see them, and as a checkpoint keeps them."""
 
 from __future__ import annotations
 

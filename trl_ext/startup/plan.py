@@ -158,8 +158,8 @@ def _streams(kind: TrainerKind, plugins: PluginSet, datasets: Mapping[str, Any])
     owner = plugins.owner("per_token_loss")
     if kind != "sft" and owner is not None and not matched:
         raise ConfigurationError(
-            f"plugin '{owner}' owns the loss per token of supervised data, and this {kind.upper()} run has none: give a "
-            "plugin that takes a stream its data under `streams:`, or remove this one"
+            f"plugin '{owner}' owns the loss per token of supervised data, and this {kind.upper()} run has none: give "
+            "a plugin that takes a stream its data under `streams:`, or remove this one"
         )
     return matched
 

@@ -1,7 +1,7 @@
 """`RLOOTrainer`: TRL's, with the prompts, the advantages, the policy term and auxiliary losses open to plugins.
 
-TRL's loss takes the ratio of whole completions, so there is one advantage each, and the KL term is part of the reward. A
-plugin's policy term is per token all the same: its sum over a completion takes the place of the completion's clipped
+TRL's loss takes the ratio of whole completions, so there is one advantage each, and the KL term is part of the reward.
+A plugin's policy term is per token all the same: its sum over a completion takes the place of the completion's clipped
 term, and TRL's mean over completions stays.
 """
 
