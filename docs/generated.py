@@ -49,6 +49,7 @@ def _methods_by_distribution(advice: dict[str, Any]) -> Iterator[tuple[str, str,
 
 def _method_row(name: str, plugin: Any, about: dict[str, Any]) -> tuple[str, ...]:
     from trl_ext.plugins.declarations import read_declarations
+    from trl_ext.records import trainer_name
 
     say = about["plugins"][name]
     trainers = read_declarations(plugin, name, name, name).trainers
@@ -56,7 +57,7 @@ def _method_row(name: str, plugin: Any, about: dict[str, Any]) -> tuple[str, ...
         f"`{name}`: {_first_sentence(plugin)} {_linked(getattr(plugin, 'citation', ''))}",
         say["when"],
         say["when not"],
-        ", ".join(trainer.upper() for trainer in trainers),
+        ", ".join(trainer_name(trainer) for trainer in trainers),
         plugin.cost,
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from trl_ext.data import FILE_FORMATS, explain_loading, nearest_path, refuse_missing_file, rename_columns
 from trl_ext.errors import ConfigurationError, did_you_mean
+from trl_ext.records import trainer_name
 
 USUAL_COLUMNS = {
     "prompt": ("question", "instruction", "query", "problem", "input"),
@@ -206,7 +207,7 @@ def _check_columns(kind: str, dataset: Any, split: str, training_args: Any) -> N
     found = [f"{old}={new}" for new, names in usual.items() for old in names if old in columns]
     example = ",".join(found or [f"{usual[new][0]}={new}" for new in groups[0]])
     raise ConfigurationError(
-        f"dataset_columns: the split {split!r} has the columns {', '.join(columns)}, and {kind.upper()} wants "
+        f"dataset_columns: the split {split!r} has the columns {', '.join(columns)}, and {trainer_name(kind)} wants "
         f"{WANTED[kind]}. Rename them, for instance dataset_columns: {example}"
     )
 

@@ -7,7 +7,7 @@ TRL's loss is a sum over tokens of a weight times the policy term, plus the rest
 with weights w_t made of masks, length normalisation, importance correction and accumulation. The rest is TRL's loss
 with zero advantages. The weights are found by differentiating TRL's loss: with the log-probabilities as a leaf, on
 policy and with advantages of -1, the policy term's derivative at the leaf is exactly w_t. RLOO's policy term is that of
-a whole completion, whose log-probability is the sum of its tokens': w_t is one over the micro-batch's completions there.
+a whole completion, whose log-probability is its tokens' sum; w_t is one over the completions of the micro-batch.
 """
 
 from __future__ import annotations

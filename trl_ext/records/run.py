@@ -17,6 +17,11 @@ TrainerKind = Literal["sft", "grpo", "dpo", "kto", "rloo", "reward", "distillati
 TRAINERS: tuple[TrainerKind, ...] = get_args(TrainerKind)
 
 
+def trainer_name(kind: str) -> str:
+    """A trainer as texts write it: the acronyms in capitals, the words as words."""
+    return kind if kind in ("reward", "distillation") else kind.upper()
+
+
 @dataclass(frozen=True)
 class RunDescription:
     """The run as asked for, before the model loads; once more as it is where the loaded model is sharded (`check`)."""

@@ -15,7 +15,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_ext.errors import ConfigurationError, did_you_mean
 from trl_ext.plugins.plugin_set import ActivePlugin, PluginSet
-from trl_ext.records import Column, TrainerKind
+from trl_ext.records import Column, TrainerKind, trainer_name
 from trl_ext.startup.column_values import COMPLETION_MASK, messages_of, values_of_turns
 
 READERS: dict[TrainerKind, tuple[str, ...]] = {
@@ -124,7 +124,7 @@ def _lost(kind: TrainerKind, args: Any, column: Column, collator: Any) -> str:
     """Why a column would not arrive, with what to change; empty where it does."""
     if kind != "sft":
         if column.per != "sample":
-            return f"with one value per {column.per}; the prompts of {kind.upper()} have columns per sample only"
+            return f"with one value per {column.per}; the prompts of {trainer_name(kind)} have columns per sample only"
         return "which remove_unused_columns=True drops; set it to False" if args.remove_unused_columns else ""
     if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         return "which is attached while TRL prepares the data; remove skip_prepare_dataset from dataset_kwargs"

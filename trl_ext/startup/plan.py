@@ -18,7 +18,7 @@ from trl_ext.errors import ConfigurationError
 from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.activation import activate
 from trl_ext.plugins.plugin_set import PluginSet
-from trl_ext.records import RunDescription, StreamRequest, TrainerKind
+from trl_ext.records import RunDescription, StreamRequest, TrainerKind, trainer_name
 from trl_ext.startup.agreement import agreed
 from trl_ext.startup.columns import Columns, refuse_columns, wanted_columns
 from trl_ext.startup.refusals import refuse_skipping, refuse_unsupported
@@ -158,8 +158,8 @@ def _streams(kind: TrainerKind, plugins: PluginSet, datasets: Mapping[str, Any])
     owner = plugins.owner("per_token_loss")
     if kind != "sft" and owner is not None and not matched:
         raise ConfigurationError(
-            f"plugin '{owner}' owns the loss per token of supervised data, and this {kind.upper()} run has none: give "
-            "a plugin that takes a stream its data under `streams:`, or remove this one"
+            f"plugin '{owner}' owns the loss per token of supervised data, and this {trainer_name(kind)} run has none: "
+            "give a plugin that takes a stream its data under `streams:`, or remove this one"
         )
     return matched
 
