@@ -47,7 +47,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model(**options: Any) -> Any:
     """One layer of width 16: 30 steps take a fifth of a second."""
-    return tiny_llama(**{"hidden": 16, "layers": 1, **options})
+    return start_model("sft", **options)
+
+
+def start_model(kind: str, **options: Any) -> Any:
+    """A tiny model for a trainer of a kind, with a score in place of the LM head for reward models."""
+    return (tiny_reward_model if kind == "reward" else tiny_llama)(**{"hidden": 16, "layers": 1, **options})
 
 
 def additions(size: int = 64, kind: Kind = "prompt_completion", **options: Any) -> Any:
@@ -55,11 +60,12 @@ def additions(size: int = 64, kind: Kind = "prompt_completion", **options: Any) 
     return Addition(digits=2).dataset(size, kind, **options)
 
 
-def lora() -> Any:
-    """A LoRA of rank 2 on queries and values."""
+def lora(kind: str = "sft") -> Any:
+    """A LoRA of rank 2 on queries and values, for the model of a trainer."""
     from peft import LoraConfig  # of the extra `peft`
 
-    return LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
+    return LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type=task)
 
 
 def preferences(size: int = 64, **options: Any) -> Any:
@@ -82,31 +88,44 @@ class _Kind:
 
     name: str
     """Of its classes in TRL, before `Trainer` and `Config`."""
-    data: Callable[[], Any]
+    data: Callable[..., Any]
+    """Gives rows: their number, and a seed."""
+    size: int = 64
+    """Rows of a training set."""
     config: Mapping[str, Any] = field(default_factory=dict)
-    model: Callable[[], Any] = tiny_model
     arguments: Callable[[], Mapping[str, Any]] = dict
     """Of its constructor."""
     loads: bool = True
     """Whether TRL loads a reference from the model's folder."""
 
 
+def _prompts(size: int, seed: int = 0) -> Any:
+    return additions(size, "prompt_only", seed=seed)
+
+
 _SAMPLING = {"max_completion_length": 5}
 _KINDS: dict[str, _Kind] = {
     "sft": _Kind("SFT", additions, loads=False),
-    "grpo": _Kind("GRPO", lambda: additions(32, "prompt_only"), {"num_generations": 2, **_SAMPLING}),
+    "grpo": _Kind("GRPO", _prompts, 32, {"num_generations": 2, **_SAMPLING}),
     "dpo": _Kind("DPO", preferences),
     "kto": _Kind("KTO", judged),
-    "rloo": _Kind("RLOO", lambda: additions(32, "prompt_only"), {"num_generations": 2, **_SAMPLING}),
-    "reward": _Kind("Reward", preferences, model=lambda: tiny_reward_model(hidden=16, layers=1), loads=False),
+    "rloo": _Kind("RLOO", _prompts, 32, {"num_generations": 2, **_SAMPLING}),
+    "reward": _Kind("Reward", preferences, loads=False),
     "distillation": _Kind(
         "Distillation",
-        lambda: additions(32, "prompt_only"),
+        _prompts,
+        32,
         _SAMPLING,
         arguments=lambda: {"teacher_model": tiny_model(seed=1)},
         loads=False,
     ),
 }
+
+
+def rows(kind: str, size: int = 0, seed: int = 0) -> Any:
+    """Data for a trainer of a kind; as many rows as its training set has, where no number is given."""
+    of = _KINDS[kind]
+    return of.data(size or of.size, seed=seed)
 
 
 def make(
@@ -132,7 +151,7 @@ def make(
     torch.manual_seed(0)
     of, library = _KINDS[kind], trl if plain else trl_ext
     ours = {} if plain else {"plugins": list(plugins), "streams": streams}
-    model = of.model() if model is None else model
+    model = start_model(kind) if model is None else model
     if of.loads or saved is not None:
         save_model(model, tokenizer(), saved or Path(folder).parent / "model")
         if torch.distributed.is_initialized():
@@ -142,7 +161,7 @@ def make(
     return getattr(library, f"{of.name}Trainer")(
         model=model,
         args=getattr(library, f"{of.name}Config")(str(folder), **config),
-        train_dataset=of.data() if train is None else train,
+        train_dataset=rows(kind) if train is None else train,
         processing_class=tokenizer(),
         **{**given, **(trainer or {}), **ours},
     )
