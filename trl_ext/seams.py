@@ -110,7 +110,8 @@ READ: dict[str, str] = {
     "trl.trainer.sft_trainer:DataCollatorForLanguageModeling.torch_call": "position_ids restart at 0 with each sample",
     "trl.data_utils:_pack_bfd": "cuts and joins the lists of all columns alike, whatever they hold",
     "trl.data_utils:_pack_wrapped": "cuts and joins the lists of all columns alike, whatever they hold",
-    "trl.trainer.utils:RepeatSampler": "shuffles once a pass by its seed, drops the last part of a generation batch",
+    "trl.trainer.utils:RepeatSampler": "shuffles once a pass, by one generator from its seed on, which no checkpoint "
+    "keeps; drops the last part of a generation batch",
     "trl.trainer.utils:add_fused_lm_head": "replaces `forward` on the instance; outputs are chosen by name",
     "trl.trainer.utils:get_callable_name": "names a reward function, partial or callable object in logs and rewards",
     "trl.trainer.utils:FusedCausalLMOutput": "log_probs, entropy, label_mask, is_top1 and the rest, shifted, (B, T)",

@@ -10,7 +10,7 @@ import torch
 
 from trl_ext.checkpoints import State
 from trl_ext.engine import rollouts
-from trl_ext.engine.prompt_order import PromptOrder, PromptSampler
+from trl_ext.engine.prompt_order import PromptOrder, PromptSampler, as_trl_draws
 from trl_ext.startup.plan import RunPlan
 from trl_ext.trainers.construction import TrainerMixin
 
@@ -29,8 +29,10 @@ class SamplingMixin(TrainerMixin):
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(dataset)
-        if not self.ext_plugins.implements("prompt_order"):
+        if not self.ext_plugins:
             return sampler
+        if not self.ext_plugins.implements("prompt_order"):
+            return PromptSampler(sampler, as_trl_draws)
         self.ext_order.chosen = None  # a second `train()` begins with epoch 0 again
         rows = self.train_dataset if dataset is None else dataset
         return PromptSampler(sampler, partial(self.ext_order.choose, rows))
