@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import Plugin, additions, logged, make_grpo, make_sft, parameters, tiny_model
+from helpers import MAKE, Plugin, additions, logged, make_grpo, make_sft, parameters, tiny_model
 from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
+from trl_ext.hookspecs import HOOKS
 from trl_ext.records import AuxiliaryLoss, SampleWeights, StreamRequest
 
 # Plain SGD: what differs stays of the size of fp32's rounding.
@@ -97,6 +99,18 @@ class ByPlace(Plugin):
         return -(tokens.log_probs - tokens.old_log_probs).exp() * tokens.advantages
 
 
+@dataclass(eq=False)
+class Norms(Plugin):
+    """Of the gradient, which it shortens."""
+
+    norms: list[float] = field(default_factory=list)
+
+    @hookimpl
+    def gradients_ready(self, gradients):
+        self.norms.append(float(gradients.norm()))
+        gradients.mul_(0.9)
+
+
 def sft_power(folder: Path, world: int) -> Any:
     return make_sft(
         folder,
@@ -176,12 +190,46 @@ def grpo_everything(folder: Path, world: int) -> Any:
     )
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    "kto": {"loss_type": "apo_zero_unpaired"},  # KTO's own estimates a KL term within each micro-batch
+    "rloo": {"num_generations": 4, "beta": 0.05},
+    "reward": {},
+    "distillation": {},
+}
+
+
+def other(kind: str, folder: Path, world: int) -> Any:
+    """Every other trainer with the hooks of an optimiser step that it calls, greedy where it samples."""
+    config = OTHERS[kind]
+    plugins: list[Plugin] = [Everything(4 // world)]
+    if kind == "reward":
+        plugins = [Norms()]
+    elif kind == "rloo":
+        plugins.insert(0, ByPlace())
+        config = {**config, "reward": by_digits, "model": tiny_model(seed=1)}
+    if kind in HOOKS["prompt_order"].trainers:
+        config = {**config, "generation_kwargs": {"do_sample": False}}
+    return MAKE[kind](
+        folder,
+        names=["ema:decay=0.5"],
+        plugins=plugins,
+        streams={} if kind == "reward" else {role: make() for role, make in STREAMS.items()},
+        max_steps=3,
+        per_device_train_batch_size=8 // world,
+        gradient_accumulation_steps=2,
+        **config,
+        **SGD,
+    )
+
+
 SCENARIOS = {
     "power": sft_power,
     "everything": sft_everything,
     "weights over all tokens": sft_weights_over_tokens,
     "weights from the data": sft_weights_from_the_data,
     "grpo": grpo_everything,
+    **{kind: partial(other, kind) for kind in OTHERS},
 }
 
 
