@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
+from trl_ext.hookspecs import HOOKS
 from trl_ext.records import TokenRecord
 from trl_ext.testing.runs import (
     COMMON,
@@ -37,7 +38,10 @@ from trl_ext.testing.runs import (
 
 __all__ = [
     "COMMON",
+    "FIRST",
     "MAKE",
+    "WITH_LOSSES",
+    "WITH_STREAMS",
     "additions",
     "ending_model",
     "logged",
@@ -53,6 +57,11 @@ __all__ = [
     "varied_reward",
     "without_timing",
 ]
+
+FIRST = ("sft", "grpo")
+"""Trainers to try what does not depend on the trainer in: of labels, and of rewards."""
+WITH_STREAMS = HOOKS["streams"].trainers
+WITH_LOSSES = HOOKS["auxiliary_losses"].trainers
 
 datasets.disable_progress_bars()
 # Every `train()` collects garbage, which takes longer than the steps while it goes through all of these imports.
