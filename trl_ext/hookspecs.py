@@ -123,7 +123,7 @@ class HookSpecs:
 
     @hook("chain", moment="after the completions are rewarded", trainers=REWARDED, touches_update=True)
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: torch.Tensor) -> torch.Tensor:
-        """Give the advantages (B,) or (B, T) of this rank's completions, in training and evaluation."""
+        """Give the advantages (B,), in GRPO also (B, T), of this rank's completions, in training and evaluation."""
 
     @hook(
         "exclusive",
