@@ -39,7 +39,7 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Rewards of all ranks as the functions gave them (`advantages`), before RLOO clips them and takes off its KL term."""
+    """Rewards of all ranks as the functions gave them, before RLOO clips them and adds its KL term (`advantages`)."""
 
     per_function: Tensor
     """(N x ranks, F) float; NaN where a function returned None."""

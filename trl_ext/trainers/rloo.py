@@ -32,7 +32,8 @@ class _KeepsTokens(trl.RLOOTrainer):
         plugins = self.ext_plugins
         if not plugins.implements("policy_loss") and not plugins.implements("advantages"):
             return super()._generate_and_score_completions(inputs)
-        self._ext_while_scoring = computed = []
+        computed: list[Tensor] = []
+        self._ext_while_scoring = computed
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
