@@ -13,6 +13,8 @@ import yaml
 from conformance import in_words, read
 from generated import DOCS, _first_sentence, _linked, _table
 
+from trl_ext.records import trainer_name
+
 PAGE = DOCS / "plugins.md"
 THIRD_PARTY = DOCS / "third_party.yaml"
 COLUMNS = (
@@ -141,7 +143,7 @@ def _row(plugin: dict[str, Any], distribution: str) -> tuple[str, ...]:
         plugin["kind"],
         plugin["summary"],
         _linked(plugin.get("citation", "")),
-        ", ".join(trainer.upper() for trainer in plugin.get("trainers", ())),
+        ", ".join(trainer_name(trainer) for trainer in plugin.get("trainers", ())),
         plugin.get("cost", ""),
         ", ".join(plugin.get("unsupported", ())),
         plugin.get("conformance", ""),

@@ -49,6 +49,7 @@ def _methods_by_distribution(advice: dict[str, Any]) -> Iterator[tuple[str, str,
 
 def _method_row(name: str, plugin: Any, about: dict[str, Any]) -> tuple[str, ...]:
     from trl_ext.plugins.declarations import read_declarations
+    from trl_ext.records import trainer_name
 
     say = about["plugins"][name]
     trainers = read_declarations(plugin, name, name, name).trainers
@@ -56,7 +57,7 @@ def _method_row(name: str, plugin: Any, about: dict[str, Any]) -> tuple[str, ...
         f"`{name}`: {_first_sentence(plugin)} {_linked(getattr(plugin, 'citation', ''))}",
         say["when"],
         say["when not"],
-        ", ".join(trainer.upper() for trainer in trainers),
+        ", ".join(trainer_name(trainer) for trainer in trainers),
         plugin.cost,
     )
 
@@ -72,8 +73,20 @@ def _linked(citation: str) -> str:
     return ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers) or citation
 
 
+def trainers() -> str:
+    """The hooks, and the trainers that call them."""
+    from trl_ext.hookspecs import HOOKS
+    from trl_ext.records import TRAINERS, trainer_name
+
+    rows = [
+        (f"`{hook}`", *("yes" if trainer in facts.trainers else "" for trainer in TRAINERS))
+        for hook, facts in HOOKS.items()
+    ]
+    return _table(("hook", *map(trainer_name, TRAINERS)), rows)
+
+
 def configuration() -> str:
-    """The settings that both configs add to TRL's, from the metadata of their fields."""
+    """The settings that all configs add to TRL's, from the metadata of their fields."""
     from trl_ext.config import _PluginSettings
 
     rows = [
@@ -138,6 +151,7 @@ def _cell(cell: dict[str, Any]) -> Iterator[str]:
 
 PARTS: dict[str, Callable[[], str]] = {
     "methods": methods,
+    "trainers": trainers,
     "configuration": configuration,
     "commands": commands,
     "swap_an_objective": partial(notebook, "swap_an_objective"),

@@ -14,8 +14,14 @@ import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
+from trl_ext.hookspecs import HOOKS
 from trl_ext.records import TokenRecord
 from trl_ext.testing.runs import tiny_model, without_timing
+
+FIRST = ("sft", "grpo")
+"""Trainers to try what does not depend on the trainer in: of labels, and of rewards."""
+WITH_STREAMS = HOOKS["streams"].trainers
+WITH_LOSSES = HOOKS["auxiliary_losses"].trainers
 
 # A file's pickled config class differs by design; the others must not.
 PICKLED_CONFIG = "training_args.bin"

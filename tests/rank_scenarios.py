@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
+from trl_ext.hookspecs import HOOKS
 from trl_ext.records import AuxiliaryLoss, SampleWeights, StreamRequest
-from trl_ext.testing.runs import additions, logged, make_grpo, make_sft, parameters, tiny_model
+from trl_ext.testing.runs import MAKE, additions, logged, make_grpo, make_sft, parameters, tiny_model
 
 # Plain SGD: what differs stays of the size of fp32's rounding.
 SGD = {"optim": "sgd", "learning_rate": 0.2, "max_grad_norm": 1.0, "ddp_timeout": 60}
@@ -96,6 +98,18 @@ class ByPlace(Plugin):
     @hookimpl
     def policy_loss(self, tokens):
         return -(tokens.log_probs - tokens.old_log_probs).exp() * tokens.advantages
+
+
+@dataclass(eq=False)
+class Norms(Plugin):
+    """Of the gradient, which it shortens."""
+
+    norms: list[float] = field(default_factory=list)
+
+    @hookimpl
+    def gradients_ready(self, gradients):
+        self.norms.append(float(gradients.norm()))
+        gradients.mul_(0.9)
 
 
 def sft_power(folder: Path, world: int) -> Any:
@@ -190,6 +204,39 @@ def grpo_everything(folder: Path, world: int) -> Any:
     )
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    "kto": {"loss_type": "apo_zero_unpaired"},  # KTO's own estimates a KL term within each micro-batch
+    "rloo": {"num_generations": 4, "beta": 0.05},
+    "reward": {},
+    "distillation": {},
+}
+
+
+def other(kind: str, folder: Path, world: int) -> Any:
+    """Every other trainer with the hooks of an optimiser step that it calls, greedy where it samples."""
+    config = OTHERS[kind]
+    plugins: list[Plugin] = [Everything(4 // world)]
+    if kind == "reward":
+        plugins = [Norms()]
+    elif kind == "rloo":
+        plugins.insert(0, ByPlace())
+        config = {**config, "reward": by_digits, "model": tiny_model(seed=1)}
+    if kind in HOOKS["prompt_order"].trainers:
+        config = {**config, "generation_kwargs": {"do_sample": False}}
+    return MAKE[kind](
+        folder,
+        names=["ema:decay=0.5"],
+        plugins=plugins,
+        streams={} if kind == "reward" else {role: make() for role, make in STREAMS.items()},
+        max_steps=3,
+        per_device_train_batch_size=8 // world,
+        gradient_accumulation_steps=2,
+        **config,
+        **SGD,
+    )
+
+
 SCENARIOS = {
     "power": sft_power,
     "everything": sft_everything,
@@ -197,6 +244,7 @@ SCENARIOS = {
     "weights counted by rank": sft_weights_counted_by_rank,
     "weights from the data": sft_weights_from_the_data,
     "grpo": grpo_everything,
+    **{kind: partial(other, kind) for kind in OTHERS},
 }
 
 

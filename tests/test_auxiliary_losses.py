@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Plugin, assert_close, assert_equal_bits
+from helpers import WITH_LOSSES, Plugin, assert_close, assert_equal_bits
 from torch import Tensor
 
 from trl_ext import hookimpl
@@ -52,7 +52,7 @@ def expected(plugin: Term, kind: str, accumulation: int, samples: int | None = N
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("per", ["token", "sequence", "batch"])
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", WITH_LOSSES)
 def test_a_windows_term_is_the_mean_it_says(tmp_path, kind, per, accumulation):
     plugin = Term(per)
     config = {"max_steps": 1, "gradient_accumulation_steps": accumulation, "learning_rate": 0.0}
@@ -128,7 +128,7 @@ def test_a_term_has_the_gradient_of_its_value(tmp_path, config):
         assert mine["nll"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", WITH_LOSSES)
 def test_a_term_of_zero_changes_nothing(tmp_path, kind):
     finals = []
     for plugins in ({"plain": True}, {"plugins": [Term(coefficient=0.0)]}):
@@ -173,7 +173,7 @@ def test_a_term_is_logged_with_its_value_where_nonfinite_is_ignored(tmp_path):
     ],
     ids=["shape", "per", "type"],
 )
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", WITH_LOSSES)
 def test_anything_but_a_scalar_term_is_refused(tmp_path, kind, wrong):
     @dataclass(eq=False)
     class Odd(Plugin):

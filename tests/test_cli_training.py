@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from trl_ext.cli import run
 from trl_ext.cli.train import run_script, train
-from trl_ext.startup.report import RUN_FILE
+from trl_ext.startup.report import RAW_FOLDER, RUN_FILE
 from trl_ext.testing import save_model
-from trl_ext.testing.runs import additions, tiny_model, tokenizer
+from trl_ext.testing.runs import additions, judged, preferences, tiny_model, tokenizer
 
 SCRIPTS = Path(trl.__file__).parent / "scripts"
 REWARD = (
@@ -39,6 +39,9 @@ def here(tmp_path, monkeypatch):
         "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
     )
     (tmp_path / "reward_functions.py").write_text(REWARD)
+    preferences(32).to_json(tmp_path / "pairs.jsonl")
+    judged(32).to_json(tmp_path / "judged.jsonl")
+    save_model(tiny_model(seed=1, initializer_range=0.5), tokenizer(), tmp_path / "teacher")
     return tmp_path
 
 
@@ -61,6 +64,23 @@ def flags(output: str, **changed: object) -> list[str]:
     return [text for key, value in settings.items() for text in (f"--{key}", str(value))]
 
 
+SAMPLING = {"max_completion_length": 5, "max_steps": 2}
+OTHERS: dict[str, dict[str, object]] = {
+    "dpo": {"dataset_name": "pairs.jsonl"},
+    "kto": {"dataset_name": "judged.jsonl"},
+    "rloo": {
+        "dataset_name": "prompts/train.jsonl",
+        "num_generations": 2,
+        "reward_funcs": "reward_functions.digits",
+        **SAMPLING,
+    },
+    "reward": {"dataset_name": "pairs.jsonl"},
+    "distillation": {
+        "dataset_name": "prompts/train.jsonl",
+        "teacher_model_name_or_path": "teacher",
+        **SAMPLING,
+    },
+}
 GRPO = {"num_generations": 2, "max_completion_length": 5, "reward_funcs": "reward_functions.digits", "max_steps": 2}
 
 
@@ -135,6 +155,34 @@ def test_trl_s_grpo_script_runs_unmodified_with_a_plugin(process, here):
     assert_equal_bits(weights("script"), weights("ours"))
     with pytest.raises(AssertionError, match="tensors differ"):
         assert_equal_bits(weights("script"), weights("theirs"))
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_other_scripts_of_trl_run_unmodified_with_plugins(process, here, kind):
+    """With an average and surgery against an SFT stream; a reward model has no head to run SFT data on."""
+    options = OTHERS[kind]
+    streams = {} if kind == "reward" else {"streams": "general=plain/train.jsonl"}
+    plugins = ["ema:decay=0.5", "adaptive-lr" if kind == "reward" else "gradient-surgery:stream_batch_size=2"]
+    plain = {**options, "dataset_name": str(here / options["dataset_name"])}
+    run_plain(kind, flags("theirs", **as_mixture(here, plain)))
+    train(kind, flags("without", **options))
+    assert_equal_bits(weights("without"), weights("theirs"))
+    train(kind, flags("ours", plugins=",".join(plugins), **streams, **options))
+    run_script(SCRIPTS / f"{kind}.py", flags("script", **streams, **as_mixture(here, plain)), plugins)
+    assert [name for name, _ in active("script")] == ["ema", plugins[1].partition(":")[0]]
+    assert_equal_bits(weights("script"), weights("ours"))
+    assert_equal_bits(weights(f"script/{RAW_FOLDER}"), weights(f"ours/{RAW_FOLDER}"))
+    for folder in ("script", f"script/{RAW_FOLDER}"):
+        with pytest.raises(AssertionError, match="tensors differ"):
+            assert_equal_bits(weights(folder), weights("theirs"))
+
+
+def as_mixture(here, options):
+    """The same data for TRL's own command line, which takes a file in a YAML alone."""
+    options = dict(options)
+    yaml = here / "mixture.yaml"
+    yaml.write_text(f"datasets: [{{path: json, data_files: {options.pop('dataset_name')}}}]\n")
+    return {"config": yaml, **options}
 
 
 LAUNCHERS = {

@@ -17,6 +17,8 @@ from trl_ext import hookimpl
 from trl_ext.cli.conformance import run_cases
 from trl_ext.cli.plugin_commands import check
 from trl_ext.errors import ConfigurationError
+from trl_ext.hookspecs import WITH_LM_HEAD
+from trl_ext.records import TRAINERS
 from trl_ext.testing.conformance import CASES, Outcome, Subject, cases_of, conformance, outcome_of
 
 FAST = {"options_in_config", "changes_something", "records_unmodified", "state_survives_json", "packing"}
@@ -101,7 +103,13 @@ def options_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("text", "trainers"),
-    [("power:alpha=0.5", ["sft"]), ("weighted", ["sft"]), ("gradient-surgery", ["sft", "grpo"]), ("pg", ["grpo"])],
+    [
+        ("power:alpha=0.5", ["sft"]),
+        ("weighted", ["sft"]),
+        ("gradient-surgery", list(WITH_LM_HEAD)),
+        ("adaptive-lr", list(TRAINERS)),
+        ("pg", ["grpo"]),
+    ],
 )
 def test_a_plugin_is_run_in_the_trainers_that_it_acts_in(options_only: None, text: str, trainers: list[str]) -> None:
     found = [(trainer, outcome.verdict) for trainer, _, outcome in run_cases(text)]

@@ -22,7 +22,7 @@ import yaml
 from documents import DOCUMENTS, MODEL, ROOT, blocks, commands, name, save_adapter, snippets
 
 from trl_ext.hookspecs import HOOKS, HookSpecs, Kind
-from trl_ext.records import TRAINERS
+from trl_ext.records import TRAINERS, trainer_name
 
 RECIPES = sorted(path for path in (ROOT / "examples").rglob("*.yaml") if path.name != "excursions.yaml")
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
@@ -48,7 +48,7 @@ def signature(hook: str) -> str:
 def trainers_named(hook: str) -> list[str]:
     """The trainers that call a hook, as the documents write them; none where all do."""
     trainers = HOOKS[hook].trainers
-    return [] if trainers == TRAINERS else [trainer.upper() for trainer in trainers]
+    return [] if trainers == TRAINERS else [trainer_name(trainer) for trainer in trainers]
 
 
 def sections() -> dict[str, str]:

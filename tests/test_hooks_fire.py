@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
 from trl_ext.hookspecs import HOOKS
 from trl_ext.records import AuxiliaryLoss, StreamRequest
-from trl_ext.testing.runs import MAKE, additions, make_grpo, make_sft, parameters, tiny_model
+from trl_ext.testing.runs import MAKE, additions, make_grpo, make_sft, parameters, rows, start_model
 
 STEPS, ACCUMULATION, CLIP = 2, 2, 1e-3
 
 
 @dataclass(eq=False)
 class Spy(Plugin):
-    """Implements every hook that both trainers have, and writes down what it saw."""
+    """Writes down what its hooks saw."""
 
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     context: Any = None
@@ -33,6 +33,10 @@ class Spy(Plugin):
 
     def weights(self) -> list[torch.Tensor]:
         return [] if self.context is None else [w.clone() for w in self.context.weights.local()]
+
+
+class Hooks:
+    """All of them; a spy has those that its trainer calls."""
 
     @hookimpl
     def check(self, run):
@@ -54,9 +58,36 @@ class Spy(Plugin):
         return optimizer
 
     @hookimpl
+    def prompt_order(self, order, prompts, epoch):
+        self.note("prompt_order", rows=len(prompts), order=order, epoch=epoch)
+        return order
+
+    @hookimpl
+    @contextmanager
+    def sampling_weights(self, weights) -> Iterator[None]:
+        before = self.weights()
+        self.note("sampling_weights", weights=before)
+        yield
+        self.note("sampling_weights ends")
+
+    @hookimpl
+    def advantages(self, rollouts, rewards, advantages):
+        self.note("advantages", training=rollouts.training, shape=advantages.shape, rewards=rewards.total.shape)
+        return advantages
+
+    @hookimpl
+    def sample_weights(self, window):
+        self.note("sample_weights", samples=window.num_samples, streams=set(window.streams), step=window.step)
+
+    @hookimpl
     def per_token_loss(self, tokens):
         self.note("per_token_loss", stream=tokens.stream, training=tokens.training, shape=tokens.log_probs.shape)
         return -tokens.log_probs
+
+    @hookimpl
+    def policy_loss(self, tokens):
+        self.note("policy_loss", training=tokens.training)
+        return -(tokens.log_probs - tokens.old_log_probs).exp() * tokens.advantages
 
     @hookimpl
     def auxiliary_losses(self, micro_step):
@@ -95,41 +126,14 @@ class Spy(Plugin):
         return {"events": len(self.events)}
 
 
-@dataclass(eq=False)
-class SpyOnSft(Spy):
-    trainers: ClassVar[tuple[str, ...]] = ("sft",)
-
-    @hookimpl
-    def sample_weights(self, window):
-        self.note("sample_weights", samples=window.num_samples, streams=set(window.streams), step=window.step)
+def spy_on(kind: str) -> Spy:
+    hooks = {name: hook for name, hook in vars(Hooks).items() if name in HOOKS and kind in HOOKS[name].trainers}
+    return type(f"SpyOn{kind.capitalize()}", (Spy,), hooks)()
 
 
-@dataclass(eq=False)
-class SpyOnGrpo(Spy):
-    trainers: ClassVar[tuple[str, ...]] = ("grpo",)
-
-    @hookimpl
-    def prompt_order(self, order, prompts, epoch):
-        self.note("prompt_order", rows=len(prompts), order=order, epoch=epoch)
-        return order
-
-    @hookimpl
-    @contextmanager
-    def sampling_weights(self, weights) -> Iterator[None]:
-        before = self.weights()
-        self.note("sampling_weights", weights=before)
-        yield
-        self.note("sampling_weights ends")
-
-    @hookimpl
-    def advantages(self, rollouts, rewards, advantages):
-        self.note("advantages", training=rollouts.training, shape=advantages.shape, rewards=rewards.total.shape)
-        return advantages
-
-    @hookimpl
-    def policy_loss(self, tokens):
-        self.note("policy_loss", training=tokens.training)
-        return -(tokens.log_probs - tokens.old_log_probs).exp() * tokens.advantages
+def streams_of(kind: str) -> dict[str, Any]:
+    takes = kind in HOOKS["streams"].trainers
+    return {"early": additions(8), "late": additions(8, seed=2)} if takes else {}
 
 
 @dataclass
@@ -147,13 +151,14 @@ class Run:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Run]:
     finished = {}
-    for kind, spy in (("sft", SpyOnSft()), ("grpo", SpyOnGrpo())):
+    for kind in MAKE:
+        spy = spy_on(kind)
         folder = tmp_path_factory.mktemp(kind)
         trainer = MAKE[kind](
             folder / "run",
             plugins=[spy],
-            streams={"early": additions(8), "late": additions(8, seed=2)},
-            trainer={"eval_dataset": additions(4, "prompt_completion" if kind == "sft" else "prompt_only", seed=5)},
+            streams=streams_of(kind),
+            trainer={"eval_dataset": rows(kind, 4, seed=5)},
             max_steps=STEPS,
             gradient_accumulation_steps=ACCUMULATION,
             max_grad_norm=CLIP,
@@ -169,14 +174,15 @@ def runs(tmp_path_factory) -> dict[str, Run]:
 def during_setup(run: Run) -> None:
     (facts,) = run.of("setup")
     assert not facts["resuming"]
-    assert all(torch.equal(a, b) for a, b in zip(facts["weights"], tiny_model().parameters(), strict=True))
+    start = start_model(run.trainer.ext_kind).parameters()
+    assert all(torch.equal(a, b) for a, b in zip(facts["weights"], start, strict=True))
 
 
 def at_check(run: Run) -> None:
     (facts,) = run.of("check")
     assert run.order()[0] == "check"
     assert facts["run"].trainer == run.trainer.ext_kind
-    assert facts["run"].streams == ("early", "late")
+    assert facts["run"].streams == tuple(streams_of(run.trainer.ext_kind))
     assert "prompt" in facts["run"].columns
 
 
@@ -217,7 +223,8 @@ def around_training_completions(run: Run) -> None:
     order = run.order()
     begins = [i for i, name in enumerate(order) if name == "sampling_weights"]
     assert len(begins) == STEPS  # none in evaluation
-    assert all(order[i + 1 : i + 3] == ["sampling_weights ends", "advantages"] for i in begins)
+    then = "per_token_loss" if run.trainer.ext_kind == "distillation" else "advantages"  # of the stream "late"
+    assert all(order[i + 1 : i + 3] == ["sampling_weights ends", then] for i in begins)
 
 
 def after_rewards(run: Run) -> None:
@@ -319,22 +326,31 @@ STREAM, MICRO = "per_token_loss", ["per_token_loss", "auxiliary_losses"]
 SAMPLING = ["sampling_weights", "sampling_weights ends"]
 START = ["check", "streams", "wrap_optimizer", "setup"]
 END = [STREAM, "gradients_ready", "weights_updated", "metrics"]
+SAVED = ["end", "deployed_weights", "deployed_weights ends"]
+DEPLOYED = ["deployed_weights", "metrics", "deployed_weights ends", *SAVED]
+PREFERENCES = [*START, *[STREAM, *["auxiliary_losses"] * ACCUMULATION, *END] * STEPS, *DEPLOYED]
+REWARDED = [
+    *START,
+    "prompt_order",
+    *[STREAM, *SAMPLING, "advantages", *["policy_loss", "auxiliary_losses"] * ACCUMULATION, *END] * STEPS,
+    *["deployed_weights", *["advantages", "policy_loss"] * 2, "metrics", "deployed_weights ends", *SAVED],
+]
 ORDER = {
     "sft": [
         *START,
         *[STREAM, "sample_weights", *MICRO * ACCUMULATION, *END] * STEPS,
-        *["deployed_weights", "per_token_loss", "metrics", "deployed_weights ends"],
-        "end",
-        *["deployed_weights", "deployed_weights ends"],
+        *["deployed_weights", "per_token_loss", "metrics", "deployed_weights ends", *SAVED],
     ],
-    "grpo": [
-        *START,
-        "prompt_order",
-        *[STREAM, *SAMPLING, "advantages", *["policy_loss", "auxiliary_losses"] * ACCUMULATION, *END] * STEPS,
-        *["deployed_weights", *["advantages", "policy_loss"] * 2, "metrics", "deployed_weights ends"],
-        "end",
-        *["deployed_weights", "deployed_weights ends"],
+    "grpo": REWARDED,
+    "dpo": PREFERENCES,
+    "kto": PREFERENCES,
+    "rloo": REWARDED,
+    "reward": [
+        *["check", "wrap_optimizer", "setup"],
+        *["gradients_ready", "weights_updated", "metrics"] * STEPS,
+        *DEPLOYED,
     ],
+    "distillation": [*START, "prompt_order", *[STREAM, *SAMPLING, *END] * STEPS, *DEPLOYED],
 }
 
 
@@ -394,7 +410,7 @@ def test_a_run_that_resumes_after_its_last_step_ends_once_more(tmp_path):
 
 
 def test_the_end_sees_the_last_weights_and_not_the_best_that_are_loaded_after_it(tmp_path):
-    spy = SpyOnSft()
+    spy = spy_on("sft")
     trainer = make_sft(
         tmp_path,
         plugins=[spy],
@@ -411,7 +427,7 @@ def test_the_end_sees_the_last_weights_and_not_the_best_that_are_loaded_after_it
 
 
 def test_saved_weights_are_the_deployed_ones_and_checkpoints_keep_raw_ones(tmp_path):
-    spy = SpyOnSft()
+    spy = spy_on("sft")
     streams = {"early": additions(8), "late": additions(8)}
     trainer = make_sft(tmp_path / "run", plugins=[spy], streams=streams, save_strategy="steps", save_steps=4)
     trainer.train()

@@ -9,6 +9,9 @@ from helpers import assert_equal_bits, file_digests
 from transformers import TrainingArguments
 
 import trl_ext
+from trl_ext.cli.patching import NAMES
+from trl_ext.hookspecs import REWARDED
+from trl_ext.testing import save_model
 from trl_ext.testing.runs import (
     COMMON,
     MAKE,
@@ -18,6 +21,8 @@ from trl_ext.testing.runs import (
     make_sft,
     moved,
     parameters,
+    rows,
+    start_model,
     tiny_model,
     tokenizer,
     varied_reward,
@@ -27,28 +32,25 @@ from trl_ext.testing.runs import (
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", ["sft", "grpo"])
-def test_thirty_steps_equal_plain_trl(tmp_path, kind, peft, accumulation):
-    runs = {}
+@pytest.mark.parametrize("kind", MAKE)
+def test_many_steps_equal_plain_trl(tmp_path, kind, peft, accumulation):
+    runs, steps = {}, 30 if kind in ("sft", "grpo") else 6
     for name in ("plain", "ours"):
         config = {
-            "max_steps": 30,
+            "max_steps": steps,
             "gradient_accumulation_steps": accumulation,
             "save_strategy": "steps",
-            "save_steps": 15,
+            "save_steps": steps // 2,
         }
-        extra = {"saved": tmp_path / "model"}  # adapters name their base model
-        if kind == "sft":
-            config |= {"eval_strategy": "steps", "eval_steps": 10}
-            extra = {}
+        if kind != "grpo":
+            config |= {"eval_strategy": "steps", "eval_steps": steps // 3}
         trainer = MAKE[kind](
             # One name for the folders: the model card has it.
             tmp_path / name / "run",
             plain=name == "plain",
-            model=tiny_model(attention_dropout=0.1),
-            trainer={"peft_config": lora() if peft else None}
-            | ({"eval_dataset": additions(8, seed=5)} if kind == "sft" else {}),
-            **extra,
+            model=start_model(kind, attention_dropout=0.1),
+            saved=tmp_path / "model",  # adapters name their base model
+            trainer={"peft_config": lora(kind) if peft else None, "eval_dataset": rows(kind, 8, seed=5)},
             **config,
         )
         start = parameters(trainer)
@@ -58,25 +60,25 @@ def test_thirty_steps_equal_plain_trl(tmp_path, kind, peft, accumulation):
     assert_equal_bits(parameters(runs["ours"]), parameters(runs["plain"]))
     assert logged(runs["ours"]) == logged(runs["plain"])
     ours, plain = (file_digests(tmp_path / name / "run") for name in ("ours", "plain"))
-    assert {f"checkpoint-{step}/{file}" for step in (15, 30) for file in ("optimizer.pt", "trainer_state.json")} <= set(
-        ours
-    )
+    assert {
+        f"checkpoint-{step}/{file}" for step in (steps // 2, steps) for file in ("optimizer.pt", "trainer_state.json")
+    } <= set(ours)
     assert ours == plain
 
 
-@pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.parametrize("kind", MAKE)
 def test_no_arguments_mean_trl_defaults(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     # TRL's default is bf16, which transformers refuses without a GPU.
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     trainers = []
     for library in (trl, trl_ext):
-        model = tiny_model()
-        model.config._name_or_path = "somewhere/tiny"
-        cls = library.SFTTrainer if kind == "sft" else library.GRPOTrainer
-        extra = {"reward_funcs": varied_reward} if kind == "grpo" else {}
-        data = additions(8, "prompt_completion" if kind == "sft" else "prompt_only")
-        trainers.append(cls(model=model, train_dataset=data, processing_class=tokenizer(), **extra))
+        model = start_model(kind)
+        save_model(model, tokenizer(), "somewhere/tiny")  # DPO and others load the reference from there
+        extra = {"reward_funcs": varied_reward} if kind in REWARDED else {}
+        extra |= {"teacher_model": tiny_model(seed=1)} if kind == "distillation" else {}
+        cls = next(getattr(library, f"{name}Trainer") for name in NAMES if name.lower() == kind)
+        trainers.append(cls(model=model, train_dataset=rows(kind, 8), processing_class=tokenizer(), **extra))
     theirs, ours = (trainer.args.to_dict() for trainer in trainers)
     own_fields = set(ours) - set(theirs)
     assert own_fields == {
@@ -91,7 +93,7 @@ def test_no_arguments_mean_trl_defaults(tmp_path, monkeypatch, kind):
         "strict_versions",
     }
     assert {k: v for k, v in ours.items() if k not in own_fields} == theirs
-    assert isinstance(trainers[1].args, trl_ext.SFTConfig if kind == "sft" else trl_ext.GRPOConfig)
+    assert type(trainers[1].args).__module__ == "trl_ext.config"
 
 
 @pytest.mark.parametrize("config", [trl.SFTConfig, TrainingArguments], ids=["trl.SFTConfig", "TrainingArguments"])

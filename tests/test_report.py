@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers import Nll, Plugin
+from helpers import FIRST, Nll, Plugin
 from safetensors.torch import load_file
 
 import trl_ext
@@ -48,7 +48,7 @@ def run(folder: Any, kind: str = "sft", **config: Any) -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", FIRST)
 def test_the_run_file_says_who_does_what(tmp_path, kind):
     run(tmp_path / "run", kind)
     facts = json.loads((tmp_path / "run" / "trl_ext_run.json").read_text())

@@ -20,8 +20,9 @@ from trl_ext import hookimpl
 from trl_ext.checkpoints import newest_complete
 from trl_ext.checkpoints.completeness import incompleteness
 from trl_ext.errors import CheckpointError
+from trl_ext.hookspecs import HOOKS
 from trl_ext.records import StreamRequest
-from trl_ext.testing.runs import additions, logged, make_grpo, make_sft, parameters, tiny_model
+from trl_ext.testing.runs import MAKE, additions, logged, make_grpo, make_sft, parameters, start_model, tiny_model
 
 
 @dataclass(eq=False)
@@ -72,6 +73,22 @@ def build_sft(folder: Path, **config: Any) -> Any:
     )
 
 
+def build(kind: str, folder: Path, **config: Any) -> Any:
+    """The same for every trainer; an objective and a stream only where there is a language model head."""
+    if kind == "sft":
+        return build_sft(folder, **config)
+    config = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, **config}
+    takes = kind in HOOKS["streams"].trainers
+    return MAKE[kind](
+        folder,
+        model=start_model(kind, attention_dropout=0.1),
+        names=["ema:decay=0.5", "gradient-surgery" if takes else "adaptive-lr"],
+        plugins=[Counter()],
+        streams={"general": additions(7, seed=3)} if takes else None,
+        **config,
+    )
+
+
 # -- the same bytes --------------------------------------------------------------------------------------------------
 
 
@@ -103,6 +120,8 @@ GRPO_CASES: dict[str, dict[str, Any]] = {
     # 3 optimiser steps of 2 micro-batches, each used twice: steps 1, 2, 4 and 5 are in the middle.
     "two iterations": {"steps_per_generation": 3, "gradient_accumulation_steps": 1, "num_iterations": 2},
     "kl and policy state": {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "beta": 0.1},
+    # An epoch is two optimiser steps, and each draws the prompts in another order.
+    "three epochs": {"gradient_accumulation_steps": 2, "train": additions(8, "prompt_only")},
     # Generation batches begin amid accumulation windows.
     "three over two": {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
 }
@@ -225,16 +244,42 @@ MORE = ["after the model", "before the plugins", "after a plugin", "after the pl
 @pytest.mark.parametrize("points", [POINTS, pytest.param(MORE, marks=pytest.mark.slow)], ids=["points", "more points"])
 def test_killed_while_saving_the_run_ends_the_same(finished, tmp_path, points):
     """Real processes, killed with signal 9 between the steps of saving, with a limit of one checkpoint."""
-    worker = Path(__file__).parent / "workers" / "killed.py"
-    command = [sys.executable, str(worker), str(tmp_path), *points]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = killed(tmp_path, points)
     expected = file_digests(finished / "checkpoint-6")
     for point in points:
         assert report[point]["killed"], point
         assert report[point]["resumed at"] == (4 if point == "rotation" else 2), point
         assert file_digests(tmp_path / point / "run" / "checkpoint-6") == expected, point
+
+
+def killed(folder: Path, points: list[str]) -> dict[str, Any]:
+    """What became of runs that were killed at these points, each `point` of SFT or `kind: point`."""
+    worker = Path(__file__).parent / "workers" / "killed.py"
+    command = [sys.executable, str(worker), str(folder), *points]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "report.json").read_text())
+
+
+OTHERS = {
+    "dpo": "amid the plugins",
+    "kto": "after the optimiser",
+    "rloo": "before the manifest",
+    "reward": "before the trainer's state",
+    "distillation": "rotation",
+}
+
+
+def test_every_trainer_that_is_killed_while_saving_ends_the_same(tmp_path):
+    report = killed(tmp_path, [f"{kind}: {point}" for kind, point in OTHERS.items()])
+    for kind, point in OTHERS.items():
+        name = f"{kind}: {point}"
+        assert report[name]["killed"], name
+        assert report[name]["resumed at"] == (4 if point == "rotation" else 2), name
+        whole = tmp_path / kind / "run"
+        build(kind, whole).train()
+        found, expected = (file_digests(at / "checkpoint-6") for at in (tmp_path / name / "run", whole))
+        assert {name for name in found | expected if found.get(name) != expected.get(name)} == set(), name
 
 
 # -- not ours --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from helpers import Idle, Nll, Plugin, ending_model
+from helpers import FIRST, Idle, Nll, Plugin, ending_model
 from peft import PeftModel, get_peft_model
 from schedulefree import AdamWScheduleFree
 
@@ -165,7 +165,7 @@ def test_a_plugins_advantages_are_numbers(tmp_path, value):
 # -- nothing to train ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", FIRST)
 def test_a_run_that_trains_nothing_is_refused(tmp_path, kind):
     """With checkpointing of activations the loss has a gradient, and plain TRL finishes with healthy logs."""
     get_peft_model(tiny_model(), lora()).save_pretrained(tmp_path / "adapter")

@@ -20,14 +20,16 @@ from typing import Any
 import pytest
 import trl
 
+import trl_ext.trainers
 from trl_ext import seams
 from trl_ext.seams import LIBRARIES, RECORD, fingerprint, recorded
 from trl_ext.testing.runs import MAKE
-from trl_ext.trainers import GRPOTrainer, SFTTrainer
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {path.name: path for path in (ROOT / "trl_ext", *sorted(ROOT.glob("plugins/*/src/*")))}
 LISTS = {name: import_module(f"{name}.seams") for name, path in PACKAGES.items() if (path / "seams.py").is_file()}
+TRAINERS = {name: getattr(trl, name) for name in trl_ext.trainers.__all__}
+"""TRL's trainers that are opened, by name."""
 DOCUMENTED = {"transformers.utils:logging"}
 
 
@@ -106,7 +108,7 @@ def redefined(names: Any, theirs: type) -> Iterator[str]:
 
 
 def test_every_override_is_listed_and_no_other():
-    found = {*overrides(SFTTrainer, trl.SFTTrainer), *overrides(GRPOTrainer, trl.GRPOTrainer)}
+    found = {seam for name, theirs in TRAINERS.items() for seam in overrides(getattr(trl_ext.trainers, name), theirs)}
     assert found - set(seams.OVERRIDDEN) == set()
     assert set(seams.OVERRIDDEN) - found == set()
 
@@ -118,13 +120,12 @@ def sources(package: str) -> Iterator[tuple[str, ast.Module]]:
 
 def trainers_of_plugins(package: str) -> Iterator[str]:
     """What a distribution's own subclasses of the trainers redefine, by their sources."""
-    kinds = {"SFTTrainer": trl.SFTTrainer, "GRPOTrainer": trl.GRPOTrainer}
     for _, tree in sources(package):
         for node in ast.walk(tree):
             for base in node.bases if isinstance(node, ast.ClassDef) else ():
-                if (kind := ast.unparse(base).split(".")[-1]) in kinds:
+                if (kind := ast.unparse(base).split(".")[-1]) in TRAINERS:
                     methods = [part.name for part in node.body if isinstance(part, ast.FunctionDef)]
-                    yield from redefined(methods, kinds[kind])
+                    yield from redefined(methods, TRAINERS[kind])
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGES.keys() - {"trl_ext"}))

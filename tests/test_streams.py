@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import Nll, Plugin, assert_equal_bits
+from helpers import FIRST, WITH_STREAMS, Nll, Plugin, assert_equal_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from trl_ext import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, hookimpl
 from trl_ext.engine.streams import Stream
 from trl_ext.errors import ConfigurationError, StreamExhaustedError
 from trl_ext.gradients import trainable_parameters
+from trl_ext.hookspecs import SAMPLING
 from trl_ext.records import StreamGradient, StreamRequest
 from trl_ext.testing import tiny_moe
 from trl_ext.testing.runs import (
@@ -30,6 +31,7 @@ from trl_ext.testing.runs import (
     make_sft,
     moved,
     parameters,
+    rows,
     tiny_model,
     tokenizer,
     varied_reward,
@@ -125,7 +127,7 @@ def reads(factor: float = 0.0, **request: Any) -> Reads:
     return Reads(StreamRequest(**{"role": "general", "batch_size": 2, **request}), factor)
 
 
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", FIRST)
 def test_a_stream_that_stops_ends_the_training_after_its_last_full_batch(tmp_path, kind):
     plugin = reads(on_exhausted="stop")
     trainer = MAKE[kind](tmp_path / "run", plugins=[plugin], streams={"general": additions(7)}, max_steps=8)
@@ -180,12 +182,12 @@ def test_a_streaming_data_set_is_refused(tmp_path):
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", WITH_STREAMS)
 def test_the_gradient_is_autograds_of_the_mean_nll(tmp_path, kind, accumulation, when):
-    """At every step; in GRPO too, whose head divides logits by the temperature: the stream's does not."""
+    """At every step; also where the trainer's head divides logits by the temperature: the stream's does not."""
     plugin = reads(batch_size=3, when=when)
     config = {"max_steps": 2, "gradient_accumulation_steps": accumulation, "learning_rate": 0.0}
-    if kind == "grpo":
+    if kind in SAMPLING:
         config["temperature"] = 0.5
     trainer = MAKE[kind](tmp_path / "run", plugins=[plugin], streams={"general": additions(9, seed=4)}, **config)
     trainer.train()
@@ -208,7 +210,7 @@ def test_the_gradient_is_autograds_of_the_mean_nll(tmp_path, kind, accumulation,
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", WITH_STREAMS)
 def test_in_mixed_precision_streams_compute_in_bf16(tmp_path, kind, peft):
     """GRPO exchanges the head beneath accelerate's autocast, which has to apply all the same."""
     plugin = reads(batch_size=3)
@@ -224,7 +226,7 @@ def test_in_mixed_precision_streams_compute_in_bf16(tmp_path, kind, peft):
     assert plugin.flats[0].isfinite().all()
 
 
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", WITH_STREAMS)
 def test_an_objective_applies_to_streams_too(tmp_path, kind):
     plugin = reads()
     options = {"streams": {"general": additions(9)}, "max_steps": 1, "names": ["power:alpha=1"]}
@@ -259,7 +261,7 @@ def test_a_stream_of_the_training_data_has_its_gradient(tmp_path):
 
 
 @pytest.mark.parametrize("format", ["text", "messages", "prompt and completion", "conversational prompt"])
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", FIRST)
 def test_streams_take_every_format_that_sft_takes(tmp_path, kind, format):
     data = {
         "text": additions(6, "language_modeling"),
@@ -289,9 +291,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("kind", "case", "when"),
-    [(kind, case, "after") for kind in MAKE for case in CASES if (kind, case) != ("grpo", "moe")]
-    + [(kind, "accumulation", "before") for kind in MAKE],
-)  # GRPO with router logits in the model's config fails in generation, in plain TRL too
+    [(kind, case, "after") for kind in WITH_STREAMS for case in CASES if kind not in SAMPLING or case != "moe"]
+    + [(kind, "accumulation", "before") for kind in WITH_STREAMS],
+)  # with router logits in the model's config generation fails, in plain TRL too
 def test_a_stream_whose_gradient_is_ignored_changes_nothing(tmp_path, kind, case, when):
     """Parameters bit for bit, with dropout, and every logged number: counters, metrics and random state stay."""
     finals = []
@@ -302,7 +304,7 @@ def test_a_stream_whose_gradient_is_ignored_changes_nothing(tmp_path, kind, case
         model = options(hidden=16, layers=1, attention_dropout=0.2, **extra)
         trainer = {"peft_config": lora()} if config.pop("peft", False) else {}
         if "eval_steps" in config:
-            trainer["eval_dataset"] = additions(4, "prompt_completion" if kind == "sft" else "prompt_only", seed=5)
+            trainer["eval_dataset"] = rows(kind, 4, seed=5)
         ours = {"plugins": [reads(when=when)], "streams": {"general": additions(9)}} if name == "ours" else {}
         one = MAKE[kind](tmp_path / name / "run", plain=name == "plain", model=model, trainer=trainer, **ours, **config)
         start = parameters(one)
@@ -368,7 +370,7 @@ def test_the_main_gradient_comes_back_after_the_streams(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(both.kept, alone.kept, strict=True))
 
 
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", WITH_STREAMS)
 def test_streams_continue_at_their_position_after_a_resume(tmp_path, kind):
     def build(plugin: Plugin) -> Any:
         config = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
@@ -398,7 +400,7 @@ def test_streams_continue_at_their_position_after_a_resume(tmp_path, kind):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", FIRST)
 def test_a_gradient_that_is_not_kept_is_gone_in_the_windows_own_passes(tmp_path, kind, keep):
     """Seen by weak references to its tensors, in the window's own backward pass and in `gradients_ready`."""
 

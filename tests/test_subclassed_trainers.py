@@ -47,12 +47,15 @@ BYPASSED = [
     ("grpo", "_compute_loss", Policy, "policy_loss"),
     ("grpo", "_compute_loss", Adds, "auxiliary_losses"),
     ("grpo", "_generate_and_score_completions", Shapes, "advantages"),
+    ("dpo", "compute_loss", Adds, "auxiliary_losses"),
+    ("rloo", "_compute_loss", Policy, "policy_loss"),
+    ("rloo", "_generate_and_score_completions", Shapes, "advantages"),
 ]
 
 
 @pytest.mark.parametrize(("kind", "method", "plugin", "hook"), BYPASSED)
 def test_a_method_that_replaces_the_caller_of_a_hook_is_refused(tmp_path, monkeypatch, kind, method, plugin, hook):
-    name = {"sft": "SFTTrainer", "grpo": "GRPOTrainer"}[kind]
+    name = f"{kind.upper()}Trainer"
 
     def own(self: Any, *args: Any, **kwargs: Any) -> Any:
         return getattr(getattr(trl, name), method)(self, *args, **kwargs)  # as a copy of TRL's body would

@@ -1,4 +1,4 @@
-"""`SFTConfig` and `GRPOConfig`: TRL's, with the settings of the plugin layer."""
+"""`SFTConfig`, `GRPOConfig` and the other configs: TRL's, with the settings of the plugin layer."""
 
 import os
 from dataclasses import dataclass, field, fields
@@ -6,9 +6,8 @@ from functools import cache
 from inspect import formatannotation
 from typing import Any
 
+import trl
 from transformers import TrainingArguments
-from trl import GRPOConfig as TrlGRPOConfig
-from trl import SFTConfig as TrlSFTConfig
 
 from trl_ext.data import parse_columns, parse_streams
 from trl_ext.errors import ConfigurationError
@@ -23,7 +22,7 @@ RESUME_CHANGES = ("refuse", "warn")
 
 @dataclass
 class _PluginSettings:
-    """The fields that both configs add, after TRL's own, so that positional arguments keep their meaning."""
+    """The fields that all configs add, after TRL's own, so that positional arguments keep their meaning."""
 
     plugins: list[str] | None = field(
         default=None,
@@ -123,30 +122,52 @@ class _PluginSettings:
             )
 
 
-_PARAMETERS = "\n".join(
-    f"        {setting.name} (`{formatannotation(setting.type)}`):\n            {setting.metadata['help']}"
-    for setting in fields(_PluginSettings)
-)
-
-
-@dataclass
-class SFTConfig(_PluginSettings, TrlSFTConfig):
-    __doc__ = f"""
-    [`trl.SFTConfig`] with the settings of the plugin layer. Every argument of TRL's keeps its place and meaning.
+def _documentation(of: str) -> str:
+    settings = "\n".join(
+        f"        {setting.name} (`{formatannotation(setting.type)}`):\n            {setting.metadata['help']}"
+        for setting in fields(_PluginSettings)
+    )
+    return f"""
+    [`trl.{of}`] with the settings of the plugin layer. Every argument of TRL's keeps its place and meaning.
 
     Parameters:
-{_PARAMETERS}
+{settings}
     """
 
 
 @dataclass
-class GRPOConfig(_PluginSettings, TrlGRPOConfig):
-    __doc__ = f"""
-    [`trl.GRPOConfig`] with the settings of the plugin layer. Every argument of TRL's keeps its place and meaning.
+class SFTConfig(_PluginSettings, trl.SFTConfig):
+    __doc__ = _documentation("SFTConfig")
 
-    Parameters:
-{_PARAMETERS}
-    """
+
+@dataclass
+class GRPOConfig(_PluginSettings, trl.GRPOConfig):
+    __doc__ = _documentation("GRPOConfig")
+
+
+@dataclass
+class DPOConfig(_PluginSettings, trl.DPOConfig):
+    __doc__ = _documentation("DPOConfig")
+
+
+@dataclass
+class KTOConfig(_PluginSettings, trl.KTOConfig):
+    __doc__ = _documentation("KTOConfig")
+
+
+@dataclass
+class RLOOConfig(_PluginSettings, trl.RLOOConfig):
+    __doc__ = _documentation("RLOOConfig")
+
+
+@dataclass
+class RewardConfig(_PluginSettings, trl.RewardConfig):
+    __doc__ = _documentation("RewardConfig")
+
+
+@dataclass
+class DistillationConfig(_PluginSettings, trl.DistillationConfig):
+    __doc__ = _documentation("DistillationConfig")
 
 
 def upgrade_config(args: Any, config_cls: type[Any]) -> Any:
@@ -157,14 +178,14 @@ def upgrade_config(args: Any, config_cls: type[Any]) -> Any:
 
     Args:
         args: Ours (returned as it is), TRL's config of the same trainer or a subclass, `TrainingArguments`, or None.
-        config_cls: `SFTConfig` or `GRPOConfig` of this module.
+        config_cls: The trainer's config of this module.
 
     Raises:
         ConfigurationError: `args` is something else.
     """
     if isinstance(args, config_cls):
         return args
-    trl_cls = TrlSFTConfig if issubclass(config_cls, TrlSFTConfig) else TrlGRPOConfig
+    _, trl_cls = config_cls.__bases__
     if isinstance(args, trl_cls):
         upgraded = _new_config(config_cls, type(args))
         settings = {f.name: f.default for f in fields(_PluginSettings)}

@@ -40,6 +40,13 @@ if TYPE_CHECKING:
 API_VERSION = "1.5"
 PROJECT = "trl_ext"
 
+WITH_LM_HEAD = tuple(kind for kind in TRAINERS if kind != "reward")
+"""Trainers whose model gives log-probabilities of tokens, so that it can be run on SFT data."""
+SAMPLING = ("grpo", "rloo", "distillation")
+"""Trainers that draw completions from the model."""
+REWARDED = ("grpo", "rloo")
+"""Trainers that learn from rewards of completions."""
+
 Kind = Literal["all", "collect", "exclusive", "chain", "sum", "in place"]
 """What becomes of the results of several plugins. *all*: every plugin runs, and results are ignored. *collect*: results
 are gathered. *exclusive*: at most one plugin of a run may implement the hook. *chain*: plugins run in the order of the
@@ -94,7 +101,7 @@ class HookSpecs:
     def check(self, run: RunDescription) -> None:
         """Raise, before the model loads, with the reason why this run cannot work."""
 
-    @hook("collect", moment="at construction, before the model loads")
+    @hook("collect", moment="at construction, before the model loads", trainers=WITH_LM_HEAD)
     def streams(self) -> list[StreamRequest]:
         """Name the auxiliary data sets that are wanted, at construction."""
 
@@ -106,17 +113,17 @@ class HookSpecs:
     def setup(self, context: SetupContext) -> None:
         """Take what is needed of the wrapped and prepared model, before the first step."""
 
-    @hook("chain", moment="at the start of an epoch", trainers=("grpo",))
+    @hook("chain", moment="at the start of an epoch", trainers=SAMPLING)
     def prompt_order(self, order: list[int], prompts: datasets.Dataset, epoch: int) -> list[int]:
         """Give the rows of the training set in the order to draw them in this epoch."""
 
-    @hook("exclusive", moment="around the generation of training completions", trainers=("grpo",))
+    @hook("exclusive", moment="around the generation of training completions", trainers=SAMPLING)
     def sampling_weights(self, weights: WeightsView) -> AbstractContextManager[None] | None:
         """Give a context inside which the weights are those to sample training completions with."""
 
-    @hook("chain", moment="after the completions are rewarded", trainers=("grpo",), touches_update=True)
+    @hook("chain", moment="after the completions are rewarded", trainers=REWARDED, touches_update=True)
     def advantages(self, rollouts: Rollouts, rewards: Rewards, advantages: torch.Tensor) -> torch.Tensor:
-        """Give the advantages (B,) or (B, T) of this rank's completions, in training and evaluation."""
+        """Give the advantages (B,), in GRPO also (B, T), of this rank's completions, in training and evaluation."""
 
     @hook(
         "exclusive",
@@ -127,15 +134,22 @@ class HookSpecs:
     def sample_weights(self, window: Window) -> torch.Tensor | SampleWeights | None:
         """Weigh the samples of an accumulation window, at its first training step."""
 
-    @hook("exclusive", moment="in every micro-step, before its backward pass", touches_update=True)
+    @hook(
+        "exclusive", moment="in every micro-step, before its backward pass", trainers=WITH_LM_HEAD, touches_update=True
+    )
     def per_token_loss(self, tokens: TokenRecord) -> torch.Tensor:
         """Give the loss (B, T) of each label token of an SFT batch or of an SFT stream."""
 
-    @hook("exclusive", moment="in every micro-step, before its backward pass", trainers=("grpo",), touches_update=True)
+    @hook("exclusive", moment="in every micro-step, before its backward pass", trainers=REWARDED, touches_update=True)
     def policy_loss(self, tokens: PolicyTokens) -> torch.Tensor:
         """Give the policy term (B, T) in place of the clipped one, before masks and reduction."""
 
-    @hook("sum", moment="in every micro-step, before its backward pass", touches_update=True)
+    @hook(
+        "sum",
+        moment="in every micro-step, before its backward pass",
+        trainers=("sft", "grpo", "dpo", "kto", "rloo"),
+        touches_update=True,
+    )
     def auxiliary_losses(self, micro_step: MicroStep) -> Mapping[str, AuxiliaryLoss]:
         """Add named terms to the loss of every training micro-step."""
 

@@ -20,6 +20,11 @@ RECORD = Path(__file__).with_name("seams.json")
 
 SFT = "trl.trainer.sft_trainer:SFTTrainer"
 GRPO = "trl.trainer.grpo_trainer:GRPOTrainer"
+DPO = "trl.trainer.dpo_trainer:DPOTrainer"
+KTO = "trl.trainer.kto_trainer:KTOTrainer"
+RLOO = "trl.trainer.rloo_trainer:RLOOTrainer"
+REWARD = "trl.trainer.reward_trainer:RewardTrainer"
+DISTILLATION = "trl.trainer.distillation_trainer:DistillationTrainer"
 HF = "transformers.trainer:Trainer"
 
 OVERRIDDEN: dict[str, str] = {
@@ -43,6 +48,44 @@ OVERRIDDEN: dict[str, str] = {
     f"{GRPO}.training_step": "advances `_step` once a micro-step, after the backward",
     f"{GRPO}._save_checkpoint": "writes the model card, then the checkpoint, then the state of the entropy bonus",
     f"{GRPO}.log": "adds TRL's metrics to the logs that ours are in",
+    f"{DPO}.__init__": "as for SFT",
+    f"{DPO}.compute_loss": "calls what it is given as `model`, fused, and leaves the division by micro-batches to "
+    "transformers",
+    f"{DPO}.evaluate": "prepares a data set that is passed, and computes its reference log-probabilities where they "
+    "are precomputed",
+    f"{DPO}.training_step": "as for SFT",
+    f"{DPO}._save_checkpoint": "as for SFT",
+    f"{DPO}.log": "adds TRL's metrics to the logs that ours are in",
+    f"{KTO}.__init__": "as for SFT",
+    f"{KTO}.compute_loss": "as for DPO; calls `model` on mismatched completions too, before",
+    f"{KTO}.evaluate": "as for DPO",
+    f"{KTO}.training_step": "as for SFT",
+    f"{KTO}._save_checkpoint": "as for SFT",
+    f"{KTO}.log": "adds TRL's metrics to the logs that ours are in",
+    f"{RLOO}.__init__": "as for SFT",
+    f"{RLOO}._get_train_sampler": "as for GRPO",
+    f"{RLOO}._generate": "as for GRPO, without tools",
+    f"{RLOO}._calculate_rewards": "as for GRPO",
+    f"{RLOO}._generate_and_score_completions": "as for GRPO, with `old_logps` (N,); the batch is buffered with "
+    "whatever keys it has",
+    f"{RLOO}._get_per_token_logps_and_entropies": "as for GRPO; scoring computes the policy's log-probabilities, "
+    "then the reference's",
+    f"{RLOO}._compute_loss": "the mean over completions of a term of the ratio of sums of log-probabilities, linear "
+    "in advantages on policy",
+    f"{RLOO}.training_step": "advances `_step` once a micro-step, after the backward",
+    f"{RLOO}._save_checkpoint": "as for SFT",
+    f"{RLOO}.log": "adds TRL's metrics to the logs that ours are in",
+    f"{REWARD}.__init__": "as for SFT",
+    f"{REWARD}.evaluate": "prepares a data set that is passed",
+    f"{REWARD}.training_step": "as for SFT",
+    f"{REWARD}._save_checkpoint": "as for SFT",
+    f"{REWARD}.log": "adds TRL's metrics to the logs that ours are in",
+    f"{DISTILLATION}.__init__": "as for SFT",
+    f"{DISTILLATION}._get_train_sampler": "as for GRPO, without groups",
+    f"{DISTILLATION}._generate": "the one place where the student draws completions, tools included",
+    f"{DISTILLATION}.training_step": "advances `_step` once a micro-step, after the backward",
+    f"{DISTILLATION}._save_checkpoint": "as for SFT",
+    f"{DISTILLATION}.log": "adds TRL's metrics to the logs that ours are in",
     f"{HF}.get_batch_samples": "hands over a whole accumulation window before its first micro-step",
     f"{HF}.create_optimizer": "returns the optimiser and keeps it in `optimizer`; called again by a second `train()`",
     f"{HF}._prepare_for_training": "wraps the model and creates the optimiser, before the loop; state is loaded in it",
@@ -68,10 +111,18 @@ READ: dict[str, str] = {
     f"{HF}._prepare_input": "moves nested tensors to the device",
     f"{HF}._prepare_inputs": "SFT: only moves tensors; a window's batches go through it once more",
     f"{GRPO}._prepare_inputs": "buffers a generation batch by `_step`; a buffer restored on resume is used as it is",
+    f"{RLOO}._prepare_inputs": "as for GRPO",
+    f"{DISTILLATION}._prepare_inputs": "as for GRPO; a buffer lasts for one accumulation window",
+    f"{DPO}._compute_loss": "takes the reference's log-probabilities from `self.ref_model`, or from `self.model` with "
+    "another adapter or none, never from what it is given as `model`",
+    f"{KTO}._compute_loss": "as for DPO; of its forwards of `model` the last is the one that is trained on",
+    "trl.trainer.dpo_trainer:DataCollatorForPreference.torch_call": "a row for each completion, with `completion_mask`",
+    "trl.trainer.kto_trainer:DataCollatorForUnpairedPreference.torch_call": "as for DPO, and mismatched completions",
     "trl.trainer.sft_trainer:DataCollatorForLanguageModeling.torch_call": "position_ids restart at 0 with each sample",
     "trl.data_utils:_pack_bfd": "cuts and joins the lists of all columns alike, whatever they hold",
     "trl.data_utils:_pack_wrapped": "cuts and joins the lists of all columns alike, whatever they hold",
-    "trl.trainer.utils:RepeatSampler": "shuffles once a pass by its seed, drops the last part of a generation batch",
+    "trl.trainer.utils:RepeatSampler": "shuffles once a pass, by one generator from its seed on, which no checkpoint "
+    "keeps; drops the last part of a generation batch",
     "trl.trainer.utils:add_fused_lm_head": "replaces `forward` on the instance; outputs are chosen by name",
     "trl.trainer.utils:_ChunkedLogProbFunction": "`apply` gets hidden states, head and targets; a global name",
     "trl.kernels.chunked_logprob:_forward_tile": "folds a tile of logits, not scaled yet, into statistics",
@@ -85,6 +136,16 @@ READ: dict[str, str] = {
     "trl.scripts.sft:main": "takes the four, and builds the trainer that it finds under TRL's names",
     "trl.scripts.grpo:make_parser": "as for SFT",
     "trl.scripts.grpo:main": "as for SFT",
+    "trl.scripts.dpo:make_parser": "as for SFT",
+    "trl.scripts.dpo:main": "as for SFT",
+    "trl.scripts.kto:make_parser": "as for SFT",
+    "trl.scripts.kto:main": "as for SFT",
+    "trl.scripts.rloo:make_parser": "as for SFT",
+    "trl.scripts.rloo:main": "as for SFT",
+    "trl.scripts.reward:make_parser": "as for SFT",
+    "trl.scripts.reward:main": "as for SFT",
+    "trl.scripts.distillation:make_parser": "as for SFT",
+    "trl.scripts.distillation:main": "as for SFT",
     "trl.scripts.utils:DatasetConfig": "describes a local file for the data mixture of a script",
     "transformers.masking_utils:find_packed_sequence_indices": "blocks of position_ids, without flash attention",
     "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "names of checkpoint folders",
@@ -101,30 +162,46 @@ READ: dict[str, str] = {
     "accelerate.utils:is_peft_model": "whether PEFT wraps the model that carries the fused head",
 }
 
+_OF_ALL = {
+    "_metrics": "metrics of the interval, by mode",
+    "_total_train_tokens": "counter behind `num_tokens`, which TRL does not save",
+}
+_PREFERENCES = _OF_ALL | {
+    "_tokenizer": "the tokenizer, also where a processor was given",
+    "aux_loss_enabled": "whether the MoE balancing loss is part of the loss",
+    "ref_model": "the reference, None where it is the model with another adapter or none, or precomputed",
+}
+_SAMPLING = _OF_ALL | {
+    "_tokenizer": "the tokenizer, also where a processor was given",
+    "_step": "micro-steps done; decides when to generate and which slice of the buffer is next",
+    "_buffered_inputs": "rollouts still to be trained on",
+}
+_REWARDED = _SAMPLING | {
+    "_logs": "rows of the table of completions; a generation batch's are the last after it is scored",
+    "aux_loss_enabled": "whether the MoE balancing loss is part of the loss",
+    "num_generations_eval": "completions a prompt in evaluation",
+    "reward_func_names": "columns of the rewards",
+    "reward_weights": "weights of the columns",
+}
 ATTRIBUTES: dict[str, dict[str, str]] = {
-    "sft": {
-        "_metrics": "metrics of the interval, by mode",
+    "sft": _OF_ALL
+    | {
         "_signature_columns": "the columns of prepared rows that the collator gets, None until they are asked for",
         "_tokenizer": "the tokenizer, also where a processor was given",
-        "_total_train_tokens": "counter behind `num_tokens`, which TRL does not save",
         "aux_loss_enabled": "whether the MoE balancing loss is part of the loss",
         "maybe_activation_offload_context": "what TRL runs its training step in",
         "padding_free": "whether batches are flattened, set by packing too",
     },
-    "grpo": {
-        "_logs": "rows of the table of completions; a generation batch's are the last after it is scored",
-        "_metrics": "metrics of the interval, by mode",
-        "_tokenizer": "the tokenizer, also where a processor was given",
-        "_total_train_tokens": "counter behind `num_tokens`, which TRL does not save",
-        "_step": "micro-steps done; decides when to generate and which slice of the buffer is next",
-        "_buffered_inputs": "rollouts still to be trained on",
+    "grpo": _REWARDED
+    | {
         "_entropy_bonus_enabled": "switches the entropy bonus of `_compute_loss`",
-        "aux_loss_enabled": "whether the MoE balancing loss is part of the loss",
         "beta": "switches the KL term of `_compute_loss`",
-        "num_generations_eval": "completions a prompt in evaluation",
-        "reward_func_names": "columns of the rewards",
-        "reward_weights": "weights of the columns",
     },
+    "dpo": _PREFERENCES,
+    "kto": _PREFERENCES,
+    "rloo": _REWARDED,
+    "reward": _OF_ALL,
+    "distillation": _SAMPLING,
 }
 
 

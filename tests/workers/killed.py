@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +82,17 @@ def main(folder: Path, points: list[str]) -> None:
     global OUT
     report = {}
     for point in points:
-        arm = POINTS[point]
+        kind, _, where = point.rpartition(": ")
+        build, arm = partial(test_resume.build, kind or "sft"), POINTS[where]
         OUT = folder / point / "run"
 
-        def train(arm: Callable[[], None] = arm, out: Path = OUT) -> None:
-            trainer = test_resume.build_sft(out, save_total_limit=1)
+        def train(build: Callable[..., Any] = build, arm: Callable[[], None] = arm, out: Path = OUT) -> None:
+            trainer = build(out, save_total_limit=1)
             arm()
             trainer.train()
 
-        def resume(out: Path = OUT) -> None:
-            test_resume.build_sft(out, save_total_limit=1).train(resume_from_checkpoint=True)
+        def resume(build: Callable[..., Any] = build, out: Path = OUT) -> None:
+            build(out, save_total_limit=1).train(resume_from_checkpoint=True)
 
         status = in_child(train)
         newest, _ = newest_complete(OUT)

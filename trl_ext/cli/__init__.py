@@ -2,11 +2,14 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trl_ext.records import TrainerKind
 
 
-def parse(kind: Literal["sft", "grpo"], arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
-    """Read a command line and its YAML as `trl-ext sft` and `trl-ext grpo` do; see `trl_ext.cli.train.parse`."""
+def parse(kind: "TrainerKind", arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+    """Read a command line and its YAML as the training commands do; see `trl_ext.cli.train.parse`."""
     from trl_ext.cli import train
 
     return train.parse(kind, arguments)

@@ -53,7 +53,9 @@ def _add_training_command(kind: TrainerKind) -> None:
 
         train(kind, ctx.args)
 
-    about = f"Train with {kind.upper()}: TRL's flags and YAML, --plugins, --streams, --num_processes."
+    what = {"reward": "a reward model", "distillation": "a student of a teacher"}.get(kind, f"with {kind.upper()}")
+    streams = "" if kind == "reward" else " --streams,"
+    about = f"Train {what}: TRL's flags and YAML, --plugins,{streams} --num_processes."
     app.command(kind, cls=_Verbatim, help=about)(command)
 
 
@@ -79,7 +81,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 @app.command(cls=LightCommand, context_settings={"allow_interspersed_args": False})
 def run(
-    script: Annotated[Path, typer.Argument(help="A Python script that uses TRL's SFTTrainer or GRPOTrainer.")],
+    script: Annotated[Path, typer.Argument(help="A Python script that uses TRL's trainers.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="Its arguments.", metavar="[ARGS]...")] = None,
     plugins: Annotated[
         list[str] | None,

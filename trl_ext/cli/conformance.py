@@ -52,14 +52,16 @@ def _quiet() -> Iterator[None]:
 def _trainers(active: ActivePlugin) -> list[TrainerKind]:
     """The trainers that a plugin is for and acts in by itself.
 
-    GRPO calls an objective of supervised data for streams alone, which a plugin without any leaves to another one.
+    Outside of SFT an objective of supervised data is called for streams alone, which a plugin without any leaves to
+    another one. A reward model takes no streams.
     """
-    hooks = [name for name in marked_hooks(active.instance) if not HOOKS[name].bystander]
-    of_streams_of_others = "per_token_loss" in hooks and "streams" not in hooks
-    return [
-        trainer
-        for trainer in TRAINERS
-        if trainer in active.declared.trainers
-        and any(trainer in HOOKS[name].trainers for name in hooks)
-        and not (trainer == "grpo" and of_streams_of_others)
-    ]
+    hooks = {name for name in marked_hooks(active.instance) if not HOOKS[name].bystander}
+    streams = [request for request in active.instance.streams() if not request.optional] if "streams" in hooks else []
+
+    def acts(trainer: TrainerKind) -> bool:
+        called = {name for name in hooks if trainer in HOOKS[name].trainers}
+        if trainer != "sft" and "streams" not in hooks:
+            called.discard("per_token_loss")
+        return bool(called) and (not streams or trainer in HOOKS["streams"].trainers)
+
+    return [trainer for trainer in TRAINERS if trainer in active.declared.trainers and acts(trainer)]

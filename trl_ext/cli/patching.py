@@ -2,16 +2,18 @@
 
 from importlib import import_module
 
-PLACES: dict[str, tuple[str, ...]] = {
-    "SFTConfig": ("trl", "trl.trainer", "trl.trainer.sft_config", "trl.trainer.sft_trainer"),
-    "SFTTrainer": ("trl", "trl.trainer", "trl.trainer.sft_trainer"),
-    "GRPOConfig": ("trl", "trl.trainer", "trl.trainer.grpo_config", "trl.trainer.grpo_trainer"),
-    "GRPOTrainer": ("trl", "trl.trainer", "trl.trainer.grpo_trainer"),
-}
+NAMES = ("SFT", "GRPO", "DPO", "KTO", "RLOO", "Reward", "Distillation")
+"""Of the trainers: their classes end in `Trainer` and `Config`; in lower case they name TRL's modules and scripts."""
+PLACES: dict[str, tuple[str, ...]] = {}
+"""Each of our classes, and the modules of TRL that export one of its name."""
+for _name in NAMES:
+    _exports = ("trl", "trl.trainer", f"trl.trainer.{_name.lower()}_trainer")
+    PLACES[f"{_name}Config"] = (*_exports, f"trl.trainer.{_name.lower()}_config")
+    PLACES[f"{_name}Trainer"] = _exports
 
 
 def patch_trl() -> None:
-    """Replace TRL's SFT and GRPO trainers and configs, in this process, wherever TRL exports them.
+    """Replace TRL's trainers and configs, in this process, wherever TRL exports them.
 
     Call it before the script's own imports of TRL: a name bound earlier keeps TRL's class.
     """

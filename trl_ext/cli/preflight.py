@@ -11,20 +11,35 @@ from typing import Any
 
 from trl_ext.data import FILE_FORMATS, explain_loading, nearest_path, refuse_missing_file, rename_columns
 from trl_ext.errors import ConfigurationError, did_you_mean
+from trl_ext.records import trainer_name
 
 USUAL_COLUMNS = {
     "prompt": ("question", "instruction", "query", "problem", "input"),
     "completion": ("answer", "response", "output", "solution", "reply"),
     "messages": ("conversation", "dialog", "chat"),
     "text": ("content", "document"),
+    "chosen": ("preferred", "accepted", "winner"),
+    "rejected": ("dispreferred", "refused", "loser"),
+    "label": ("desirable", "thumbs_up"),
 }
 """The columns that TRL reads, and under what names data sets often have them."""
 ACCEPTED = {
     "sft": (("prompt", "completion"), ("messages",), ("conversations",), ("text",), ("input_ids",)),
     "grpo": (("prompt",),),
+    "dpo": (("chosen", "rejected"),),
+    "kto": (("completion", "label"), ("chosen", "rejected")),
+    "rloo": (("prompt",),),
+    "reward": (("chosen", "rejected"), ("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids")),
+    "distillation": (("prompt",),),
 }
-"""The groups of columns of which TRL's trainer wants one; of other trainers, TRL's own message has to do."""
-WANTED = {"sft": "`prompt` and `completion`, or `messages`, or `text`", "grpo": "`prompt`"}
+"""The groups of columns of which TRL's trainer wants one."""
+WANTED = {
+    "sft": "`prompt` and `completion`, or `messages`, or `text`",
+    "kto": "`completion` and `label`, or `chosen` and `rejected`",
+    **dict.fromkeys(("dpo", "reward"), "`chosen` and `rejected`"),
+    **dict.fromkeys(("grpo", "rloo", "distillation"), "`prompt`"),
+}
+"""The same in words, without what is tokenized already."""
 
 
 def check_settings(kind: str, script_args: Any, training_args: Any, model_args: Any, dataset_args: Any) -> None:
@@ -38,7 +53,11 @@ def check_settings(kind: str, script_args: Any, training_args: Any, model_args: 
         ConfigurationError: The model, the data, a split, a column, a reward or a checkpoint does not exist.
     """
     _check_folder(training_args)
-    _check_model(model_args, training_args)
+    trust = training_args.trust_remote_code
+    _check_model("model_name_or_path", model_args.model_name_or_path, model_args.model_revision, trust)
+    if kind == "distillation":
+        teacher, revision = training_args.teacher_model_name_or_path, training_args.teacher_model_revision
+        _check_model("teacher_model_name_or_path", teacher, revision, trust)
     if hasattr(script_args, "reward_funcs"):
         _check_rewards(script_args)
     splits = _load(script_args, dataset_args)
@@ -71,26 +90,23 @@ def _check_folder(training_args: Any) -> None:
         raise ConfigurationError(f"resume_from_checkpoint: there is no folder {resume!r}. {hint}".rstrip())
 
 
-def _check_model(model_args: Any, training_args: Any) -> None:
+def _check_model(setting: str, name: str | None, revision: str | None, trust_remote_code: bool) -> None:
     from transformers import AutoConfig
 
-    name = model_args.model_name_or_path
     if not name:
-        raise ConfigurationError("model_name_or_path: is not set; give a hub id or a folder with a model")
+        raise ConfigurationError(f"{setting}: is not set; give a hub id or a folder with a model")
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigurationError(f"model_name_or_path: {name!r} holds no model (no config.json). {_instead(path)}")
+        raise ConfigurationError(f"{setting}: {name!r} holds no model (no config.json). {_instead(path)}")
     if path.is_file():
-        raise ConfigurationError(f"model_name_or_path: {name!r} is a file; name the folder that holds the model")
+        raise ConfigurationError(f"{setting}: {name!r} is a file; name the folder that holds the model")
     try:
-        AutoConfig.from_pretrained(
-            name, revision=model_args.model_revision, trust_remote_code=training_args.trust_remote_code
-        )
+        AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         if path.is_dir() or isinstance(error, ValueError):
-            raise ConfigurationError(f"model_name_or_path: {name!r} cannot be read: {error}") from None
+            raise ConfigurationError(f"{setting}: {name!r} cannot be read: {error}") from None
         raise ConfigurationError(
-            f"model_name_or_path: {name!r} is no folder here, and cannot be had from the hub. "
+            f"{setting}: {name!r} is no folder here, and cannot be had from the hub. "
             f"{nearest_path(path) or _first_sentence(error)}"
         ) from None
 
@@ -183,13 +199,15 @@ def _check_columns(kind: str, dataset: Any, split: str, training_args: Any) -> N
         return
     text = getattr(training_args, "dataset_text_field", "text")
     known = {"text" if column == text else column for column in columns}
-    if kind not in WANTED or any(set(group) <= known for group in ACCEPTED[kind]):
+    groups = ACCEPTED[kind]
+    if any(set(group) <= known for group in groups):
         return
-    renaming = {old: new for new, usual in USUAL_COLUMNS.items() for old in usual if old in columns}
-    renaming = {old: new for old, new in renaming.items() if kind == "sft" or new == "prompt"}
-    example = ",".join(f"{old}={new}" for old, new in renaming.items()) or "question=prompt,answer=completion"
+    read = {column for group in groups for column in group}
+    usual = {new: names for new, names in USUAL_COLUMNS.items() if new in read}
+    found = [f"{old}={new}" for new, names in usual.items() for old in names if old in columns]
+    example = ",".join(found or [f"{usual[new][0]}={new}" for new in groups[0]])
     raise ConfigurationError(
-        f"dataset_columns: the split {split!r} has the columns {', '.join(columns)}, and {kind.upper()} wants "
+        f"dataset_columns: the split {split!r} has the columns {', '.join(columns)}, and {trainer_name(kind)} wants "
         f"{WANTED[kind]}. Rename them, for instance dataset_columns: {example}"
     )
 

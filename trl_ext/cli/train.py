@@ -1,4 +1,4 @@
-"""`trl-ext sft`, `trl-ext grpo` and `trl-ext run`: TRL's own scripts and other people's, with our trainers in place."""
+"""The training commands and `trl-ext run`: TRL's own scripts and other people's, with our trainers in place."""
 
 from __future__ import annotations
 

@@ -54,9 +54,9 @@ class AccumulationWindow:
     done: int = 0
     """Micro-steps already done."""
     tokens: Tensor | None = None
-    """() float: label tokens of the window over all ranks, where an auxiliary loss may need them (GRPO)."""
+    """() float: label tokens of the window over all ranks, where an auxiliary loss may need them (not in SFT)."""
     sequences: Tensor | None = None
-    """() float: samples of the window over all ranks, where an auxiliary loss may need them (SFT)."""
+    """() float: samples of the window over all ranks, where an auxiliary loss may need them (SFT, DPO, KTO)."""
     column_totals: Mapping[str, Tensor] | None = None
     """What `TokenRecord` has under this name, where plugins declare columns (SFT)."""
     weights: Sequence[Tensor] | None = None

@@ -1,4 +1,4 @@
-"""The GRPO loss of one micro-batch: TRL's, with the policy term of a plugin in place of the clipped one.
+"""The loss of one micro-batch in GRPO and RLOO: TRL's, with a plugin's policy term in place of the clipped one.
 
 TRL's loss is a sum over tokens of a weight times the policy term, plus the rest,
 
@@ -6,7 +6,8 @@ TRL's loss is a sum over tokens of a weight times the policy term, plus the rest
 
 with weights w_t made of masks, length normalisation, importance correction and accumulation. The rest is TRL's loss
 with zero advantages. The weights are found by differentiating TRL's loss: with the log-probabilities as a leaf, on
-policy and with advantages of -1, the policy term's derivative at the leaf is exactly w_t.
+policy and with advantages of -1, the policy term's derivative at the leaf is exactly w_t. RLOO's policy term is that of
+a whole completion, whose log-probability is its tokens' sum; w_t is one over the completions of the micro-batch.
 """
 
 from __future__ import annotations
@@ -38,10 +39,13 @@ class GRPOLoss:
     metrics: Callable[[], dict[str, list[float]]]
     """TRL's metrics of the interval, in the current mode."""
     gather: Callable[[Tensor], Tensor]
-    loss_type: str
+    loss_type: str | None
+    """None in RLOO, which has one alone."""
     window: AccumulationWindow
     window_batches: Callable[[], Sequence[Inputs] | None]
     """Gives the micro-batches of the current window; None where some of them are still to be generated."""
+    scaled: bool
+    """Whether TRL's loss is divided by the window's micro-batches already; else transformers does it later."""
     _tap: _LogProbs | None = None
 
     def log_probs(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -106,6 +110,7 @@ class GRPOLoss:
             per_token=self._window_tokens(),
             per_sequence=len(inputs["completion_ids"]) * accumulation,
             per_batch=accumulation,
+            divided_later=1 if self.scaled else accumulation,
         )
 
     def _window_tokens(self) -> Tensor | str:
@@ -146,6 +151,8 @@ def _token_weights(compute_loss: TrlLoss, inputs: Inputs, tap: _LogProbs) -> Ten
     tap.leaf = leaf = tap.log_probs.detach().requires_grad_()
     # Without the old log-probabilities TRL takes the leaf's own, detached: the ratio is 1 and nothing is clipped.
     on_policy = {k: v for k, v in inputs.items() if k != "old_per_token_logps"}
+    if "old_logps" in on_policy:  # RLOO, which has them per completion
+        on_policy["old_logps"] = (leaf.detach() * loss_mask(inputs)).sum(dim=1)
     on_policy["advantages"] = -torch.ones(len(leaf), device=leaf.device)
     with torch.enable_grad():
         (weights,) = torch.autograd.grad(compute_loss(None, on_policy), leaf)

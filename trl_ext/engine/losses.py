@@ -96,12 +96,14 @@ def add_auxiliary_losses(
     per_token: Tensor | float | str,
     per_sequence: Tensor | float | str,
     per_batch: float,
+    divided_later: int = 1,
 ) -> Tensor:
     """Add every plugin's named terms to a micro-step's loss, and note their values for the log.
 
     The denominators are those seen from one rank: after averaging over ranks and adding over the window, a term is the
     mean over the window's label tokens or samples on all ranks, or the mean of the micro-batches' values. A text in
-    place of a denominator says why this run does not know it, and what to change.
+    place of a denominator says why this run does not know it, and what to change. `divided_later` is what transformers
+    divides the micro-step's loss by afterwards: the micro-batches of the window, in trainers that leave that to it.
 
     Raises:
         PluginError: a plugin returns anything but a mapping of names to scalar `AuxiliaryLoss` with a gradient, or a
@@ -123,6 +125,6 @@ def add_auxiliary_losses(
         denominator = denominators[term.per]
         assert not isinstance(denominator, str), "refused by the check"
         value = term.value / denominator
-        loss = loss + value
+        loss = loss + value * divided_later
         run.tally.add_term(name, value)
     return loss

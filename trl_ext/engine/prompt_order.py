@@ -1,4 +1,4 @@
-"""Which training prompt comes when in GRPO, where a plugin decides."""
+"""Which training prompt comes when: as a plugin decides, and in a resumed run as in one without a break."""
 
 from __future__ import annotations
 
@@ -50,6 +50,11 @@ class PromptSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+def as_trl_draws(order: list[int], epoch: int) -> list[int]:
+    """TRL's own order of an epoch. Its sampler would begin a resumed run with that of the first one."""
+    return order
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""GRPO's generation batch: its completions and rewards as plugins see them, and as a checkpoint keeps them."""
+"""A generation batch: its completions and rewards as plugins see them, and as a checkpoint keeps them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trl_ext.checkpoints import State
 from trl_ext.engine.context import RunContext
 from trl_ext.engine.finite_rewards import refuse_non_finite_advantages
 from trl_ext.engine.grpo_loss import loss_mask
-from trl_ext.engine.passes import preserved_rng
+from trl_ext.own_passes import preserved_random_state
 from trl_ext.records import Column, Rewards, Rollouts
 
 _PREFIX = "rollouts"
@@ -28,14 +28,19 @@ def shaped_advantages(
     rewards: Rewards,
     num_generations: int,
     columns: Sequence[Column],
+    *,
     finite: bool,
+    per_token: bool,
     entropy: Tensor | None = None,
 ) -> Tensor:
-    """The advantages (N,) or (N, T) of this rank's completions, as the `advantages` hooks leave them. Collective.
+    """The advantages of this rank's completions, as the `advantages` hooks leave them. Collective.
 
     `output` is what TRL's `_generate_and_score_completions` returns, `rows` its inputs, prompts and completions;
     `columns` are those that plugins want of the prompts, `finite` says whether a plugin that returns NaN or infinity
-    fails; `entropy` (N, T) is there where a plugin wants it.
+    fails, `per_token` whether it may give one advantage per token; `entropy` (N, T) is there where a plugin wants it.
+
+    Returns:
+        (N,) float, or (N, T).
     """
     of_prompts: dict[str, Tensor] = {}
     if columns:  # streamed rows were not looked at before: what is wrong with one on this rank has to reach the others
@@ -54,12 +59,12 @@ def shaped_advantages(
         columns=of_prompts,
         entropy=entropy,
     )
-    shapes = (len(rows["prompts"]),), tuple(rollouts.mask.shape)
+    shapes = [(len(rows["prompts"]),), *([tuple(rollouts.mask.shape)] if per_token else [])]
 
     def check(result: Any) -> None:
         if not isinstance(result, Tensor) or tuple(result.shape) not in shapes:
             got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise TypeError(f"returned {got}; expected advantages of shape {shapes[0]} or {shapes[1]}")
+            raise TypeError(f"returned {got}; expected advantages of shape {' or '.join(map(str, shapes))}")
         if finite:
             refuse_non_finite_advantages(result)
 
@@ -103,14 +108,14 @@ class OldEntropy:
             model: The policy, as TRL scores with it.
             batch_size: Rows of one forward.
         """
-        if output.get("old_per_token_logps") is not None:
+        if output.get("old_per_token_logps", output.get("old_logps")) is not None:  # GRPO's, or RLOO's per completion
             assert self._entropy is not None, "noted with the old log-probabilities"
             return self._entropy
         ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
         attended = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
         names = signature(forward).parameters.keys() & output.keys()  # of images
         others = {name: output[name] for name in names}
-        with torch.no_grad(), preserved_rng(ids.device):
+        with torch.no_grad(), preserved_random_state(ids.device):
             kept = output["completion_ids"].size(1)
             _, entropy, _ = forward(model, ids, attended, kept, batch_size, compute_entropy=True, **others)
         return cast("Tensor", entropy)

@@ -46,7 +46,7 @@ class SFTLoss:
     def _with_auxiliary(
         self, loss: Tensor, inputs: dict[str, Any], tokens: TokenRecord, num_items: Tensor | int | None
     ) -> Tensor:
-        run, later = self.run, self._divided_later(num_items)
+        run = self.run
         micro_step = MicroStep(
             inputs=without_columns(inputs),
             log_probs=tokens.log_probs,
@@ -61,9 +61,10 @@ class SFTLoss:
             run,
             loss,
             micro_step,
-            per_token=tokens.denominator / later,
-            per_sequence=UNMARKED if sequences is None else sequences / run.world_size / later,
-            per_batch=run.accumulation_steps() / later,
+            per_token=tokens.denominator,
+            per_sequence=UNMARKED if sequences is None else sequences / run.world_size,
+            per_batch=run.accumulation_steps(),
+            divided_later=self._divided_later(num_items),
         )
 
     def denominator(self, num_items: Tensor | int | None, mask: Tensor) -> Tensor:

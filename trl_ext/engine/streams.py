@@ -145,10 +145,10 @@ def stream_gradient(run: RunContext, passes: ExtraPasses, model: nn.Module, stre
     totals = torch.zeros(2, device=tokens.device)
 
     def loss() -> Tensor:
-        with passes.sft_head():
+        with passes.sft_head():  # around the objective too, which may run the model for a reference
             out = passes.forward(model, inputs)
-        record = token_record(run, out, inputs, share, columns, stream.request.role)
-        total = per_token_loss(run, record).sum()
+            record = token_record(run, out, inputs, share, columns, stream.request.role)
+            total = per_token_loss(run, record).sum()
         totals.copy_(torch.stack([total.detach(), -out.log_probs.detach().sum()]))
         value = total / record.denominator
         if passes.router_aux_loss_coef:

@@ -6,7 +6,15 @@ padding-free training B is 1 and T runs over all samples of the micro-batch; `sa
 
 from trl_ext.records.columns import Column
 from trl_ext.records.rollouts import PolicyTokens, Rewards, Rollouts
-from trl_ext.records.run import TRAINERS, RunDescription, SetupContext, StreamRequest, Trackers, TrainerKind
+from trl_ext.records.run import (
+    TRAINERS,
+    RunDescription,
+    SetupContext,
+    StreamRequest,
+    Trackers,
+    TrainerKind,
+    trainer_name,
+)
 from trl_ext.records.step import AuxiliaryLoss, MicroStep, StreamGradient, WeightsView
 from trl_ext.records.tokens import SampleWeights, TokenRecord, Window
 
@@ -28,4 +36,5 @@ __all__ = [
     "TrainerKind",
     "WeightsView",
     "Window",
+    "trainer_name",
 ]

@@ -1,4 +1,4 @@
-"""Records of GRPO: completions, rewards, and the tokens of the policy term."""
+"""Records of GRPO and RLOO: completions, rewards, and the tokens of the policy term."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Rollouts:
     """Optimiser steps already done."""
     training: bool
     old_log_probs: Tensor | None = None
-    """(N, T) float, where TRL computed them."""
+    """(N, T) float, where TRL computed them; in RLOO always."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """(N,) float or long each: the columns that plugins declare, of the rows in `inputs` (new in 1.4)."""
     entropy: Tensor | None = None
@@ -42,7 +42,7 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Rewards of all ranks (`advantages`)."""
+    """Rewards of all ranks as the functions gave them, before RLOO clips them and adds its KL term (`advantages`)."""
 
     per_function: Tensor
     """(N x ranks, F) float; NaN where a function returned None."""
@@ -60,14 +60,14 @@ class Rewards:
 
 @dataclass(frozen=True)
 class PolicyTokens:
-    """One GRPO micro-batch (`policy_loss`)."""
+    """One micro-batch of GRPO or RLOO (`policy_loss`)."""
 
     log_probs: Tensor
     """(B, T) float, differentiable, at the trainer's temperature."""
     old_log_probs: Tensor
     """(B, T) float: of the policy that generated; `log_probs` detached on policy."""
     advantages: Tensor
-    """(B, T) float."""
+    """(B, T) float; in RLOO the same for all tokens of a completion."""
     mask: Tensor
     """(B, T) bool."""
     entropy: Tensor

@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 
     from trl_ext.records.step import WeightsView
 
-TrainerKind = Literal["sft", "grpo"]
+TrainerKind = Literal["sft", "grpo", "dpo", "kto", "rloo", "reward", "distillation"]
 """What a run trains with."""
 TRAINERS: tuple[TrainerKind, ...] = get_args(TrainerKind)
+
+
+def trainer_name(kind: str) -> str:
+    """A trainer as texts write it: the acronyms in capitals, the words as words."""
+    return kind if kind in ("reward", "distillation") else kind.upper()
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class RunDescription:
 
     trainer: TrainerKind
     args: Any
-    """The trainer's config (`SFTConfig` or `GRPOConfig`)."""
+    """The trainer's config (`SFTConfig`, `GRPOConfig`, ...)."""
     model: Any
     """What was passed as the model, an id or path, or a model; the loaded one in a second check."""
     plugins: tuple[str, ...]
@@ -38,7 +43,7 @@ class RunDescription:
     world_size: int
     sharding: Literal["none", "ddp", "fsdp1", "fsdp2", "deepspeed"]
     rewards: tuple[str, ...] = ()
-    """GRPO: names of the reward functions; empty where they are not known beforehand (new in 1.2)."""
+    """GRPO, RLOO: names of the reward functions; empty where they are not known beforehand (new in 1.2)."""
 
 
 def _nowhere(*_: Any) -> None:
@@ -81,7 +86,7 @@ class SetupContext:
     """Whether the run continues from a checkpoint; `load_state_dict` follows `setup` then."""
     tokenizer: Any
     reference: nn.Module | None = None
-    """GRPO: the unwrapped reference model of the KL term, where the trainer keeps one beside the policy."""
+    """GRPO, RLOO, DPO, KTO: the unwrapped reference model, where the trainer keeps one beside the policy."""
     trackers: Trackers = field(default_factory=Trackers)
     """Takes pictures and tables, from the first step on (new in 1.5)."""
 

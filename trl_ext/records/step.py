@@ -18,7 +18,7 @@ class AuxiliaryLoss:
 
     The core divides so that the window's total is the mean per label token ("token") or per sample ("sequence") over
     all ranks, or the mean of the micro-batches' values ("batch"). A window's label tokens are not known while some of
-    its completions are still to be generated: a GRPO run whose `steps_per_generation` is no multiple of
+    its completions are still to be generated: a GRPO or RLOO run whose `steps_per_generation` is no multiple of
     `gradient_accumulation_steps` refuses "token".
     """
 
@@ -35,7 +35,7 @@ class MicroStep:
     log_probs: Tensor
     """(B, T) float, differentiable."""
     entropy: Tensor
-    """(B, T) float; differentiable in SFT."""
+    """(B, T) float; differentiable in SFT, DPO and KTO."""
     mask: Tensor
     """(B, T) bool."""
     step: int

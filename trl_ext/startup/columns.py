@@ -1,7 +1,7 @@
 """Which columns a run carries: agreed between the plugins that declare them, and found in the data.
 
 A column is looked for where the hooks that see it get their data from: in SFT the training and evaluation sets, in GRPO
-the prompts for `advantages`, and in both the streams for `per_token_loss`.
+and RLOO the prompts for `advantages`, and in every trainer the streams for `per_token_loss`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from trl_ext.errors import ConfigurationError, did_you_mean
 from trl_ext.plugins.plugin_set import ActivePlugin, PluginSet
-from trl_ext.records import Column, TrainerKind
+from trl_ext.records import Column, TrainerKind, trainer_name
 from trl_ext.startup.column_values import COMPLETION_MASK, messages_of, values_of_turns
 
-READERS = {"sft": ("per_token_loss", "sample_weights", "auxiliary_losses"), "grpo": ("advantages",)}
-"""The hooks that see columns of the trainer's own data."""
+READERS: dict[TrainerKind, tuple[str, ...]] = {
+    "sft": ("per_token_loss", "sample_weights", "auxiliary_losses"),
+    "grpo": ("advantages",),
+    "rloo": ("advantages",),
+}
+"""The hooks that see columns of the trainer's own data; in other trainers none does."""
 STREAM_READERS = ("per_token_loss",)
 """The hooks that see columns of a stream's data."""
 
@@ -57,7 +61,7 @@ def wanted_columns(kind: TrainerKind, plugins: PluginSet) -> Columns:
         ConfigurationError: Two plugins ask for one column in different ways.
     """
     _agree(plugins)
-    return Columns(_seen_by(READERS[kind], plugins), _seen_by(STREAM_READERS, plugins))
+    return Columns(_seen_by(READERS.get(kind, ()), plugins), _seen_by(STREAM_READERS, plugins))
 
 
 def _agree(plugins: Iterable[ActivePlugin]) -> None:
@@ -118,9 +122,9 @@ def refuse_columns(
 
 def _lost(kind: TrainerKind, args: Any, column: Column, collator: Any) -> str:
     """Why a column would not arrive, with what to change; empty where it does."""
-    if kind == "grpo":
+    if kind != "sft":
         if column.per != "sample":
-            return f"with one value per {column.per}; the prompts of GRPO have columns per sample only"
+            return f"with one value per {column.per}; the prompts of {trainer_name(kind)} have columns per sample only"
         return "which remove_unused_columns=True drops; set it to False" if args.remove_unused_columns else ""
     if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
         return "which is attached while TRL prepares the data; remove skip_prepare_dataset from dataset_kwargs"

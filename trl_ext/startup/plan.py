@@ -15,9 +15,10 @@ from trl.trainer.utils import get_callable_name
 from trl_ext.config import upgrade_config
 from trl_ext.data import load_dataset_spec, rename_columns
 from trl_ext.errors import ConfigurationError
+from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.activation import activate
 from trl_ext.plugins.plugin_set import PluginSet
-from trl_ext.records import RunDescription, TrainerKind
+from trl_ext.records import RunDescription, StreamRequest, TrainerKind, trainer_name
 from trl_ext.startup.agreement import agreed
 from trl_ext.startup.columns import Columns, refuse_columns, wanted_columns
 from trl_ext.startup.refusals import refuse_skipping, refuse_unsupported
@@ -65,7 +66,7 @@ def plan_run(
     Raises:
         ConfigurationError: for anything that cannot work, on every rank; it names the line to change.
     """
-    config = _config(kind, config_class, given)
+    config = _config(config_class, given)
     _ = config.world_size  # connects the ranks
     with agreed():
         check_versions(config.strict_versions, config.process_index == 0)
@@ -123,11 +124,11 @@ def _check(run: RunDescription, plugins: PluginSet) -> None:
             raise CheckRefusalError(f"plugin '{plugin}' refuses this run: {error}") from error
 
 
-def _config(kind: TrainerKind, config_class: type[Any], given: Mapping[str, Any]) -> Any:
+def _config(config_class: type[Any], given: Mapping[str, Any]) -> Any:
     args, model = given.get("args"), given.get("model")
     if args is None and "model" in given:  # named as TRL names it
         name = model if isinstance(model, str) else model.config._name_or_path  # type: ignore[union-attr]
-        args = config_class(f"{name.split('/')[-1]}-{kind.upper()}")
+        args = config_class(f"{name.split('/')[-1]}-{config_class.__name__.removesuffix('Config')}")
     return upgrade_config(args, config_class)
 
 
@@ -156,14 +157,28 @@ def _streams(kind: TrainerKind, plugins: PluginSet, datasets: Mapping[str, Any])
             requests[plugin] = list(call())
         except Exception as error:
             raise ConfigurationError(f"plugin '{plugin}' failed in hook 'streams': {error}") from error
+    if kind not in HOOKS["streams"].trainers:
+        _refuse_streams(kind, requests, datasets)
+        return {}
     matched = match_streams(requests, datasets)
     owner = plugins.owner("per_token_loss")
-    if kind == "grpo" and owner is not None and not matched:
+    if kind != "sft" and owner is not None and not matched:
         raise ConfigurationError(
-            f"plugin '{owner}' owns the loss per token of supervised data, and this GRPO run has none: give a "
-            "plugin that takes a stream its data under `streams:`, or remove this one"
+            f"plugin '{owner}' owns the loss per token of supervised data, and this {trainer_name(kind)} run has none: "
+            "give a plugin that takes a stream its data under `streams:`, or remove this one"
         )
     return matched
+
+
+def _refuse_streams(
+    kind: TrainerKind, requests: Mapping[str, Sequence[StreamRequest]], datasets: Mapping[str, Any]
+) -> None:
+    why = f"and the model of the trainer {kind} has no language-model head to run SFT data on"
+    for plugin, wanted in requests.items():
+        if roles := [request.role for request in wanted if not request.optional]:
+            raise ConfigurationError(f"plugin '{plugin}' asks for the stream '{roles[0]}', {why}; remove the plugin")
+    if datasets:
+        raise ConfigurationError(f"streams: {', '.join(datasets)} is given, {why}; remove it")
 
 
 def _named_data(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from trl_ext.engine.fused_head import OFFERED, is_offered
 from trl_ext.errors import ConfigurationError
+from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription
 from trl_ext.records.tokens import UNMARKED
@@ -48,8 +49,9 @@ def refuse_unsupported(
     refuse_dimensions(args, run.model)
     if run.trainer == "sft":
         _refuse_losses(args, plugins, compute_loss_func)
-    else:
+    if run.trainer == "grpo":
         _refuse_policy(args, plugins)
+    if run.trainer in HOOKS["prompt_order"].trainers:
         _refuse_orders(args, plugins, streaming)
     _refuse_gradients(run, plugins)
     for plugin in plugins:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_ext.testing.evaluation import exact_match
-    from trl_ext.testing.models import save_model, tiny_llama, tiny_moe, tiny_qwen2
+    from trl_ext.testing.models import save_model, tiny_llama, tiny_moe, tiny_qwen2, tiny_reward_model
     from trl_ext.testing.tasks import Addition, Copy, ModularChain, Reverse, Task
     from trl_ext.testing.tokenizers import tiny_tokenizer
 
@@ -23,13 +23,14 @@ __all__ = [
     "tiny_llama",
     "tiny_moe",
     "tiny_qwen2",
+    "tiny_reward_model",
     "tiny_tokenizer",
 ]
 
 _HOME = {
     "tiny_tokenizer": "tokenizers",
     "exact_match": "evaluation",
-    **dict.fromkeys(("save_model", "tiny_llama", "tiny_moe", "tiny_qwen2"), "models"),
+    **dict.fromkeys(("save_model", "tiny_llama", "tiny_moe", "tiny_qwen2", "tiny_reward_model"), "models"),
     **dict.fromkeys(("Addition", "Copy", "ModularChain", "Reverse", "Task"), "tasks"),
 }
 

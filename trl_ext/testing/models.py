@@ -1,4 +1,4 @@
-"""Tiny causal language models in fp32, seeded without touching the caller's random state."""
+"""Tiny language and reward models in fp32, seeded without touching the caller's random state."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedConfig,
@@ -33,6 +34,14 @@ def tiny_llama(
     and EOS are those of `tiny_tokenizer()`.
     """
     return _build(LlamaForCausalLM, LlamaConfig, _shape(vocab_size, hidden, layers, tie) | config, seed)
+
+
+def tiny_reward_model(
+    vocab_size: int = _VOCAB_SIZE, hidden: int = 32, layers: int = 2, seed: int = 0, **config: Any
+) -> PreTrainedModel:
+    """Give a Llama with one score in place of the LM head; see `tiny_llama`."""
+    shape = _shape(vocab_size, hidden, layers, False) | {"num_labels": 1}
+    return _build(LlamaForSequenceClassification, LlamaConfig, shape | config, seed)
 
 
 def tiny_qwen2(

@@ -1,9 +1,10 @@
-"""Tiny SFT and GRPO runs on the CPU, with and without plugins, and what they leave behind."""
+"""Tiny runs of every trainer on the CPU, with and without plugins, and what they leave behind."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 import trl_ext
-from trl_ext.testing.models import save_model, tiny_llama
+from trl_ext.hookspecs import REWARDED
+from trl_ext.testing.models import save_model, tiny_llama, tiny_reward_model
 from trl_ext.testing.tasks import Addition, Kind
 from trl_ext.testing.tokenizers import tiny_tokenizer
 
@@ -45,7 +47,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_model(**options: Any) -> Any:
     """One layer of width 16: 30 steps take a fifth of a second."""
-    return tiny_llama(**{"hidden": 16, "layers": 1, **options})
+    return start_model("sft", **options)
+
+
+def start_model(kind: str, **options: Any) -> Any:
+    """A tiny model for a trainer of a kind, with a score in place of the LM head for reward models."""
+    return (tiny_reward_model if kind == "reward" else tiny_llama)(**{"hidden": 16, "layers": 1, **options})
 
 
 def additions(size: int = 64, kind: Kind = "prompt_completion", **options: Any) -> Any:
@@ -53,44 +60,76 @@ def additions(size: int = 64, kind: Kind = "prompt_completion", **options: Any) 
     return Addition(digits=2).dataset(size, kind, **options)
 
 
-def lora() -> Any:
-    """A LoRA of rank 2 on queries and values."""
+def lora(kind: str = "sft") -> Any:
+    """A LoRA of rank 2 on queries and values, for the model of a trainer."""
     from peft import LoraConfig  # of the extra `peft`
 
-    return LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    task = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
+    return LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type=task)
 
 
-def make_sft(
-    folder: Path | str,
-    *,
-    plain: bool = False,
-    model: Any = None,
-    train: Any = None,
-    trainer: Mapping[str, Any] | None = None,
-    names: list[Any] | None = None,
-    plugins: Iterable[Any] = (),
-    streams: Mapping[str, Any] | None = None,
-    **config: Any,
-) -> Any:
-    """An SFT trainer, TRL's own where `plain`.
-
-    `config` and, as its `plugins`, `names` go into the config, `trainer` goes to the constructor.
-    """
-    torch.manual_seed(0)
-    library = trl if plain else trl_ext
-    ours = {} if plain else {"plugins": list(plugins), "streams": streams}
-    config = {**COMMON, "max_steps": 4, **config} | ({"plugins": names} if names else {})
-    return library.SFTTrainer(
-        model=tiny_model() if model is None else model,
-        args=library.SFTConfig(str(folder), **config),
-        train_dataset=additions() if train is None else train,
-        processing_class=tokenizer(),
-        **(trainer or {}),
-        **ours,
-    )
+def preferences(size: int = 64, **options: Any) -> Any:
+    """Sums as pairs of completions, for DPO and reward models: the right one is chosen, a wrong one rejected."""
+    right, wrong = additions(size, **options), additions(size, noise=1.0, **options)
+    chosen = right.rename_column("completion", "chosen").select_columns(["prompt", "chosen"])
+    return chosen.add_column("rejected", wrong["completion"])
 
 
-def make_grpo(
+def judged(size: int = 64, **options: Any) -> Any:
+    """Sums half of which are wrong, for KTO: each with a label that says which."""
+    rows = additions(size, noise=0.5, **options)
+    labels = [not wrong for wrong in rows["corrupted"]]
+    return rows.select_columns(["prompt", "completion"]).add_column("label", labels)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a trainer needs beside a model, a tokenizer and a config."""
+
+    name: str
+    """Of its classes in TRL, before `Trainer` and `Config`."""
+    data: Callable[..., Any]
+    """Gives rows: their number, and a seed."""
+    size: int = 64
+    """Rows of a training set."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Callable[[], Mapping[str, Any]] = dict
+    """Of its constructor."""
+    loads: bool = True
+    """Whether TRL loads a reference from the model's folder."""
+
+
+def _prompts(size: int, seed: int = 0) -> Any:
+    return additions(size, "prompt_only", seed=seed)
+
+
+_SAMPLING = {"max_completion_length": 5}
+_KINDS: dict[str, _Kind] = {
+    "sft": _Kind("SFT", additions, loads=False),
+    "grpo": _Kind("GRPO", _prompts, 32, {"num_generations": 2, **_SAMPLING}),
+    "dpo": _Kind("DPO", preferences),
+    "kto": _Kind("KTO", judged),
+    "rloo": _Kind("RLOO", _prompts, 32, {"num_generations": 2, **_SAMPLING}),
+    "reward": _Kind("Reward", preferences, loads=False),
+    "distillation": _Kind(
+        "Distillation",
+        _prompts,
+        32,
+        _SAMPLING,
+        arguments=lambda: {"teacher_model": tiny_model(seed=1, initializer_range=0.5)},  # one that tells tokens apart
+        loads=False,
+    ),
+}
+
+
+def rows(kind: str, size: int = 0, seed: int = 0) -> Any:
+    """Data for a trainer of a kind; as many rows as its training set has, where no number is given."""
+    of = _KINDS[kind]
+    return of.data(size or of.size, seed=seed)
+
+
+def make(
+    kind: str,
     folder: Path | str,
     *,
     plain: bool = False,
@@ -104,25 +143,32 @@ def make_grpo(
     streams: Mapping[str, Any] | None = None,
     **config: Any,
 ) -> Any:
-    """A GRPO trainer, TRL's own where `plain`. The model is also saved: TRL loads the reference from there."""
+    """A trainer of a kind, TRL's own where `plain`.
+
+    `config` and, as its `plugins`, `names` go into the config, `trainer` goes to the constructor. The model is also
+    saved, into `saved` or beside the run's folder, where TRL loads the reference from there.
+    """
     torch.manual_seed(0)
-    library = trl if plain else trl_ext
+    of, library = _KINDS[kind], trl if plain else trl_ext
     ours = {} if plain else {"plugins": list(plugins), "streams": streams}
-    model = tiny_model() if model is None else model
-    save_model(model, tokenizer(), saved or Path(folder).parent / "model")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # the first rank saves
-    config = {**COMMON, "max_steps": 4, "num_generations": 2, "max_completion_length": 5, **config}
-    config |= {"plugins": names} if names else {}
-    return library.GRPOTrainer(
+    model = start_model(kind) if model is None else model
+    if of.loads or saved is not None:
+        save_model(model, tokenizer(), saved or Path(folder).parent / "model")
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the first rank saves
+    config = {**COMMON, "max_steps": 4, **of.config, **config} | ({"plugins": names} if names else {})
+    given = dict(of.arguments()) | ({"reward_funcs": reward or varied_reward} if kind in REWARDED else {})
+    return getattr(library, f"{of.name}Trainer")(
         model=model,
-        reward_funcs=varied_reward if reward is None else reward,
-        args=library.GRPOConfig(str(folder), **config),
-        train_dataset=additions(32, "prompt_only") if train is None else train,
+        args=getattr(library, f"{of.name}Config")(str(folder), **config),
+        train_dataset=rows(kind) if train is None else train,
         processing_class=tokenizer(),
-        **(trainer or {}),
-        **ours,
+        **{**given, **(trainer or {}), **ours},
     )
+
+
+make_sft = functools.partial(make, "sft")
+make_grpo = functools.partial(make, "grpo")
 
 
 def varied_reward(completions: list[str], **columns: Any) -> list[float]:
@@ -130,7 +176,7 @@ def varied_reward(completions: list[str], **columns: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) + len(text.encode()) / 7 for text in completions]
 
 
-MAKE: dict[str, Callable[..., Any]] = {"sft": make_sft, "grpo": make_grpo}
+MAKE: dict[str, Callable[..., Any]] = {kind: functools.partial(make, kind) for kind in _KINDS}
 """How to make a tiny run, by trainer."""
 
 

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from trl_ext.engine.context import RunContext
 from trl_ext.engine.guard import Guard
-from trl_ext.engine.passes import ExtraPasses
+from trl_ext.engine.passes import ExtraPasses, sft_head
 from trl_ext.engine.step import OptimizerStep
 from trl_ext.engine.tally import LossTally
 from trl_ext.engine.weight_swaps import WeightSwaps
@@ -65,12 +65,13 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
     # -- records for the engine --------------------------------------------------------------------------------------
 
     def _ext_open(self, plan: RunPlan) -> None:
-        """Build what the overrides call; SFT and GRPO add their loss."""
+        """Build what the overrides call; the trainers add what is theirs alone."""
         self.ext_run = self._ext_run_context(plan.fused_outputs)
         self.ext_passes = self._ext_extra_passes()
         chat_template, padding_free = getattr(self, "chat_template", None), getattr(self, "padding_free", False)
         streamed = plan.columns.streams
-        form = TextForm(self.args, self._tokenizer, self.processing_class, chat_template, padding_free, streamed)
+        tokenizer = getattr(self, "_tokenizer", self.processing_class)  # RewardTrainer takes nothing else
+        form = TextForm(self.args, tokenizer, self.processing_class, chat_template, padding_free, streamed)
         self.ext_streams = {role: prepare_stream(form, *request) for role, request in plan.streams.items()}
         nonfinite = self.args.nonfinite or ("raise" if self.ext_plugins else "ignore")
         every = self.args.rank_check_steps
@@ -112,12 +113,13 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             agree=self.ext_run.guard.agree,
             to_device=lambda inputs: self._prepare_input(dict(inputs)),
             sft_head=self._ext_sft_head(),
-            router_aux_loss_coef=self.router_aux_loss_coef if self.aux_loss_enabled else 0.0,
+            router_aux_loss_coef=self.router_aux_loss_coef if getattr(self, "aux_loss_enabled", False) else 0.0,
         )
 
     def _ext_sft_head(self) -> Callable[[], AbstractContextManager[None]]:
-        """Gives contexts in which the fused head yields plain SFT log-probabilities, as SFT's own always does."""
-        return nullcontext
+        """Gives contexts in which the model has a fused head that yields plain SFT log-probabilities."""
+        cast = getattr(self.args, "cast_lm_head_to_fp32", False)
+        return sft_head(self.ext_base_model, self.ext_run.fused_outputs, self.accelerator.autocast, cast)
 
     @contextmanager
     def _ext_surroundings(self) -> Iterator[None]:
@@ -126,12 +128,12 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             yield
 
     def _ext_forget_generator(self) -> None:
-        """Make GRPO send the weights to vLLM again before it samples: they are other ones now."""
+        """Have the weights sent to vLLM again before it samples: they are other ones now."""
         if hasattr(self, "_last_loaded_step"):
             self._last_loaded_step = -1
 
     def ext_base_model(self) -> nn.Module:
-        """The model that carries TRL's fused head."""
+        """The model that carries a fused head."""
         return causal_lm(self.model)
 
     # -- training ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import trl
@@ -43,6 +45,9 @@ class SFTTrainer(TrainerMixin, trl.SFTTrainer):
             add_head(self.ext_base_model(), ("log_probs", "entropy", "is_top1", *plan.fused_outputs))
         if plan.columns.data:
             self.data_collator = collator_with_columns(self.data_collator, plan.columns.data)
+
+    def _ext_sft_head(self) -> Callable[[], AbstractContextManager[None]]:
+        return nullcontext  # its own head does
 
     def _ext_samples_marked(self) -> bool:
         args = self.args

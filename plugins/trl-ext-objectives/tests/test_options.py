@@ -14,6 +14,7 @@ from trl_ext_objectives.rho1 import Rho1
 from trl_ext_objectives.threshold import Threshold
 
 from trl_ext.errors import ConfigurationError
+from trl_ext.hookspecs import WITH_LM_HEAD
 from trl_ext.plugins import activate
 from trl_ext.records import TokenRecord
 
@@ -177,4 +178,4 @@ def test_mixture_works_where_both_of_its_parts_do() -> None:
     """`auto` measures in SFT only; in GRPO it would stay NLL without a word."""
     with pytest.raises(ConfigurationError, match="grpo"):
         activate(["mixture:first=auto,second=nll"], trainer="grpo")
-    assert Mixture("power", "eaft").trainers == ("sft", "grpo")
+    assert Mixture("power", {"name": "eaft", "gate": "whole"}).trainers == WITH_LM_HEAD

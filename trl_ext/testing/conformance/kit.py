@@ -61,7 +61,7 @@ def conformance(
             module, since runs on several ranks are other processes.
         trainer: the trainer to test it in.
         streams: role to data set, for a plugin that asks for streams; sums of two numbers where None.
-        reward: GRPO: the reward function, of the top of a module; one that tells completions apart where None.
+        reward: GRPO and RLOO: the reward function, of the top of a module; one that tells completions apart where None.
         formula: for an objective: a function of logits (N, V) and labels (N,) that gives the loss (N,) of each label,
             written from the paper; the case `formula` compares loss and gradient with it.
         dataset: the training data, where the plugin needs columns that sums of two numbers do not have.

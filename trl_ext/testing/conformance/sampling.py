@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def sample_by_row(trainer: Any) -> None:
-    """Let a GRPO trainer draw each completion with a random state of its row's own, in place of `model.generate`.
+    """Let a trainer draw each completion with a random state of its row's own, in place of `model.generate`.
 
     A row's completion follows from the weights, the prompt, how many rows of the same prompt are before it, and the
     optimiser steps done. So a run on two ranks draws what one rank draws, and a resumed run what it would have drawn.

@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from trl_ext.testing.conformance.case import Skipped, case
@@ -18,7 +17,7 @@ from trl_ext.testing.conformance.missing_labels import completions_without_label
 from trl_ext.testing.conformance.subject import RANKS, Run, Subject, require_close, require_same_bits
 from trl_ext.testing.models import save_model
 from trl_ext.testing.ranks import on_ranks, why_not
-from trl_ext.testing.runs import tiny_model, tokenizer
+from trl_ext.testing.runs import start_model, tokenizer
 
 PATIENCE = 20.0
 """Seconds that a rank waits for the other one in a collective."""
@@ -82,7 +81,7 @@ def fsdp2(subject: Subject, folder: Path) -> None:
     Parameters are DTensors then. A norm or a product over a rank's shard is not that over the parameter: use the
     gradient view, which reduces, or `weights.local()`.
     """
-    save_model(tiny_model(), tokenizer(), folder / "model")
+    save_model(start_model(subject.trainer), tokenizer(), folder / "model")
     settings = {"model": str(folder / "model")}
     shards = _on_ranks(_run, subject, folder / "fsdp2", settings)
     require_close(shards[0], _copies(subject, folder)[0], "in shards, and in two copies")
@@ -120,7 +119,8 @@ def _run(subject: Subject, folder: Path, settings: Mapping[str, Any] = MappingPr
     settings = dict(settings)
     if "model" in settings:
         config = DistributedConfig(fsdp_size=dist.get_world_size())
-        settings["model"] = AutoModelForCausalLM.from_pretrained(settings["model"], distributed_config=config)
+        kind = type(start_model(subject.trainer))
+        settings["model"] = kind.from_pretrained(settings["model"], distributed_config=config)
     run = subject.run(folder / "run", per_device_train_batch_size=subject.rows // RANKS, **settings)
     return replace(run, trainer=None, plugin=None, state={})
 

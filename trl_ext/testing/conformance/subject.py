@@ -14,24 +14,31 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trl_ext.hookspecs import HOOKS
+from trl_ext.hookspecs import HOOKS, REWARDED, SAMPLING
 from trl_ext.plugins.implementations import marked_hooks
 from trl_ext.records import Column, StreamRequest, TrainerKind
 from trl_ext.testing.conformance.filling import filled
 from trl_ext.testing.conformance.sampling import sample_by_row
-from trl_ext.testing.runs import MAKE, additions, logged, parameters
+from trl_ext.testing.runs import MAKE, additions, logged, parameters, rows
 
 T = TypeVar("T")
 
-ROWS = {"sft": 4, "grpo": 8}
+ROWS = {"sft": 4, "grpo": 8, "dpo": 4, "kto": 4, "rloo": 8, "reward": 4, "distillation": 8}
 """Rows of an optimiser step, over all micro-batches and ranks."""
 RANKS = 2
 """Ranks of a run on several."""
 STEPS = 3
 # Plain SGD keeps what differs by rounding of the size of rounding; the rate makes every step visible.
+_SGD = {"optim": "sgd", "learning_rate": 0.2}
+_SAMPLING = {"max_completion_length": 4}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sft": {"optim": "sgd", "learning_rate": 0.2},
-    "grpo": {"optim": "sgd", "learning_rate": 0.2, "num_generations": 4, "max_completion_length": 4},
+    "sft": _SGD,
+    "grpo": {**_SGD, **_SAMPLING, "num_generations": 4},
+    "dpo": _SGD,
+    "kto": {**_SGD, "loss_type": "apo_zero_unpaired"},  # KTO's own estimates a KL term within each micro-batch
+    "rloo": {**_SGD, **_SAMPLING, "num_generations": 4},
+    "reward": _SGD,
+    "distillation": {**_SGD, **_SAMPLING},
 }
 APART = 1e-4
 """How far two runs may part by rounding: the norm of their difference over that of what the training has changed. Sums
@@ -92,7 +99,7 @@ class Subject:
         """The training data: the author's, or sums of two numbers, with the columns that the plugin reads."""
         if self.dataset is not None:
             return self.dataset
-        return filled(additions(24) if self.trainer == "sft" else additions(16, "prompt_only"), self.columns)
+        return filled(rows(self.trainer, 16 if self.trainer in SAMPLING else 24), self.columns)
 
     def held_out(self) -> dict[str, Any]:
         """Arguments of a trainer that evaluates too."""
@@ -132,12 +139,12 @@ class Subject:
         settings = {**common, **self.config, **settings}
         settings.setdefault("train", self.data)
         settings.setdefault("streams", self._streams())
-        if self.trainer == "grpo" and self.reward is not None:
+        if self.trainer in REWARDED and self.reward is not None:
             settings["reward"] = self.reward
         if plain:
             del settings["streams"]
         trainer = MAKE[self.trainer](folder, plugins=plugins, **settings)
-        if self.trainer == "grpo":
+        if self.trainer in SAMPLING:
             sample_by_row(trainer)
         _share_streams(trainer)
         then(trainer)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
+from trl_ext.hookspecs import HOOKS
 from trl_ext.options import Range
 from trl_ext.records import RunDescription, SetupContext, WeightsView
 from trl_ext_averaging.shadows import Copies, CopyKind, Shadows
@@ -42,7 +43,8 @@ class OnlineAverage:
             weights on a side stream while the next step computes.
         deploy: what evaluation and the final model use: "raw" or the name of an average; the first average if empty.
         compare: also evaluate the raw weights and all other averages, as `eval_<name>_loss` and so on.
-        sampling: GRPO: the name of the average that training completions are drawn from; the policy if empty.
+        sampling: where the trainer draws completions: the name of the average to draw them from in training; the
+            policy if empty.
 
     Raises:
         ValueError: `deploy` or `sampling` names no average, or `parameters` is not a regular expression.
@@ -61,7 +63,6 @@ class OnlineAverage:
     """Whether the copies are updated after `start`."""
     requires_api: ClassVar[str] = ">=1.1,<2"  # sampling_weights
     cost: ClassVar[str] = "a copy of the weights for each average, and well under 1 % of a step"
-    trainers: ClassVar[tuple[str, ...]] = ("sft", "grpo")
     state_version: ClassVar[int] = 1
     provides: ClassVar[tuple[str, ...]] = ("weight-average",)
     conflicts: ClassVar[Mapping[str, str]] = {"weight-average": _ONE_AVERAGE}
@@ -112,8 +113,12 @@ class OnlineAverage:
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
-        if self.sampling and run.trainer != "grpo":
-            raise ConfigurationError(f"sampling={self.sampling!r} is for GRPO, and this is {run.trainer}; remove it")
+        drawing = HOOKS["sampling_weights"].trainers
+        if self.sampling and run.trainer not in drawing:
+            raise ConfigurationError(
+                f"sampling={self.sampling!r} is for trainers that draw completions ({', '.join(drawing)}), and this is "
+                f"{run.trainer}; remove it"
+            )
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:

@@ -2,10 +2,10 @@
 
     u = a t + b g,    (a, b) = weighting([[<t, t>, <t, g>], [<t, g>, <g, g>]])
 
-t and g are the gradients of the target's and of the general data's token-mean loss (in GRPO, of TRL's loss for the
-trainer's own data), over all parameters or in each parameter tensor. Half-space is A-GEM (arXiv:1812.00420, equation
-11), `pcgrad` arXiv:2001.06782, algorithm 1; the weightings are in `weightings`. It costs the second stream's forward
-and backward, and a few inner products.
+t and g are the gradients of the target's and of the general data's token-mean loss (outside of SFT, of TRL's loss for
+the trainer's own data), over all parameters or in each parameter tensor. Half-space is A-GEM (arXiv:1812.00420,
+equation 11), `pcgrad` arXiv:2001.06782, algorithm 1; the weightings are in `weightings`. It costs the second stream's
+forward and backward, and a few inner products.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
+from trl_ext.hookspecs import WITH_LM_HEAD
 from trl_ext.options import Range
 from trl_ext.records import StreamGradient, StreamRequest
 from trl_ext_data_regularization.preconditioner import preconditioned, refuse_without_second_moments
@@ -50,8 +51,8 @@ class GradientSurgery:
     stream_max_length: Annotated[int, Range(ge=1)] | None = None
     precondition: bool = False
 
-    requires_api: ClassVar[str] = "1"
-    trainers: ClassVar[tuple[str, ...]] = ("sft", "grpo")
+    requires_api: ClassVar[str] = ">=1.5,<2"
+    trainers: ClassVar[tuple[str, ...]] = WITH_LM_HEAD
     provides: ClassVar[tuple[str, ...]] = (COMBINES_TARGET,)
     conflicts: ClassVar[Mapping[str, str]] = {COMBINES_TARGET: COMBINED_TWICE}
     citation: ClassVar[str] = "Chaudhry et al., Efficient lifelong learning with A-GEM, arXiv:1812.00420"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 MIXING = "sft-in-grpo"
-"""What each of the methods provides: it brings SFT into a step of GRPO."""
+"""What each of the methods provides: it brings SFT into a step of another trainer."""
 
 ONE_AT_A_TIME: Mapping[str, str] = {MIXING: "Both bring SFT into the step, and neither knows of the other's gradient."}
 

@@ -35,7 +35,7 @@ class ParallelAveraging(TwoGradients):
     Adam's moments see each gradient at its own scale.
 
     Args:
-        coefficient: c in [0, 1]; 0 is plain GRPO and 1 plain SFT. Published: 1/2.
+        coefficient: c in [0, 1]; 0 is the plain trainer and 1 plain SFT. Published: 1/2.
         coefficient_end: c at the end of the run; `coefficient` throughout where None.
         schedule: how c moves from `coefficient` to `coefficient_end`: "linear" or "cosine" in the share of steps done.
         lr_ratio: learning rate of the SFT branch over the trainer's, which is that of the RL branch.
@@ -60,6 +60,7 @@ class ParallelAveraging(TwoGradients):
     skip_equal_rewards: bool = False
 
     method: ClassVar[str] = "parallel-averaging"
+    of_rewards: ClassVar[tuple[str, ...]] = (*TwoGradients.of_rewards, "skip_equal_rewards")
     citation: ClassVar[str] = "Bansal et al., RL Excursions during Pre-Training, arXiv:2606.04272"
     cost: ClassVar[str] = "an SFT step on the demonstrations, a second pair of moments, and a gradient"
 

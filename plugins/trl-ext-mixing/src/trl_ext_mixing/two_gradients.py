@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.gradients import GradientView
+from trl_ext.hookspecs import HOOKS
 from trl_ext.options import Range
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext, StreamGradient, StreamRequest, WeightsView
 from trl_ext_mixing.company import MIXING, ONE_AT_A_TIME
@@ -24,18 +25,19 @@ from trl_ext_mixing.sft_sources import DemonstrationColumn, SFTStream, SFTStream
 
 @dataclass(eq=False, kw_only=True)
 class TwoGradients:
-    """Base of the methods that mix GRPO's gradient with that of the stream "sft".
+    """Base of the methods that mix the gradient of the trainer's own loss with that of the stream "sft".
 
     The stream's loss is the mean negative log-likelihood per label token, or the active objective plugin's loss; the
-    GRPO loss keeps its own denominator, so SFT tokens never change the RL gradient.
+    trainer's loss keeps its own denominator, so SFT tokens never change its gradient. That loss is GRPO's or RLOO's,
+    whose papers the methods come from, or DPO's, KTO's or distillation's: "RL" below and in the log stands for it.
 
     Args:
         batch_size: SFT samples per rank and optimiser step; with `demonstrations`, samples per forward. Not with
             `stream_row`, whose rows go through one forward a step.
-        demonstrations: column of the GRPO data set; where given, each step takes the demonstrations of the very prompts
-            that it rolls out in place of the stream (plain log-likelihood, and not on sharded parameters).
-        stream_row: column of the GRPO data set that holds the number (from 0) of the prompt's row in the stream; where
-            given, each step takes these rows of the stream, the demonstrations of the very prompts that it rolls out.
+        demonstrations: column of the prompts' data set; where given, each step takes the demonstrations of the very
+            prompts that it rolls out in place of the stream (plain log-likelihood, and not on sharded parameters).
+        stream_row: column of the prompts' data set that holds the number (from 0) of the prompt's row in the stream;
+            where given, each step takes these rows of the stream, the demonstrations of the prompts that it rolls out.
         on_exhausted: what to do at the end of the demonstrations: "cycle", "stop" or "error".
         max_length: longest demonstration in tokens; not cut where None.
         reward: name of the reward function that says whether a completion solves its prompt; the weighted sum of all
@@ -55,9 +57,11 @@ class TwoGradients:
     solved_at: float = 1.0
 
     method: ClassVar[str]
-    requires_api: ClassVar[str] = "1"
+    requires_api: ClassVar[str] = ">=1.5,<2"
     cost: ClassVar[str] = "a forward and a backward of the demonstrations"
-    trainers: ClassVar[tuple[str, ...]] = ("grpo",)
+    trainers: ClassVar[tuple[str, ...]] = ("grpo", "rloo", "dpo", "kto", "distillation")
+    of_rewards: ClassVar[tuple[str, ...]] = ("demonstrations", "stream_row", "reward", "solved_at")
+    """Options that mean something only where the trainer rewards completions."""
     provides: ClassVar[tuple[str, ...]] = (MIXING,)
     conflicts: ClassVar[Mapping[str, str]] = ONE_AT_A_TIME
     state_version: ClassVar[int] = 1
@@ -69,6 +73,7 @@ class TwoGradients:
         self.max_steps = 1
         self.trainers_max_norm = 0.0
         self._rewards_are_summed = True
+        self._rewards_are_all = True
         self._noted: dict[str, float | Tensor] = {}
         self._means = Means()
 
@@ -77,7 +82,7 @@ class TwoGradients:
         """Combine the two gradients, in place in `gradients`; called once a step, before TRL's clipping.
 
         Args:
-            gradients: GRPO's gradient, live.
+            gradients: that of the trainer's loss, live.
             sft: the stream's.
             both: their norms (a: RL, b: SFT) and cosine.
         """
@@ -86,9 +91,13 @@ class TwoGradients:
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
+        if run.trainer not in HOOKS["advantages"].trainers:
+            self._refuse_options_of_rewards(run)
         refuse_unknown_reward(run, self.reward)
         self.trainers_max_norm = float(run.args.max_grad_norm or 0.0)
-        self._rewards_are_summed = run.args.multi_objective_aggregation == "sum_then_normalize"
+        if run.trainer == "grpo":
+            self._rewards_are_summed = run.args.multi_objective_aggregation == "sum_then_normalize"
+        self._rewards_are_all = run.trainer != "rloo" or not run.args.beta  # RLOO's KL term is part of its rewards
         self._source.check(run)
 
     @hookimpl
@@ -155,7 +164,7 @@ class TwoGradients:
 
     def no_signal(self, rollouts: Rollouts, rewards: Rewards) -> bool:
         """Whether all groups of all ranks have equal rewards: the advantages are then zero but for rounding."""
-        return all_groups_equal(rewards, rollouts.num_generations, self._rewards_are_summed)
+        return self._rewards_are_all and all_groups_equal(rewards, rollouts.num_generations, self._rewards_are_summed)
 
     def note(self, **values: float | Tensor) -> None:
         """Remember numbers of this step for the log, where the means since the last log appear.
@@ -177,6 +186,15 @@ class TwoGradients:
         if column := self.stream_row:
             return SFTStreamRows(column=column, setting=f"{self.method}: stream_row={column!r}", **common)
         return SFTStream(**common)
+
+    def _refuse_options_of_rewards(self, run: RunDescription) -> None:
+        for name in self.of_rewards:
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                raise ValueError(
+                    f"{self.method}: {name}={value!r} is about completions that are rewarded, and the trainer "
+                    f"{run.trainer} rewards none; leave it out"
+                )
 
     def _refuse_contradictions(self) -> None:
         if self.stream_row and self.demonstrations:

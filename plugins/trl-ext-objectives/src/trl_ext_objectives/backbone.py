@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trl_ext.own_passes import causal_lm
+from trl_ext.records import trainer_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,10 +33,11 @@ def refuse_unreadable_states(run: RunDescription, reader: str, instead: str) -> 
         instead: what the user should do.
 
     Raises:
-        ValueError: the trainer is GRPO's, or the weights are sharded.
+        ValueError: the trainer is not SFT's, or the weights are sharded.
     """
-    if run.trainer == "grpo":
-        raise ValueError(f"{reader} reads the hidden states of SFT's own forward, which GRPO does not run; {instead}")
+    if run.trainer != "sft":
+        name = trainer_name(run.trainer)
+        raise ValueError(f"{reader} reads the hidden states of SFT's own forward, which {name} does not run; {instead}")
     if run.sharding not in ("none", "ddp"):
         raise ValueError(f"{reader} projects with the LM head itself, whose weight {run.sharding} splits up; {instead}")
 

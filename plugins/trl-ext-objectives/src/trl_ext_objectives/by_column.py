@@ -35,7 +35,6 @@ class ByColumn(Composite):
         ValueError: No value is named, or an objective is none or cannot work beside another one.
     """
 
-    requires_api: ClassVar[str] = ">=1.4,<2"
     citation: ClassVar[str] = "Beyond Log Likelihood: Probability-Based Objectives for SFT, arXiv 2510.00526"
     state_version: ClassVar[int] = 1
 

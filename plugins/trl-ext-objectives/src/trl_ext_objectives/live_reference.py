@@ -24,14 +24,6 @@ class LiveReference(Reference):
 
     model: nn.Module | None = None
 
-    def check(self, run: RunDescription) -> None:
-        # Streams are scored at temperature 1, and a forward of our own meets GRPO's head at the sampling temperature.
-        if run.trainer == "grpo" and run.args.temperature != 1:
-            raise ValueError(
-                f"a reference that is a forward would be taken at GRPO's temperature={run.args.temperature}; use "
-                "reference='cache:PATH' or temperature=1"
-            )
-
     def setup(self, context: SetupContext) -> None:
         self.model = context.model
 
@@ -61,7 +53,6 @@ class StartModel(LiveReference):
         self._frozen: list[Tensor] = []
 
     def check(self, run: RunDescription) -> None:
-        super().check(run)
         if run.sharding not in ("none", "ddp"):
             raise ValueError(
                 f"reference='start' holds a whole copy of the parameters, which {run.sharding} splits up; use "
@@ -105,7 +96,6 @@ class AdaptersOff(LiveReference):
     """The PEFT base model."""
 
     def check(self, run: RunDescription) -> None:
-        super().check(run)
         if not run.peft:
             raise ValueError("reference='base' turns PEFT adapters off, and this run has none; use reference='start'")
 

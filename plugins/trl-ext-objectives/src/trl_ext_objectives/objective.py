@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
+from trl_ext.hookspecs import WITH_LM_HEAD
 from trl_ext.schedules import Schedule, parse_schedules
 
 if TYPE_CHECKING:
@@ -23,10 +24,11 @@ class Objective(ABC):
     (`trl_ext.schedules`). Its current value comes from `now`, and is logged under the option's name where it moves.
     """
 
-    requires_api: ClassVar[str] = "1"
+    requires_api: ClassVar[str] = ">=1.5,<2"
     citation: ClassVar[str]
     cost: ClassVar[str] = "none that can be measured"
-    trainers: tuple[str, ...] = ("sft", "grpo")
+    trainers: tuple[str, ...] = WITH_LM_HEAD
+    """SFT, and for the streams of other plugins the rest."""
     fused_outputs: tuple[str, ...] = ()
     """Outputs of TRL's fused head, beside `log_probs` and `entropy`, that the formula needs."""
     columns: tuple[Column, ...] = ()

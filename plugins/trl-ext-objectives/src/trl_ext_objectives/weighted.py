@@ -36,7 +36,6 @@ class Weighted(Composite):
         ValueError: The objective is none, or cannot be weighted.
     """
 
-    requires_api: ClassVar[str] = ">=1.4,<2"
     citation: ClassVar[str] = (
         "OpenChat: Advancing Open-source Language Models with Mixed-Quality Data, arXiv 2309.11235"
     )

@@ -33,7 +33,6 @@ class AdaptiveLr:
     """
 
     requires_api: ClassVar[str] = "1"
-    trainers: ClassVar[tuple[str, ...]] = ("sft", "grpo")
     citation: ClassVar[str] = (
         "Post-training with policy gradients: optimality and the base model barrier, arXiv 2603.06957 (adaptive rate)"
     )
