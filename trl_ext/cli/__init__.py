@@ -2,14 +2,29 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
+
+from trl_ext.records import TrainerKind
 
 
-def parse(kind: Literal["sft", "grpo"], arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+def parse(kind: TrainerKind, arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
     """Read a command line and its YAML as `trl-ext sft` and `trl-ext grpo` do; see `trl_ext.cli.train.parse`."""
     from trl_ext.cli import train
 
     return train.parse(kind, arguments)
+
+
+def check(kind: TrainerKind, arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+    """Read a command line as `parse` does, and refuse what can be known to fail before a model loads.
+
+    Raises:
+        ConfigurationError: With the setting to change.
+    """
+    from trl_ext.cli import train
+
+    settings, _, _ = train.read(kind, arguments)
+    train.check(kind, settings)
+    return settings
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ one that was interrupted is started again in its folder, and whoever starts jobs
 it ends.
 """
 
+from trl_ext.jobs.costs import COSTS, Costs, read_costs
 from trl_ext.jobs.job import Job, Outcome
 from trl_ext.jobs.pool import run_jobs
 
-__all__ = ["Job", "Outcome", "run_jobs"]
+__all__ = ["COSTS", "Costs", "Job", "Outcome", "read_costs", "run_jobs"]

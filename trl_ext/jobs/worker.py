@@ -1,9 +1,9 @@
 """The process that starts jobs, `python -m trl_ext.jobs.worker MODULE...`: it reads their files' names, a line each.
 
-It has loaded torch and TRL, and a job is a fork of it: a training of seconds does not wait for imports as long again. No
-torch operation ever runs in this process, so a fork has no threads to miss. Where there is an accelerator, whose driver
-a fork cannot use, a job is a fresh interpreter. When its standard input ends, whoever asked has ended, however that
-was, and the jobs are ended too: nobody would use what they come to.
+It has loaded torch and TRL, and a job is a fork of it, so that a training of seconds does not wait for imports as long
+again. No torch operation ever runs in this process, so a fork has no threads to miss. Where there is an accelerator,
+whose driver a fork cannot use, and where nothing is to be loaded, a job is a fresh interpreter. When its standard input
+ends, whoever asked has ended, however that was, and the jobs are ended too: nobody would use what they come to.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     os.dup2(2, 1)  # what an import prints is no reply
     for module in arguments:
         import_module(module)
-    fresh = _has_accelerator() if arguments else True
+    fresh = not arguments or _has_accelerator()
     running: dict[int, str] = {}
     rest = b""
     while True:
@@ -92,9 +92,8 @@ def _become(path: Path, fresh: bool) -> int:
 
 
 def _has_accelerator() -> bool:
-    import torch
-
-    return bool(torch.accelerator.is_available())
+    torch = sys.modules.get("torch")
+    return torch is not None and bool(torch.accelerator.is_available())
 
 
 def _end(running: dict[int, str]) -> None:
