@@ -16,7 +16,7 @@ JOB, FINISHED, LOG = "job.json", "finished.json", "log.txt"
 """What is asked for, with what it depends on; what it came to; what it printed, over all its attempts."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """A function that runs in a process and a folder of its own.
 
@@ -40,13 +40,13 @@ class Job:
         return None if content is None else Outcome(self, result=content["result"], seconds=content["seconds"])
 
     def refuse_others(self) -> None:
-        """Refuse a folder in which something else was begun.
+        """Refuse a folder in which something else has finished; what was only begun goes on with what is asked for now.
 
         Raises:
             ConfigurationError: With the names of what differs.
         """
         there, here = _read(self.folder / JOB), _plain(self.depends_on)
-        if there is None or there["depends_on"] == here:
+        if there is None or there["depends_on"] == here or not (self.folder / FINISHED).is_file():
             return
         old = there["depends_on"]
         names = [name for name in {**old, **here} if old.get(name) != here.get(name)]

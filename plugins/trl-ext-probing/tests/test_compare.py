@@ -143,7 +143,9 @@ def test_the_commands_that_it_names_train_the_same(folder: Path, done: Path, tmp
     run = json.loads((done / "results.json").read_text())["arms"]["still"]["runs"][1]
     (command,) = run["commands"]
     words = shlex.split(command)
-    subprocess.run([sys.executable, "-m", *words, "--output_dir", str(tmp_path)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "trl_ext", *words[1:], "--output_dir", str(tmp_path)], check=True, capture_output=True
+    )
     theirs = load_file(done / run["folder"] / "1-sft" / "model" / "model.safetensors")
     ours = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -17,10 +17,11 @@ import yaml
 
 from trl_ext.jobs import Costs, Job, read_costs
 from trl_ext.specs import own_name, parse_specs
-from trl_ext_probing.comparing.arm_jobs import COSTS_FILE, measure, train
 from trl_ext_probing.comparing.comparison import BASE, Arm, Comparison
+from trl_ext_probing.comparing.measures import values_of
 from trl_ext_probing.fingerprints import weights_fingerprint
 from trl_ext_probing.results import slug, write
+from trl_ext_probing.training_jobs import COSTS_FILE, MODEL, train
 
 _WHOLE_VERSIONS = ("trl-ext", "trl", "transformers", "torch")
 
@@ -91,7 +92,8 @@ class Run:
     def _training(self, i: int) -> Job:
         assert self.arm is not None
         kind = self.arm.stages[i].kind
-        arguments = {"kind": kind, "config": self._config(i), "folder": self._model(i)}
+        command = [kind, "--config", self._config(i)]
+        arguments = {"folder": self._stage(i), "arguments": command, "forget_checkpoints": True}
         name = self.name if len(self.arm.stages) == 1 else f"{self.name}, {i + 1} {kind}"
         return Job(name, self._stage(i), train, arguments, self._origin | {"stage": i})
 
@@ -103,7 +105,7 @@ class Run:
         depends_on = {"measures": wanted, "files": files_in([data, wanted]), "base": _weights(base)}
         folder = self.folder / f"measured-{_digest(depends_on)}"
         arguments = {"measures": wanted, "model": model, "base": base, "folder": folder}
-        return Job(f"{self.name}, measures", folder, measure, arguments, depends_on)
+        return Job(f"{self.name}, measures", folder, values_of, arguments, depends_on)
 
     @property
     def _origin(self) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class Run:
         return self._stage(i) / "config.yaml"
 
     def _model(self, i: int) -> Path:
-        return self._stage(i) / "model"
+        return self._stage(i) / MODEL
 
     def _model_before(self, i: int) -> str:
         assert self.arm is not None

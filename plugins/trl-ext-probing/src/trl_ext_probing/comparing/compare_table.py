@@ -87,8 +87,8 @@ def notes(found: Found) -> Iterator[str]:
     confidence, count = found.settings.confidence, len(found.asked.seeds)
     yield (
         f"Intervals of {confidence:.0%} over {count} seed{'s' if count > 1 else ''}; differences are paired by seed, "
-        "and * marks those whose interval leaves out 0, with no allowance for how many there are. Seeds to show it: with "
-        "so many a paired t-test would find a difference of this size with a probability of 80 %."
+        "and * marks those whose interval leaves out 0, with no allowance for how many there are. Seeds to show it: "
+        "with so many a paired t-test would find a difference of this size with a probability of 80 %."
     )
     if found.rates:
         rates = ", ".join(f"{arm} {rate:g}" for arm, rate in found.rates.items())

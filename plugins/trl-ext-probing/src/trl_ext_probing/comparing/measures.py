@@ -248,7 +248,7 @@ def measure_of(where: str, spec: Any) -> Measure:
     return KINDS[kind](where, given)
 
 
-def values_of(measures: Mapping[str, Any], model: str, base: str, folder: Path) -> dict[str, float | None]:
+def values_of(measures: Mapping[str, Any], model: str, base: str, folder: str) -> dict[str, float | None]:
     """All measures of a model, as `MEASURE/METRIC`; None for a value that is not finite.
 
     Args:
@@ -256,9 +256,14 @@ def values_of(measures: Mapping[str, Any], model: str, base: str, folder: Path) 
         model, base: See `Measure.measure`.
         folder: Each measure gets a folder of its own in it.
     """
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
     found: dict[str, float | None] = {}
     for name, spec in measures.items():
         measure = measure_of(name, spec)
-        for metric, value in measure.measure(model, base, folder / name).items():
+        for metric, value in measure.measure(model, base, Path(folder, name)).items():
             found[f"{name}/{metric}".removesuffix("/")] = value if math.isfinite(value) else None
     return found
