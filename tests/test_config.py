@@ -16,7 +16,7 @@ from trl_ext.errors import ConfigurationError
 PAIRS = [(SFTConfig, trl.SFTConfig), (GRPOConfig, trl.GRPOConfig)]
 ADDED = [
     *("plugins", "streams", "dataset_columns", "nonfinite", "rank_check_steps"),
-    *("reset_plugin_state", "resume_changes", "verify_checkpoint"),
+    *("reset_plugin_state", "resume_changes", "verify_checkpoint", "profile"),
 ]
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 CANONICAL = [{"name": "power", "alpha": "10"}, {"name": "ema", "decay": 0.9}]
@@ -67,6 +67,7 @@ def test_without_settings_of_ours_all_values_are_trl_s(ours, theirs):
         "reset_plugin_state": False,
         "resume_changes": "refuse",
         "verify_checkpoint": True,
+        "profile": False,
     }
 
 
@@ -183,6 +184,7 @@ FULL = {
     "reset_plugin_state": True,
     "resume_changes": "warn",
     "verify_checkpoint": False,
+    "profile": True,
 }
 
 

@@ -89,6 +89,7 @@ def test_no_arguments_mean_trl_defaults(tmp_path, monkeypatch, kind):
         "reset_plugin_state",
         "resume_changes",
         "verify_checkpoint",
+        "profile",
     }
     assert {k: v for k, v in ours.items() if k not in own_fields} == theirs
     assert isinstance(trainers[1].args, trl_ext.SFTConfig if kind == "sft" else trl_ext.GRPOConfig)

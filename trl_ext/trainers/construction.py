@@ -34,6 +34,7 @@ from trl_ext.startup.run_folder import owned_run_folder
 from trl_ext.startup.stream_data import TextForm, prepare_stream
 from trl_ext.trainers.costs import CostCallback
 from trl_ext.trainers.deployment import DeploymentMixin
+from trl_ext.trainers.profiling import ProfileCallback
 from trl_ext.trainers.saving import CheckpointMixin
 from trl_ext.trainers.stepping import StepCallback, SteppingMixin
 
@@ -79,6 +80,10 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         self.ext_swaps = WeightSwaps(self.ext_run, lambda: self.ext_weights, self._ext_forget_generator)
         if self.ext_plugins or every:
             self.add_callback(StepCallback(self.ext_step, self.accelerator))
+        if self.args.profile:
+            self.add_callback(
+                ProfileCallback(self.ext_run.guard, Path(self.args.output_dir), self.accelerator.process_index)
+            )
         if costs := os.environ.get(COSTS):
             self.add_callback(CostCallback(Path(costs), lambda: getattr(self, "_total_train_tokens", 0)))
 

@@ -47,13 +47,14 @@ class CostCallback(TrainerCallback):
         if state.is_world_process_zero:
             tokens = self.forgotten + self._tokens(state)
             seconds = time.perf_counter() - self.started
-            append_costs(self.path, self.attempt, Costs(seconds, state.global_step, tokens, _peak_memory()))
+            append_costs(self.path, self.attempt, Costs(seconds, state.global_step, tokens, peak_memory()))
 
     def _tokens(self, state: Any) -> int:
         return int(self.counted() or state.num_input_tokens_seen)  # the latter is where GRPO counts
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
+    """Bytes: what torch has allocated at most on this rank's accelerator, or the most that this process has held."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     import resource  # not there on Windows
