@@ -68,7 +68,8 @@ def train(asked: Excursions, checkpoint: str) -> dict[str, str]:
         ConfigurationError: A training failed or left no model, or another one has been in its folder.
     """
     chains = {recipe: _stages(asked, checkpoint, recipe, stages) for recipe, stages in asked.recipes.items()}
-    errors = [outcome.error for outcome in run_jobs(chains.values()) if outcome.error]
+    preload = ("trl_ext.checkpoints",) if asked.launcher else ("trl_ext.trainers",)
+    errors = [outcome.error for outcome in run_jobs(chains.values(), preload=preload) if outcome.error]
     if errors:
         raise ConfigurationError(f"{errors[0]}; mend it and run this command again, which goes on here")
     return {recipe: str(chain[-1].folder / MODEL) for recipe, chain in chains.items()}
