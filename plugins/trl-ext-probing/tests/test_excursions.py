@@ -147,7 +147,7 @@ def test_a_training_that_leaves_no_model_is_noticed(tmp_path: Path, asked: dict[
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"checkpoint": ["a"]}, "unknown keys checkpoint; there are checkpoints"),
+        ({"checkpoint": ["a"]}, "unknown keys checkpoint. Did you mean .checkpoints.*There are checkpoints"),
         ({"passk": None}, "lacks passk"),
         ({"checkpoints": "step-1"}, "checkpoints is a str, and should be a list"),
         ({"recipes": ["A"]}, "recipes is a list, and should be a dict"),
