@@ -145,6 +145,7 @@ FILES: dict[str, Callable[[], list[Row]]] = {
     "one_step_test": lambda: rows(one_step, 200, held_out=True),
     "two_steps": lambda: rows(two_steps, 2000),
     "two_steps_test": lambda: rows(two_steps, 200, held_out=True),
+    "two_steps_validation": lambda: rows(two_steps, 100, held_out=True, seed=1),
     "two_steps_noisy": lambda: rows(two_steps, 1000, wrong=0.5),
     "target": lambda: rows(two_steps, 32),
     "mixture": mixture,
