@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 
 from trl_ext.errors import ConfigurationError
-from trl_ext.jobs import Job, run_jobs
+from trl_ext.jobs import Job, Outcome, Pool
 from trl_ext.jobs.job import LOG
 
-PLAIN: dict[str, Any] = {"preload": ("json",)}
-"""No job here needs torch, whose import takes seconds."""
 WORKS = '''
 import json, os, subprocess, sys, time
 from pathlib import Path
@@ -63,6 +61,12 @@ def works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     del sys.modules["works_of_jobs"]
 
 
+def run_jobs(chains: Any, **options: Any) -> list[Outcome]:
+    """No job here needs torch, whose import takes seconds."""
+    with Pool(preload=("json",)) as pool:
+        return list(pool.run(chains, **options))
+
+
 def job(folder: Path, function: Any, depends_on: Any = (), **arguments: Any) -> Job:
     return Job(folder.name, folder, function, arguments, {"on": depends_on})
 
@@ -71,20 +75,20 @@ def test_results_come_back_and_what_is_finished_is_not_run_again(tmp_path: Path,
     note = tmp_path / "note"
     chains = [[job(tmp_path / f"j{n}", works.double, number=n, note=note)] for n in (1, 2)]
     for _ in range(2):
-        outcomes = list(run_jobs(chains, **PLAIN))
+        outcomes = run_jobs(chains)
         assert [outcome.result["double"] for outcome in outcomes] == [2, 4]
     assert note.read_text() == "1\n2\n"
     assert "doubling 1" in (tmp_path / "j1" / LOG).read_text()
 
 
 def test_other_dependencies_are_refused_by_name_before_anything_runs(tmp_path: Path, works: Any) -> None:
-    list(run_jobs([[job(tmp_path / "old", works.double, depends_on=(1, tmp_path), number=1)]], **PLAIN))
+    run_jobs([[job(tmp_path / "old", works.double, depends_on=(1, tmp_path), number=1)]])
     chains = [[job(tmp_path / "new", works.double, number=2)], [job(tmp_path / "old", works.double, 2, number=1)]]
     with pytest.raises(ConfigurationError, match=r"old was made with other settings \(on\); move it away"):
-        list(run_jobs(chains, **PLAIN))
+        run_jobs(chains)
     assert not (tmp_path / "new").exists()
     # As JSON reads it back, it is the same.
-    (again,) = run_jobs([[job(tmp_path / "old", works.double, (1, tmp_path), number=1)]], **PLAIN)
+    (again,) = run_jobs([[job(tmp_path / "old", works.double, (1, tmp_path), number=1)]])
     assert again.result
 
 
@@ -95,7 +99,7 @@ def test_jobs_run_at_the_same_time_and_take_devices_in_turn(tmp_path: Path, work
          job(tmp_path / f"then{i}", works.double, number=i)]
         for i in range(2)
     ]  # fmt: skip
-    outcomes = list(run_jobs(chains, at_once=2, devices=("5", "7"), **PLAIN))
+    outcomes = run_jobs(chains, at_once=2, devices=("5", "7"))
     assert [outcome.error for outcome in outcomes] == [""] * 4
     assert {o.result["device"] for o in outcomes if isinstance(o.result, dict)} <= {"5", "7"}
 
@@ -106,19 +110,19 @@ def test_a_failure_ends_its_chain_alone_and_says_why_in_one_line(tmp_path: Path,
         [job(tmp_path / "left", works.leave, code=3)],
         [job(tmp_path / "good", works.double, number=2)],
     ]
-    outcomes = {outcome.job.name: outcome for outcome in run_jobs(chains, **PLAIN)}
+    outcomes = {outcome.job.name: outcome for outcome in run_jobs(chains)}
     assert list(outcomes) == ["bad", "left", "good"]
     assert outcomes["bad"].error == (f"bad ended with exit code 1: ValueError: no such luck ({tmp_path / 'bad' / LOG})")
     assert "exit code 3: it printed nothing" in outcomes["left"].error
     assert outcomes["good"].result["double"] == 4
     # A failed job is started again.
-    assert [outcome.job.name for outcome in run_jobs(chains[:1], **PLAIN)] == ["bad"]
+    assert [outcome.job.name for outcome in run_jobs(chains[:1])] == ["bad"]
 
 
 def test_after_the_time_is_up_no_job_starts_and_finished_ones_are_still_told(tmp_path: Path, works: Any) -> None:
     chains = [[job(tmp_path / f"j{n}", works.double, number=n)] for n in range(2)]
-    list(run_jobs(chains[1:], **PLAIN))
-    outcomes = run_jobs(chains, until=time.monotonic() - 1, **PLAIN)
+    run_jobs(chains[1:])
+    outcomes = run_jobs(chains, until=time.monotonic() - 1)
     assert [outcome.result["double"] for outcome in outcomes] == [2]
     assert not (tmp_path / "j0").exists()
 
@@ -129,9 +133,10 @@ def test_a_killed_asker_takes_its_jobs_along(tmp_path: Path, works: Any, preload
     script = f"""
 import works_of_jobs
 from pathlib import Path
-from trl_ext.jobs import Job, run_jobs
+from trl_ext.jobs import Job, Outcome, Pool
 job = Job("x", Path({str(tmp_path)!r}) / "job", works_of_jobs.linger, {{"mark": {str(tmp_path / "mark")!r}}})
-list(run_jobs([[job]], preload={tuple(filter(None, [preload]))!r}))
+with Pool({tuple(filter(None, [preload]))!r}) as pool:
+    list(pool.run([[job]]))
 """
     asker = subprocess.Popen([sys.executable, "-c", script])
     mark = tmp_path / "mark"

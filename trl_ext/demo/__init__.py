@@ -23,7 +23,7 @@ from rich.table import Table
 
 from trl_ext.demo.settings import QUICK, RUNS, Settings
 from trl_ext.errors import ConfigurationError
-from trl_ext.jobs import Job, Outcome, run_jobs
+from trl_ext.jobs import Job, Outcome, Pool
 
 _NEEDED = {
     "matplotlib": "matplotlib",
@@ -89,14 +89,14 @@ def _experiment(settings: Settings, folder: Path, console: Console) -> dict[str,
             runs[job(own, fine_tune, base=folder / "base", plugins=plugins, seed=seed)] = name, seed
     results: dict[str, dict[int, Any]] = {name: {} for name in RUNS}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as progress:
+    with Pool() as pool, Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as progress:
         task = progress.add_task("base model", total=1 + len(runs))
-        (outcome,) = map(_succeeded, run_jobs([[base]], threads=1))
+        (outcome,) = map(_succeeded, pool.run([[base]], threads=1))
         progress.advance(task)
         console.print(f"base model: {outcome.result:.1%} of the held-out answers are right")
         progress.update(task, description="fine-tuning")
         # One thread each, which makes sums come out alike whatever the number of cores.
-        for finished in map(_succeeded, run_jobs([[run] for run in runs], at_once=_at_once(), threads=1)):
+        for finished in map(_succeeded, pool.run([[run] for run in runs], at_once=_at_once(), threads=1)):
             name, seed = runs[finished.job]
             results[name][seed] = finished.result
             progress.advance(task)

@@ -7,6 +7,6 @@ it ends.
 
 from trl_ext.jobs.costs import COSTS, Costs, read_costs
 from trl_ext.jobs.job import Job, Outcome
-from trl_ext.jobs.pool import run_jobs
+from trl_ext.jobs.pool import Pool
 
-__all__ = ["COSTS", "Costs", "Job", "Outcome", "read_costs", "run_jobs"]
+__all__ = ["COSTS", "Costs", "Job", "Outcome", "Pool", "read_costs"]

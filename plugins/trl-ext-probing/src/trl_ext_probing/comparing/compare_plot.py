@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext_probing.comparing.compare_summary import Metric
-from trl_ext_probing.plots import COLOURS, GREY, figure, save
+from trl_ext_probing.plots import COLOURS, GREY, figure, save, undefined
 
 _COLUMNS = 3
 
 
 def draw_comparison(metrics: Sequence[Metric], path: Path) -> None:
     """Write the picture; arms are beneath one another, the first on top, whose mean is a line through all."""
+    if not metrics:
+        whole, axis = figure()
+        undefined(axis, "no model has been measured yet")
+        save(whole, path)
+        return
     columns = min(len(metrics), _COLUMNS)
     rows = -(-len(metrics) // _COLUMNS)
     arms = len(metrics[0].cells)

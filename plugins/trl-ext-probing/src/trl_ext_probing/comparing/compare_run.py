@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import yaml
 
 from trl_ext.cli import check
 from trl_ext.errors import ConfigurationError
-from trl_ext.jobs import Outcome, run_jobs
+from trl_ext.jobs import Pool
 from trl_ext_probing.comparing.arm_runs import Run
 from trl_ext_probing.comparing.compare_files import write_comparison
 from trl_ext_probing.comparing.compare_settings import CompareSettings
@@ -39,8 +38,8 @@ def run(settings: CompareSettings) -> None:
     refuse_trainings(asked)
     for measure in asked.measures.values():
         measure.refuse(asked.base_model)
-    with Journal(settings.output / "lock.jsonl", {}):  # one run at a time
-        work = Work(settings, asked)
+    with Journal(settings.output / "lock.jsonl", {}), Pool() as pool:  # the journal: one run at a time
+        work = Work(settings, asked, pool)
         work.do()
         write_comparison(settings, asked, work.runs(), work.values, work.rates)
     if work.errors:
@@ -73,6 +72,7 @@ class Work:
 
     settings: CompareSettings
     asked: Comparison
+    pool: Pool
     values: dict[str, Values] = field(default_factory=dict)
     """By the name of a run."""
     rates: dict[str, float] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class Work:
             scores = {rate: self._mean(runs, metric) for rate, runs in rates.items()}
             known = {rate: sign * score for rate, score in scores.items() if score is not None}
             if not known:
-                why = self.errors[0] if self.errors else "the budget was used up before"
+                why = self.errors[0] if self.errors else "the budget was used up; the same command goes on"
                 raise ConfigurationError(f"{arm}: no learning rate of `tune` has a value of {metric}: {why}")
             self.rates[arm] = min(known, key=lambda rate: known[rate])
             say(f"{arm}: learning rate {self.rates[arm]:g} of {', '.join(f'{rate:g}' for rate in tuning.rates)}")
@@ -127,32 +127,27 @@ class Work:
 
     def _mean(self, runs: Sequence[Run], metric: str) -> float | None:
         found = [self.values.get(run.name, {}).get(metric) for run in runs]
-        return None if any(value is None for value in found) else sum(map(float, found)) / len(found)  # type: ignore[arg-type]
+        known = [value for value in found if value is not None]
+        return statistics.mean(known) if len(known) == len(runs) else None
 
     def _do(self, runs: Sequence[Run]) -> None:
         chains = [run.jobs() for run in runs]
-        of_job = {job.folder: run for run, chain in zip(runs, chains, strict=True) for job in chain}
-        last = {chain[-1].folder for chain in chains}
+        of_job = {job: run for run, chain in zip(runs, chains, strict=True) for job in chain}
+        last = {chain[-1] for chain in chains}
         for run in runs:
             run.write_configs()
-        with closing(self._outcomes(chains)) as outcomes:
-            for outcome in outcomes:
-                run = of_job[outcome.job.folder]
-                if outcome.error:
-                    self.errors.append(outcome.error)
-                    say(outcome.error)
-                elif outcome.job.folder in last:
-                    self.values[run.name] = outcome.result
-                    shown = ", ".join(
-                        f"{k} {'undefined' if v is None else f'{v:.4g}'}" for k, v in outcome.result.items()
-                    )
-                    say(f"{run.name}: {shown} ({len(self.values)})")
-
-    def _outcomes(self, chains: Sequence[Sequence[Any]]) -> Iterator[Outcome]:
         devices = () if self.asked.on_cpu or self.asked.launches else _devices()
         at_once = 1 if self.asked.launches else self.asked.at_once or max(1, len(devices))
         threads = max(1, (os.cpu_count() or 1) // at_once) if self.asked.on_cpu and at_once > 1 else None
-        yield from run_jobs(chains, at_once=at_once, devices=devices, threads=threads, until=self.until)
+        for outcome in self.pool.run(chains, at_once=at_once, devices=devices, threads=threads, until=self.until):
+            if outcome.error:
+                self.errors.append(outcome.error)
+                say(outcome.error)
+            elif outcome.job in last:
+                run = of_job[outcome.job]
+                self.values[run.name] = outcome.result
+                shown = (f"{k} {'undefined' if v is None else f'{v:.4g}'}" for k, v in outcome.result.items())
+                say(f"{run.name}: {', '.join(shown)}")
 
 
 def _devices() -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from trl_ext.errors import ConfigurationError
-from trl_ext.jobs import Job, run_jobs
+from trl_ext.jobs import Job, Pool
 from trl_ext_probing.drift.drift_run import run as run_drift
 from trl_ext_probing.excursions.excursions_results import Row, write_excursions
 from trl_ext_probing.excursions.excursions_settings import ExcursionSettings
@@ -34,9 +34,10 @@ def run(settings: ExcursionSettings) -> None:
     for measured in filter(None, (asked.passk, asked.drift)):
         measured.refuse(asked.checkpoints[0])
     rows: list[Row] = []
-    for checkpoint in asked.checkpoints:
-        rows += measure(settings, asked, checkpoint, {"base": checkpoint, **train(asked, checkpoint)})
-        write_excursions(settings, rows)
+    with Pool(("trl_ext.checkpoints",) if asked.launcher else ("trl_ext.trainers",)) as pool:
+        for checkpoint in asked.checkpoints:
+            rows += measure(settings, asked, checkpoint, {"base": checkpoint, **train(pool, asked, checkpoint)})
+            write_excursions(settings, rows)
 
 
 def measure(settings: ExcursionSettings, asked: Excursions, checkpoint: str, models: Mapping[str, str]) -> list[Row]:
@@ -61,15 +62,14 @@ def measure(settings: ExcursionSettings, asked: Excursions, checkpoint: str, mod
     ]
 
 
-def train(asked: Excursions, checkpoint: str) -> dict[str, str]:
+def train(pool: Pool, asked: Excursions, checkpoint: str) -> dict[str, str]:
     """Run all recipes from a checkpoint, each stage from what the one before left; gives each recipe's last model.
 
     Raises:
         ConfigurationError: A training failed or left no model, or another one has been in its folder.
     """
     chains = {recipe: _stages(asked, checkpoint, recipe, stages) for recipe, stages in asked.recipes.items()}
-    preload = ("trl_ext.checkpoints",) if asked.launcher else ("trl_ext.trainers",)
-    errors = [outcome.error for outcome in run_jobs(chains.values(), preload=preload) if outcome.error]
+    errors = [outcome.error for outcome in pool.run(chains.values()) if outcome.error]
     if errors:
         raise ConfigurationError(f"{errors[0]}; mend it and run this command again, which goes on here")
     return {recipe: str(chain[-1].folder / MODEL) for recipe, chain in chains.items()}

@@ -69,7 +69,7 @@ class FromScratchSettings(SamplingSettings, RewardSettings):
             raise ConfigurationError(f"--n {self.n} with --temperature 0: greedy completions are all the same")
         if self.engine != "transformers":
             raise ConfigurationError(
-                f"--engine {self.engine}: this probe evaluates the models that it trains in its own process; leave it out"
+                f"--engine {self.engine}: this probe evaluates its models in its own process; leave it out"
             )
         _ = self.floor_score
         if len(self.rates(1.0)) > 1 and self.eval_in is None and self.validation is None:
