@@ -34,7 +34,8 @@ def train(
 
     model = Path(folder, MODEL)
     os.environ[COSTS] = str(Path(folder).absolute() / COSTS_FILE)
-    command = [*arguments, *_resuming(model)]
+    newest = newest_checkpoint(model)
+    command = [*arguments, *([] if newest is None else ["--resume_from_checkpoint", str(newest)])]
     code = subprocess.run([*launcher, *command]).returncode if launcher else run(command)
     if code:
         sys.exit(code)
@@ -45,11 +46,11 @@ def train(
             shutil.rmtree(checkpoint)
 
 
-def _resuming(model: Path) -> list[str]:
-    """The flags with which a training goes on; what a killed one has not saved as a whole is removed."""
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Where a training goes on; what a killed one has not saved as a whole is removed."""
     from trl_ext.checkpoints import newest_complete
 
-    newest, incomplete = newest_complete(model)
+    newest, incomplete = newest_complete(folder)
     for path, _ in incomplete:
         shutil.rmtree(path)
-    return [] if newest is None else ["--resume_from_checkpoint", str(newest)]
+    return newest

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from trl_ext import SFTTrainer
-from trl_ext.checkpoints import newest_complete
 from trl_ext.cli import parse
+from trl_ext_probing.training_jobs import newest_checkpoint
 
 FIXED: dict[str, Any] = {
     "save_strategy": "no",
@@ -79,10 +79,7 @@ def train(config: str, folder: Path, start: str, *, rate: float, seed: int, poin
             flags["max_steps"] = math.ceil(share * args.max_steps)
         else:
             flags["num_train_epochs"] = share * args.num_train_epochs
-    newest, incomplete = newest_complete(folder)
-    for path, _ in incomplete:
-        shutil.rmtree(path)
-    if newest is not None:
+    if (newest := newest_checkpoint(folder)) is not None:
         flags["resume_from_checkpoint"] = newest
     folder.mkdir(parents=True, exist_ok=True)
     arguments = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
