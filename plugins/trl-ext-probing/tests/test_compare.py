@@ -248,7 +248,7 @@ def test_a_run_that_fails_is_told_and_the_others_are_reported(folder: Path, tmp_
     found = results(tmp_path / "out")
     assert found["missing"] == ["still, seed 0"]
     assert found["metrics"]["held/nll"]["cells"]["plain"]["mean"]["value"] > 0
-    assert "| still | missing | missing | needs two seeds |" in (tmp_path / "out" / "table.md").read_text()
+    assert "| still | none | none | needs two pairs |" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_budget_that_is_used_up_leaves_the_rest_for_another_time(folder: Path, tmp_path: Path) -> None:

@@ -25,8 +25,16 @@ th, td { padding: .35rem .7rem; border-bottom: 1px solid var(--line); text-align
 th:first-child, td:first-child { text-align: left; font-weight: 600; }
 thead th { background: var(--soft); font-weight: 600; }
 tr.distinct td { background: #56b4e922; }
-img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
+img { max-width: 100%; min-width: 40rem; height: auto; background: white; border-radius: 4px; }
 pre { overflow-x: auto; padding: .8rem; background: var(--soft); border-radius: 4px; font-size: .8rem; }
+@media (max-width: 40rem) {
+  thead { display: none; }
+  table, tbody, tr, td { display: block; }
+  tr { padding: .5rem 0; border-bottom: 1px solid var(--line); }
+  td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem .3rem; white-space: normal; }
+  td:empty { display: none; }
+  td:not(:first-child)::before { content: attr(data-head); opacity: .7; text-align: left; }
+}
 footer { margin-top: 2rem; font-size: .85rem; opacity: .75; }
 """
 
@@ -43,7 +51,8 @@ def page(found: Found, picture: Path) -> str:
     if picture.is_file():
         data = base64.b64encode(picture.read_bytes()).decode()
         parts.append(
-            f'<img alt="every seed of every arm, with means and intervals" src="data:image/png;base64,{data}">'
+            '<div class="wide"><img alt="every seed of every arm, with means and intervals" '
+            f'src="data:image/png;base64,{data}"></div>'
         )
     for metric in found.metrics:
         distinct = {arm for arm, cell in metric.cells.items() if cell.distinct}
@@ -70,7 +79,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], distinct: Iterabl
     lines = [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"]
     body = [
         f"<tr{' class=distinct' if cells[0] in marked else ''}>"
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        + "".join(f'<td data-head="{escape(name)}">{escape(cell)}</td>' for name, cell in zip(head, cells, strict=True))
         + "</tr>"
         for cells in rows
     ]

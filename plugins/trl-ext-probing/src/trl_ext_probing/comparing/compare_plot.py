@@ -9,7 +9,7 @@ from typing import Any
 from trl_ext_probing.comparing.compare_summary import Metric
 from trl_ext_probing.plots import COLOURS, GREY, figure, save, undefined
 
-_COLUMNS = 3
+_COLUMNS = 2
 
 
 def draw_comparison(metrics: Sequence[Metric], path: Path) -> None:

@@ -37,20 +37,20 @@ def cells_of(metric: Metric) -> Iterator[list[str]]:
     if metric.base is not None:
         yield ["(before training)", number(metric.base), "", "", ""]
     for i, (arm, cell) in enumerate(metric.cells.items()):
-        each = "  ".join("missing" if value is None else number(value) for value in cell.values)
+        each = ", ".join("none" if value is None else number(value) for value in cell.values)
         yield [arm, _mean(cell), each, verdict(cell) if i else "", seeds(cell) if i else ""]
 
 
 def _mean(cell: Cell) -> str:
     if cell.mean is None or cell.mean.value is None:
-        return "missing" if cell.mean is None else "undefined"
+        return "none"
     return number(cell.mean.value) if cell.mean.low is None else shown(cell.mean, DIGITS)
 
 
 def verdict(cell: Cell) -> str:
     """The difference with its interval, marked where this leaves out 0."""
     if cell.difference is None:
-        return "needs two seeds"
+        return "needs two pairs"
     return shown(cell.difference, DIGITS, "+") + (" *" if cell.distinct else "")
 
 
@@ -64,7 +64,7 @@ def costs_of(found: Found) -> Iterator[list[str]]:
     first: float | None = None
     for arm, costs in found.costs.items():
         if not costs:
-            yield [arm, *["missing"] * (len(COSTS_HEAD) - 1)]
+            yield [arm, *["none"] * (len(COSTS_HEAD) - 1)]
             continue
         seconds = statistics.mean(cost.seconds for cost in costs)
         first = seconds if first is None else first
@@ -88,7 +88,7 @@ def notes(found: Found) -> Iterator[str]:
     yield (
         f"Intervals of {confidence:.0%} over {count} seed{'s' if count > 1 else ''}; differences are paired by seed, "
         "and * marks those whose interval leaves out 0, with no allowance for how many there are. Seeds to show it: "
-        "with so many a paired t-test would find a difference of this size with a probability of 80 %."
+        "with so many a paired t-test would find a difference of this size with a probability of 80%."
     )
     if found.rates:
         rates = ", ".join(f"{arm} {rate:g}" for arm, rate in found.rates.items())
