@@ -6,37 +6,19 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trl_ext.jobs import Costs
 from trl_ext_probing.comparing.arm_runs import Run
 from trl_ext_probing.comparing.compare_page import page
 from trl_ext_probing.comparing.compare_plot import draw_comparison
 from trl_ext_probing.comparing.compare_settings import CompareSettings
-from trl_ext_probing.comparing.compare_summary import Metric, Values, summarize
+from trl_ext_probing.comparing.compare_summary import Found, Values, summarize
 from trl_ext_probing.comparing.compare_table import describe
 from trl_ext_probing.comparing.comparison import Comparison
 from trl_ext_probing.results import write, write_results
-
-
-@dataclass(frozen=True)
-class Found:
-    """All that a comparison came to, for the table, the picture and the page."""
-
-    settings: CompareSettings
-    asked: Comparison
-    metrics: Sequence[Metric]
-    rates: Mapping[str, float]
-    """Learning rate that was chosen for an arm."""
-    costs: Mapping[str, Sequence[Costs]]
-    """By arm, of each run that is there: the sum of its trainings."""
-    missing: Sequence[str]
-    """Runs that are not there."""
-    commands: Sequence[str]
-    hardware: str
 
 
 def write_comparison(

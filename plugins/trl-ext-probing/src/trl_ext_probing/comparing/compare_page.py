@@ -6,14 +6,11 @@ import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
 
+from trl_ext_probing.comparing.compare_summary import Found
 from trl_ext_probing.comparing.compare_table import COSTS_HEAD, HEAD, cells_of, costs_of, notes, title
-
-if TYPE_CHECKING:
-    from trl_ext_probing.comparing.compare_files import Found
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }

@@ -15,11 +15,11 @@ class CompareSettings(OutputSettings):
 
     config: Annotated[Path, Argument(help="YAML with base, arms, seeds and measures.", metavar="CONFIG.yaml")]
     output: Annotated[
-        Path | None,
+        Path,
         Option(
             help="Folder for runs and results; the same command goes on in it. By default runs/ and the file's name."
         ),
-    ] = None  # type: ignore[assignment]  # a path once the settings are made
+    ] = None  # type: ignore[assignment]  # a path as soon as the settings are made
     size: Annotated[str | None, Option(help="The entry of `sizes` in the file that is laid over the rest.")] = None
 
     probe: ClassVar[str] = "compare"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from trl_ext.jobs import Costs
+from trl_ext_probing.comparing.compare_settings import CompareSettings
 from trl_ext_probing.comparing.comparison import Comparison
 from trl_ext_probing.comparing.measures import Better
 from trl_ext_probing.intervals import Estimate, seed_difference, seed_mean, seeds_needed
@@ -41,6 +43,23 @@ class Metric:
     """Of the model before any training."""
     cells: Mapping[str, Cell]
     """By arm, in order."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that a comparison came to, for the table, the picture and the page."""
+
+    settings: CompareSettings
+    asked: Comparison
+    metrics: Sequence[Metric]
+    rates: Mapping[str, float]
+    """Learning rate that was chosen for an arm."""
+    costs: Mapping[str, Sequence[Costs]]
+    """By arm, of each run that is there: the sum of its trainings."""
+    missing: Sequence[str]
+    """Runs that are not there."""
+    commands: Sequence[str]
+    hardware: str
 
 
 def summarize(

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from trl_ext.jobs import Costs
-from trl_ext_probing.comparing.compare_summary import Cell, Metric
+from trl_ext_probing.comparing.compare_summary import Cell, Found, Metric
 from trl_ext_probing.tables import shown, table
-
-if TYPE_CHECKING:
-    from trl_ext_probing.comparing.compare_files import Found
 
 DIGITS = 4
 HEAD = ("arm", "mean", "each seed", "difference from the first", "seeds to show it")
