@@ -158,20 +158,31 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-@cache
+def _signature(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """What changes with the files of a path: contents are read once, though every run asks for them."""
+    files = (file for file in (sorted(path.rglob("*")) if path.is_dir() else [path]) if file.is_file())
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
 def _content(name: str) -> str:
+    return _digest_of_files(_signature(Path(name)))
+
+
+@cache
+def _digest_of_files(signature: tuple[tuple[str, int, int], ...]) -> str:
     total = hashlib.sha256()
-    path = Path(name)
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            total.update(f"{file.relative_to(path)}\n".encode())
-            with file.open("rb") as opened:
-                total.update(hashlib.file_digest(opened, "sha256").digest())
+    for name, _, _ in signature:
+        with open(name, "rb") as file:
+            total.update(f"{name}\n".encode() + hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()[:16]
 
 
-@cache
 def _weights(model: str) -> dict[str, str]:
+    return _fingerprint(model, _signature(Path(model)))
+
+
+@cache
+def _fingerprint(model: str, signature: tuple[tuple[str, int, int], ...]) -> dict[str, str]:
     return weights_fingerprint(model)
 
 
