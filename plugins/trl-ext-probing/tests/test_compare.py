@@ -19,6 +19,8 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl_ext_probing.commands import compare
+from trl_ext_probing.comparing.compare_settings import CompareSettings
+from trl_ext_probing.comparing.comparison import read_comparison
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
@@ -206,10 +208,10 @@ def test_killed_and_started_again_it_comes_to_the_same(
     output = tmp_path / "out"
     command = [*COMMAND, str(folder / "asked.yaml"), "--output", str(output)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    sign = {"a training": "still-seed0-*/1-sft/model/checkpoint-2", "measures": "still-seed0-*/measured-*/job.json"}
+    sign = {"a training": "still-seed0-*/1-sft/model/checkpoint-*", "measures": "still-seed0-*/measured-*/job.json"}
     while not any((output / "runs").glob(sign[where])):
         assert process.poll() is None, "finished before it could be killed"
-        time.sleep(0.002)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (output / "results.json").exists()
@@ -350,6 +352,24 @@ def test_the_command_refuses_a_size_that_is_not_there_in_one_line(folder: Path, 
         compare(config=write(tmp_path / "asked.yaml", content(folder)), size="gpu")
     with pytest.raises(ConfigurationError, match=r"CONFIG: there is no file .*Did you mean 'asked.yaml'"):
         compare(config=tmp_path / "aked.yaml")
+
+
+EXAMPLES = sorted(
+    path for path in (Path(__file__).parents[3] / "examples").rglob("*.yaml") if "\narms:" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_the_examples_can_be_read_at_every_size(path: Path) -> None:
+    sizes = list(yaml.safe_load(path.read_text())["sizes"])
+    assert "smoke" in sizes
+    for size in (None, *sizes):
+        asked = read_comparison(CompareSettings(config=path, size=size))
+        assert len(asked.arms) > 1
+        assert asked.minutes is not None
+        assert (len(asked.seeds) >= 3) == (size != "smoke")
+        if path.parent.name == "real":
+            assert asked.on_cpu == (size != "gpu")
 
 
 def test_the_page_needs_nothing_beside_itself(done: Path) -> None:
