@@ -141,6 +141,7 @@ def test_values_are_those_of_the_models_that_are_left(folder: Path, done: Path) 
     assert found["metrics"]["facts/width"]["better"] == "lower"
 
 
+@pytest.mark.slow
 def test_the_commands_that_it_names_train_the_same(folder: Path, done: Path, tmp_path: Path) -> None:
     run = json.loads((done / "results.json").read_text())["arms"]["still"]["runs"][1]
     (command,) = run["commands"]
@@ -168,6 +169,7 @@ def test_costs_are_counted(folder: Path, done: Path) -> None:
     assert all(cost["seconds"] > 0 and cost["peak_memory"] > 0 for runs in costs.values() for cost in runs)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_used_and_what_changed_is_done_again(
     folder: Path, done: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,7 +201,7 @@ def test_what_is_there_is_used_and_what_changed_is_done_again(
 # -- interruption ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["a training", "measures"])
+@pytest.mark.parametrize("where", ["a training", pytest.param("measures", marks=pytest.mark.slow)])
 def test_killed_and_started_again_it_comes_to_the_same(
     folder: Path, done: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +255,7 @@ def test_a_run_that_fails_is_told_and_the_others_are_reported(folder: Path, tmp_
     assert "| still | none | none | needs two pairs |" in (tmp_path / "out" / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_used_up_leaves_the_rest_for_another_time(folder: Path, tmp_path: Path) -> None:
     asked = content(folder) | {"seeds": 1, "budget": {"minutes": 1e-9}}
     config = write(tmp_path / "asked.yaml", asked)
@@ -265,6 +268,7 @@ def test_a_budget_that_is_used_up_leaves_the_rest_for_another_time(folder: Path,
 # -- learning rates, stages, sizes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rates_are_chosen_on_seeds_that_are_not_reported(folder: Path, tmp_path: Path) -> None:
     asked = content(folder) | {"tune": {"learning_rate": [0.01, 1e-9, 1e30], "measure": "held/nll", "seeds": [7]}}
     asked["arms"] = {"plain": {}, "short": {"max_steps": 4}}
@@ -279,6 +283,7 @@ def test_rates_are_chosen_on_seeds_that_are_not_reported(folder: Path, tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_stages_follow_one_another_and_a_size_is_laid_over(folder: Path, tmp_path: Path) -> None:
     asked = content(folder)
     asked["arms"] = {"twice": [{}, {"learning_rate": 1e-12}]}
