@@ -95,7 +95,7 @@ class Pool(AbstractContextManager["Pool"]):
         reply = worker.stdout.readline()  # type: ignore[union-attr]
         if not reply:
             raise RuntimeError(f"the process that starts jobs has ended with exit code {worker.wait()}")
-        return json.loads(reply)  # type: ignore[no-any-return]
+        return dict(json.loads(reply))
 
     def __exit__(self, *error: object) -> None:
         if self._worker is not None:

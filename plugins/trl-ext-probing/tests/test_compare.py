@@ -377,6 +377,30 @@ def test_the_examples_can_be_read_at_every_size(path: Path) -> None:
             assert asked.on_cpu == (size != "gpu")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in EXAMPLES if path.parent.name == "real"], ids=lambda path: path.name)
+def test_the_comparisons_on_a_real_model_run_on_a_tiny_one(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the smallest size, so that every plugin, option, reward and data set that they name is met."""
+    for distribution in ("objectives", "averaging", "data_regularization", "mixing", "reachability"):
+        pytest.importorskip(f"trl_ext_{distribution}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(path.parent))
+    Path("examples").symlink_to(path.parents[1])
+    import prepare
+
+    for name, rows in prepare.FILES.items():
+        prepare.write_rows(Path(f"runs/real/data/{name}.jsonl"), rows()[:40])
+    for seed, name in enumerate(("model", "random")):
+        save_model(tiny_llama(hidden=16, layers=1, seed=seed), tiny_tokenizer(), f"runs/real/{name}")
+    compare(config=path, size="smoke", output=tmp_path / "out")
+    found = results(tmp_path / "out")
+    assert found["missing"] == []
+    for metric in found["metrics"].values():
+        assert all(cell["mean"]["value"] is not None for cell in metric["cells"].values())
+
+
 def test_the_page_needs_nothing_beside_itself(done: Path) -> None:
     text = (done / "report.html").read_text()
     assert "data:image/png;base64," in text

@@ -9,7 +9,7 @@ from trl_ext.jobs import Costs
 from trl_ext_probing.comparing.compare_settings import CompareSettings
 from trl_ext_probing.comparing.comparison import Comparison
 from trl_ext_probing.comparing.measures import Better
-from trl_ext_probing.intervals import Estimate, seed_difference, seed_mean, seeds_needed
+from trl_ext_probing.intervals import Estimate, seed_mean, seeds_needed
 
 Values = Mapping[str, float | None]
 
@@ -98,6 +98,7 @@ def _cells(values: Mapping[str, Sequence[float | None]], confidence: float) -> I
     for i, (arm, own) in enumerate(values.items()):
         known = [value for value in own if value is not None]
         pairs = [(a, b) for a, b in zip(own, first, strict=True) if a is not None and b is not None] if i else []
-        difference = seed_difference(*zip(*pairs, strict=True), confidence) if len(pairs) > 1 else None
-        needed = seeds_needed([a - b for a, b in pairs], confidence)
-        yield arm, Cell(tuple(own), seed_mean(known, confidence) if known else None, difference, needed)
+        differences = [a - b for a, b in pairs]
+        difference = seed_mean(differences, confidence) if len(pairs) > 1 else None
+        mean = seed_mean(known, confidence) if known else None
+        yield arm, Cell(tuple(own), mean, difference, seeds_needed(differences, confidence))
