@@ -16,7 +16,7 @@ from trl_ext.errors import ConfigurationError
 PAIRS = [(SFTConfig, trl.SFTConfig), (GRPOConfig, trl.GRPOConfig)]
 ADDED = [
     *("plugins", "streams", "dataset_columns", "nonfinite", "rank_check_steps"),
-    *("reset_plugin_state", "resume_changes", "verify_checkpoint", "strict_versions"),
+    *("reset_plugin_state", "resume_changes", "verify_checkpoint", "strict_versions", "profile"),
 ]
 CPU = {"use_cpu": True, "bf16": False, "report_to": "none"}
 CANONICAL = [{"name": "power", "alpha": "10"}, {"name": "ema", "decay": 0.9}]
@@ -68,6 +68,7 @@ def test_without_settings_of_ours_all_values_are_trl_s(ours, theirs):
         "resume_changes": "refuse",
         "verify_checkpoint": True,
         "strict_versions": False,
+        "profile": False,
     }
 
 
@@ -185,6 +186,7 @@ FULL = {
     "resume_changes": "warn",
     "verify_checkpoint": False,
     "strict_versions": True,
+    "profile": True,
 }
 
 

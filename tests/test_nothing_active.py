@@ -91,6 +91,7 @@ def test_no_arguments_mean_trl_defaults(tmp_path, monkeypatch, kind):
         "resume_changes",
         "verify_checkpoint",
         "strict_versions",
+        "profile",
     }
     assert {k: v for k, v in ours.items() if k not in own_fields} == theirs
     assert type(trainers[1].args).__module__ == "trl_ext.config"

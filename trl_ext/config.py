@@ -94,6 +94,15 @@ class _PluginSettings:
         },
     )
 
+    profile: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to trace three of the first optimiser steps with torch's profiler, in which every call of "
+            "a plugin's hook is a range with its name, into the folder `profile` of the run, and to print what each "
+            "took."
+        },
+    )
+
     def __post_init__(self) -> None:
         self._read_plugin_settings()
         super().__post_init__()  # type: ignore[misc]  # TRL's, in the classes below

@@ -15,6 +15,19 @@ def parse(kind: "TrainerKind", arguments: Sequence[str]) -> tuple[Any, Any, Any,
     return train.parse(kind, arguments)
 
 
+def check(kind: TrainerKind, arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+    """Read a command line as `parse` does, and refuse what can be known to fail before a model loads.
+
+    Raises:
+        ConfigurationError: With the setting to change.
+    """
+    from trl_ext.cli import train
+
+    settings, _, _ = train.read(kind, arguments)
+    train.check(kind, settings)
+    return settings
+
+
 def main() -> None:
     """Run the command line; what its user can mend ends with one line and exit code 2 instead of a traceback."""
     sys.exit(run(sys.argv[1:]))

@@ -7,12 +7,11 @@ half are wrong. Held-out exact match, over several seeds, says how much of the t
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,12 +23,15 @@ from rich.table import Table
 
 from trl_ext.demo.settings import QUICK, RUNS, Settings
 from trl_ext.errors import ConfigurationError
+from trl_ext.jobs import Job, Outcome, Pool
 
 _NEEDED = {
     "matplotlib": "matplotlib",
     "trl_ext_objectives": "trl-ext-objectives",
     "trl_ext_averaging": "trl-ext-averaging",
 }
+_MOST_AT_ONCE = 4
+"""Each of the processes takes 0.6 GB of memory."""
 
 
 def main(output_dir: str | Path = "runs/demo", quick: bool = False) -> dict[str, Any]:
@@ -71,61 +73,60 @@ def main(output_dir: str | Path = "runs/demo", quick: bool = False) -> dict[str,
 
 
 def _experiment(settings: Settings, folder: Path, console: Console) -> dict[str, Any]:
+    from trl_ext.demo.experiment import fine_tune, train_base
+
+    def job(name: str, function: Callable[..., Any], **arguments: Any) -> Job:
+        own = folder / name
+        made = Job(name, own, function, {"settings": asdict(settings), "folder": own, **arguments})
+        made.forget()
+        return made
+
+    base = job("base", train_base)
+    runs: dict[Job, tuple[str, int]] = {}
+    for seed in range(settings.seeds):
+        for name, plugins in RUNS.items():
+            own = f"{name.replace(' + ', '-')}-seed{seed}"
+            runs[job(own, fine_tune, base=folder / "base", plugins=plugins, seed=seed)] = name, seed
+    results: dict[str, dict[int, Any]] = {name: {} for name in RUNS}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # The runs write their output to files of their own.
-    with Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as progress:
-        task = progress.add_task("loading torch and TRL", total=1 + settings.seeds * len(RUNS))
-        with _quiet_and_repeatable():
-            from trl_ext.demo.experiment import Experiment
-
-            experiment = Experiment(settings, folder)
-            progress.update(task, description="base model")
-            base = experiment.train_base()
+    with Pool() as pool, Progress(*columns, console=console, redirect_stdout=False, redirect_stderr=False) as progress:
+        task = progress.add_task("base model", total=1 + len(runs))
+        (outcome,) = map(_succeeded, pool.run([[base]], threads=1))
+        progress.advance(task)
+        console.print(f"base model: {outcome.result:.1%} of the held-out answers are right")
+        progress.update(task, description="fine-tuning")
+        # One thread each, which makes sums come out alike whatever the number of cores.
+        for finished in map(_succeeded, pool.run([[run] for run in runs], at_once=_at_once(), threads=1)):
+            name, seed = runs[finished.job]
+            results[name][seed] = finished.result
             progress.advance(task)
-            console.print(f"base model: {base:.1%} of the held-out answers are right")
-            scores: dict[str, list[float]] = {name: [] for name in RUNS}
-            curves: dict[str, list[dict[int, float]]] = {name: [] for name in RUNS}
-            for seed in range(settings.seeds):
-                for name, plugins in RUNS.items():
-                    progress.update(task, description=f"{name}, seed {seed}")
-                    score, nll = experiment.fine_tune(name, plugins, seed)
-                    scores[name].append(score)
-                    curves[name].append(nll)
-                    progress.advance(task)
-                    console.print(f"{name}, seed {seed}: {score:.1%}")
+            console.print(f"{name}, seed {seed}: {finished.result['exact_match']:.1%}")
         progress.update(task, description="done")
-    runs = {
-        name: {
-            "plugins": plugins,
-            "exact_match": scores[name],
-            "held_out_nll": {str(step): [nll[step] for nll in curves[name]] for step in curves[name][0]},
-        }
-        for name, plugins in RUNS.items()
+    return {
+        "settings": asdict(settings),
+        "base": outcome.result,
+        "runs": {name: _of_seeds(RUNS[name], [own[seed] for seed in sorted(own)]) for name, own in results.items()},
     }
-    return {"settings": asdict(settings), "base": base, "runs": runs}
 
 
-@contextmanager
-def _quiet_and_repeatable() -> Iterator[None]:
-    """No progress bars but ours, and one thread, which makes sums come out alike whatever the number of cores."""
-    import datasets
-    import torch
-    from transformers.utils import logging
+def _succeeded(outcome: Outcome) -> Outcome:
+    if outcome.error:
+        raise RuntimeError(outcome.error)
+    return outcome
 
-    threads, bars = torch.get_num_threads(), (datasets.are_progress_bars_disabled(), logging.is_progress_bar_enabled())
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers about TRL's arguments
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        if not bars[0]:
-            datasets.enable_progress_bars()
-        if bars[1]:
-            logging.enable_progress_bar()
+
+def _at_once() -> int:
+    return min(os.cpu_count() or 1, _MOST_AT_ONCE)
+
+
+def _of_seeds(plugins: list[str], results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the fine-tunings of one run came to, in the order of their seeds."""
+    steps = results[0]["held_out_nll"]
+    return {
+        "plugins": plugins,
+        "exact_match": [result["exact_match"] for result in results],
+        "held_out_nll": {step: [result["held_out_nll"][step] for result in results] for step in steps},
+    }
 
 
 def _table(results: dict[str, Any]) -> Table:

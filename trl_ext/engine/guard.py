@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +38,9 @@ class Guard:
         world_size: number of ranks.
         step: gives the number of optimiser steps already done.
     """
+
+    named: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    """Gives a range of a profiler its name; a profiled run replaces it on its guard."""
 
     def __init__(self, plugins: PluginSet, device: torch.device, world_size: int, step: Callable[[], int]) -> None:
         self.plugins = plugins
@@ -79,7 +83,8 @@ class Guard:
             self.last_touched = f"{plugin}.{hook}"
         unmodified = Unmodified(arguments)
         try:
-            with self._watched(f"hook '{hook}' of plugin {self._origin[plugin]} at step {self.step() + 1}"):
+            place = f"hook '{hook}' of plugin {self._origin[plugin]} at step {self.step() + 1}"
+            with self._watched(place), self.named(f"{plugin}.{hook}"):
                 result = call(**arguments)
             unmodified.check()
             if check is not None:
@@ -169,7 +174,7 @@ class Guard:
         calls = [(plugin, call) for plugin, call in self.plugins.calls(hook) if (hook, plugin) not in self._silenced]
         for plugin, call in calls:
             try:
-                with self._watched(f"hook '{hook}' of plugin {self._origin[plugin]}"):
+                with self._watched(f"hook '{hook}' of plugin {self._origin[plugin]}"), self.named(f"{plugin}.{hook}"):
                     given = dict(call(**arguments))
             except Exception:
                 failed.add(plugin)

@@ -155,7 +155,8 @@ def stream_gradient(run: RunContext, passes: ExtraPasses, model: nn.Module, stre
             value = value + passes.router_aux_loss_coef * out.aux_loss
         return value
 
-    gradients = passes.gradient(model, loss, seed)
+    with run.guard.named(f"{stream.plugin}.stream {stream.request.role}"):
+        gradients = passes.gradient(model, loss, seed)
     mean_loss, nll = (run.sum_over_ranks(totals) / tokens).tolist()
     return StreamGradient(gradients=gradients, nll=nll, loss=mean_loss, tokens=int(tokens))
 

@@ -6,6 +6,7 @@ All overrides here and in the other files wrap methods of TRL and transformers; 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -24,6 +25,7 @@ from trl_ext.engine.step import OptimizerStep
 from trl_ext.engine.tally import LossTally
 from trl_ext.engine.weight_swaps import WeightSwaps
 from trl_ext.gradients import trainable_parameters, unwrapped_name
+from trl_ext.jobs import COSTS
 from trl_ext.own_passes import causal_lm
 from trl_ext.records import SetupContext, WeightsView
 from trl_ext.startup.plan import RunPlan, check_loaded, plan_run
@@ -31,7 +33,9 @@ from trl_ext.startup.refusals import refuse_copied_groups, refuse_frozen, refuse
 from trl_ext.startup.report import report_run
 from trl_ext.startup.run_folder import owned_run_folder
 from trl_ext.startup.stream_data import TextForm, prepare_stream
+from trl_ext.trainers.costs import CostCallback
 from trl_ext.trainers.deployment import DeploymentMixin
+from trl_ext.trainers.profiling import ProfileCallback
 from trl_ext.trainers.saving import CheckpointMixin
 from trl_ext.trainers.stepping import StepCallback, SteppingMixin
 from trl_ext.trainers.tracking import trackers_of
@@ -79,6 +83,12 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         self.ext_swaps = WeightSwaps(self.ext_run, lambda: self.ext_weights, self._ext_forget_generator)
         if self.ext_plugins or every:
             self.add_callback(StepCallback(self.ext_step, self.accelerator))
+        if self.args.profile:
+            self.add_callback(
+                ProfileCallback(self.ext_run.guard, Path(self.args.output_dir), self.accelerator.process_index)
+            )
+        if costs := os.environ.get(COSTS):
+            self.add_callback(CostCallback(Path(costs), lambda: getattr(self, "_total_train_tokens", 0)))
 
     def _ext_run_context(self, fused_outputs: tuple[str, ...]) -> RunContext:
         device, world_size = self.accelerator.device, self.accelerator.num_processes

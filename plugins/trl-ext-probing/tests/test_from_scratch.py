@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from interruption import Killed, killed_after, results_of
 from safetensors.torch import load_file
 from scratch_runs import SEED, own_process, prepare, write
@@ -26,11 +30,13 @@ from trl_ext_probing.from_scratch.control import run
 from trl_ext_probing.from_scratch.control_settings import EXACT, FromScratchSettings
 from trl_ext_probing.from_scratch.evaluating import Evaluator, load_set
 from trl_ext_probing.from_scratch.procedure import Procedure
-from trl_ext_probing.from_scratch.watched_training import WatchedTrainer, points_of, train
+from trl_ext_probing.from_scratch.watched_training import points_of, train
 from trl_ext_probing.journal import Journal
 
 from trl_ext import SFTTrainer
 from trl_ext.errors import ConfigurationError
+from trl_ext.jobs import Job, Pool
+from trl_ext.jobs.job import LOG
 from trl_ext.testing import Addition, exact_match, save_model, tiny_llama, tiny_tokenizer
 
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
@@ -48,25 +54,32 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> FromScratchSettings:
     return prepare(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="module")
-def batches() -> dict[str, list[Any]]:
-    """The token ids of every batch by run, recorded where the trainer receives them."""
-    return defaultdict(list)
+@contextmanager
+def trainings() -> Iterator[list[str]]:
+    """A context that notes the folder of every training that begins."""
+    begun, begin = [], Job.begin
 
+    def noting(self: Job, *arguments: Any) -> Path:
+        begun.append(self.folder.name)
+        return begin(self, *arguments)
 
-@pytest.fixture(scope="module")
-def measured(
-    settings: FromScratchSettings, batches: dict[str, list[Any]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
-    def recording(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
-        batches[Path(self.args.output_dir).name].append(inputs["input_ids"].tolist())
-        return original(self, model, inputs, *rest)
-
-    original = SFTTrainer.training_step
-    folder = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SFTTrainer, "training_step", recording)
+        patch.setattr(Job, "begin", noting)
+        yield begun
+
+
+@pytest.fixture(scope="module")
+def begun() -> list[str]:
+    """The trainings of `measured`."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(settings: FromScratchSettings, begun: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("measured")
+    with trainings() as every:
         run(replace(settings, output=folder))
+    begun += every
     return folder
 
 
@@ -99,23 +112,23 @@ def test_s_of_two_equal_arms_is_one_within_its_interval(measured: Path) -> None:
         assert gap["low"] < 0 < gap["high"]
 
 
-def test_arms_see_the_same_batches_and_seeds_do_not(measured: Path, batches: dict[str, list[Any]]) -> None:
-    rate = json.loads((measured / "results.json").read_text())["arms"]["scratch"]["learning_rate"]
+def test_arms_see_the_same_batches_and_seeds_do_not(measured: Path) -> None:
+    """By the digests, which the next test but one holds to the batches."""
+    seen = {(line["arm"], line["seed"]): line["batches"] for line in lines(measured, "point") if line["step"] == 8}
     for seed in range(SEED, SEED + 3):
-        assert len(batches[f"scratch-{rate:g}-seed{seed}"]) == 8
-        assert batches[f"scratch-{rate:g}-seed{seed}"] == batches[f"pretrained-{rate:g}-seed{seed}"]
-    assert batches[f"scratch-{rate:g}-seed{SEED}"] != batches[f"scratch-{rate:g}-seed{SEED + 1}"]
+        assert seen["scratch", seed] == seen["pretrained", seed]
+    assert len(set(seen.values())) == 3
 
 
-def test_the_search_is_reused_and_its_best_is_taken(measured: Path, batches: dict[str, list[Any]]) -> None:
+def test_the_search_is_reused_and_its_best_is_taken(measured: Path, begun: list[str]) -> None:
     summary = json.loads((measured / "results.json").read_text())
     for arm, facts in summary["arms"].items():
         best = min(facts["search"], key=lambda entry: entry["nll"])
         assert facts["learning_rate"] == best["learning_rate"]
         assert facts["at_the_edge"]
         assert f"{arm}" in (measured / "table.md").read_text()
-    # 2 arms x (2 rates on the first seed + 2 more seeds), 8 steps each: no run is made twice.
-    assert sorted(map(len, batches.values())) == [8] * 8
+    # 2 arms x (2 rates on the first seed + 2 more seeds): no run is made twice.
+    assert len(begun) == len(set(begun)) == 8
     assert not (measured / "runs").exists()
 
 
@@ -130,8 +143,10 @@ def test_different_batches_are_not_compared(measured: Path, settings: FromScratc
 
 
 @pytest.mark.parametrize("plugin", ["", "ema:decay=0.5"])
-def test_the_run_is_the_one_of_the_sft_command(settings: FromScratchSettings, tmp_path: Path, plugin: str) -> None:
-    """Bit for bit, with the weights that a plugin deploys."""
+def test_the_run_is_the_one_of_the_sft_command(
+    settings: FromScratchSettings, tmp_path: Path, plugin: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with the weights that a plugin deploys; the digest of the batches is that of what it trains on."""
     from trl_ext.cli.train import train as sft
 
     if plugin:
@@ -141,9 +156,20 @@ def test_the_run_is_the_one_of_the_sft_command(settings: FromScratchSettings, tm
     flags = {"output_dir": tmp_path / "theirs", "learning_rate": 0.003, "seed": 7, "save_strategy": "no"}
     sft("sft", ["--config", str(config), *(text for k, v in flags.items() for text in (f"--{k}", str(v)))])
     start = str(Path(settings.config).parent / "base")
-    train(str(config), tmp_path / "ours", start, rate=0.003, seed=7, points=3)
+    total, step = "", SFTTrainer.training_step
+
+    def recording(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        nonlocal total
+        content = b"".join(inputs[name].numpy().tobytes() for name in ("input_ids", "labels"))
+        total = hashlib.sha256(total.encode() + content).hexdigest()
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", recording)
+    monkeypatch.setattr(trl, "SFTTrainer", trl.SFTTrainer)  # `train` takes its place
+    assert train(str(config), str(tmp_path / "ours"), start, rate=0.003, seed=7, points=3) == ""
     points = points_of(tmp_path / "ours")
     assert [(point.step, point.last) for point in points] == [(3, False), (5, False), (8, True)]
+    assert points[-1].batches == total
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     ours = load_file(points[-1].folder / "model.safetensors")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -274,31 +300,76 @@ def test_interrupted_between_trainings(
     same_files(tmp_path, measured)
 
 
-@pytest.mark.parametrize("where", ["training_step", SLOW("save_model"), SLOW("_save_checkpoint"), "evaluate"])
-def test_interrupted_within_a_training(
-    settings: FromScratchSettings, measured: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_while_it_evaluates(
+    settings: FromScratchSettings, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the fourth run, whose rate is chosen: past its checkpoint, at the next point, before it; or evaluating."""
-    owner: Any = Evaluator if where == "evaluate" else WatchedTrainer
-    original, calls = getattr(owner, where), []
+    """At the sixth of twelve evaluations: five trainings are done, one of them with a point still to evaluate."""
+    original, calls = Evaluator.evaluate, []
 
-    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def failing(self: Any, *arguments: Any) -> Any:
         calls.append(self)
-        if len(calls) == {"training_step": 30, "save_model": 15, "_save_checkpoint": 4, "evaluate": 6}[where]:
+        if len(calls) == 6:
             raise Killed
-        return original(self, *args, **kwargs)
+        return original(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, where, failing)
+        patch.setattr(Evaluator, "evaluate", failing)
         with pytest.raises(Killed):
             run(replace(settings, output=tmp_path))
-    steps = []
-    step = WatchedTrainer.training_step
-    monkeypatch.setattr(WatchedTrainer, "training_step", lambda self, *args: (steps.append(1), step(self, *args))[1])
-    run(replace(settings, output=tmp_path))
+    with trainings() as begun:
+        run(replace(settings, output=tmp_path))
     same_files(tmp_path, measured)
-    # 8 runs of 8 steps; what was saved is not trained again.
-    assert len(steps) == 64 - {"training_step": 28, "save_model": 28, "_save_checkpoint": 24, "evaluate": 40}[where]
+    assert len(begun) == 3
+
+
+@pytest.mark.parametrize("where", ["checkpoint-4/trainer_state.json", SLOW("points/.step-*"), SLOW("checkpoint-4")])
+def test_a_training_that_is_killed_goes_on_from_its_checkpoint(
+    settings: FromScratchSettings, measured: Path, tmp_path: Path, where: str
+) -> None:
+    """Killed with -9 once it is past its checkpoint, while it saves a point, or while it saves the checkpoint."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not killed:
+            for found in tmp_path.glob(f"runs/*/{where}"):
+                folder = tmp_path / "runs" / found.relative_to(tmp_path / "runs").parts[0]
+                killed.extend(kill_those_of(folder))  # none, where it has ended meanwhile: then the next one
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        with pytest.raises(RuntimeError, match="was killed by signal 9"):
+            run(replace(settings, output=tmp_path))
+    finally:
+        killed.append(0)
+        thread.join()
+    before = {path: path.stat().st_ino for path in tmp_path.glob("runs/*/points/step-00000004")}
+    after: dict[Path, int] = {}
+    rmtree = shutil.rmtree
+
+    def noting(folder: Any, **options: Any) -> None:
+        after.update({path: path.stat().st_ino for path in Path(folder).glob("points/step-00000004")})
+        rmtree(folder, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "rmtree", noting)
+        run(replace(settings, output=tmp_path))
+    same_files(tmp_path, measured)
+    if where == "checkpoint-4/trainer_state.json":
+        assert before
+        assert all(after[path] == inode for path, inode in before.items()), "what was saved was trained again"
+
+
+def kill_those_of(folder: Path) -> Iterator[int]:
+    """Kill the processes whose output is this training's log."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(process / "fd" / "1") == str(folder / LOG):
+                os.kill(int(process.name), signal.SIGKILL)
+                yield int(process.name)
+        except OSError:
+            continue
 
 
 def test_changed_settings_are_refused_by_name(settings: FromScratchSettings, tmp_path: Path) -> None:
@@ -355,8 +426,8 @@ def test_rates_that_diverge_are_not_chosen(
     settings: FromScratchSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     procedure = Procedure(replace(settings, learning_rates="0.01,1e30", output=tmp_path))
-    with Journal(tmp_path / "journal.jsonl", procedure.about()) as journal:
-        steps = procedure.steps(journal)
+    with Journal(tmp_path / "journal.jsonl", procedure.about()) as journal, Pool() as pool:
+        steps = procedure.steps(journal, pool)
         for _ in range(4):
             next(steps)
         steps.close()

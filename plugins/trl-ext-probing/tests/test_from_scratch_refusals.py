@@ -61,6 +61,7 @@ NO_ANSWER = '{"prompt": "1+1="}\n'
         ({"search_share": 0.0}, "", "--search-share 0: above 0"),
         ({"confidence": 1.0}, "", "--confidence 1: between 0 and 1"),
         ({"points": 0}, "", "--points 0: at least 1"),
+        ({"engine": "vllm"}, "", "--engine vllm: this probe evaluates its models in its own process"),
         ({}, "use_peft: true", "use_peft trains an adapter .*set use_peft: false"),
         ({}, "load_in_4bit: true", "load_in_4bit trains"),
         ({}, "dataset_streaming: true", "do not stream it"),

@@ -8,8 +8,16 @@ import random
 import statistics
 from collections.abc import Callable
 
+import numpy as np
 import pytest
-from trl_ext_probing.intervals import mean_difference, mean_with_interval, student_t
+from trl_ext_probing.intervals import (
+    Estimate,
+    mean_difference,
+    mean_with_interval,
+    seed_mean,
+    seeds_needed,
+    student_t,
+)
 from trl_ext_probing.passk.estimator import pass_at_k
 
 
@@ -192,6 +200,43 @@ def test_two_models_that_solve_every_problem_may_differ_on_others() -> None:
     assert (estimate.low, estimate.high) == pytest.approx((alone.low - 1, 1 - alone.low))
     with pytest.raises(ValueError, match="shorter"):
         mean_difference([1.0], [])
+
+
+def test_a_mean_over_seeds_is_that_of_a_t_test() -> None:
+    """Against the published quantile of Student's t with 3 degrees of freedom, 3.182."""
+    values = [1.0, 2.0, 4.0, 5.0]
+    estimate = seed_mean(values)
+    half = 3.182 * statistics.stdev(values) / 2
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-3)
+    assert seed_mean([2.0]) == Estimate(2.0, None, None, 1, "one seed tells nothing of others")
+    assert seed_mean([2.0, math.inf]).reason == "a run diverged"
+
+
+@pytest.mark.parametrize(("effect", "power"), [(0.5, 0.8), (1.0, 0.8), (1.0, 0.95), (3.0, 0.8)])
+def test_the_seeds_needed_have_the_power_that_was_asked_for(effect: float, power: float) -> None:
+    """By simulation, and one seed fewer does not."""
+    rng = np.random.default_rng(0)
+    sample = np.array([-1.0, 1.0]) / math.sqrt(2)  # standard deviation 1
+    needed = seeds_needed(list(sample + effect), power=power)
+    assert needed is not None
+
+    def found(seeds: int) -> float:
+        drawn = rng.normal(effect, 1, (100_000, seeds))
+        t = drawn.mean(1) / drawn.std(1, ddof=1) * math.sqrt(seeds)
+        return float((t > student_t(0.95, seeds - 1)).mean())
+
+    error = 4 * math.sqrt(power * (1 - power) / 100_000)
+    assert found(needed) > power - error
+    if needed > 2:
+        assert found(needed - 1) < power + error
+
+
+def test_differences_that_no_number_of_seeds_shows() -> None:
+    assert seeds_needed([0.1]) is None
+    assert seeds_needed([1.0, -1.0]) is None
+    assert seeds_needed([1e-6, 1.0, -1.0]) is None
+    assert seeds_needed([0.5, 0.5, 0.5]) == 2
+    assert seeds_needed([1.0, math.nan]) is None
 
 
 def test_nonsense_is_refused() -> None:

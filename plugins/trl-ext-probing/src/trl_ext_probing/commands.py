@@ -1,8 +1,9 @@
-"""The probes as commands and as Python functions; each imports what it needs when it runs."""
+"""The probes and `compare` as commands and as Python functions; each imports what it needs when it runs."""
 
 from __future__ import annotations
 
 from trl_ext_probing.capability.capability_settings import CapabilitySettings
+from trl_ext_probing.comparing.compare_settings import CompareSettings
 from trl_ext_probing.drift.drift_settings import DriftSettings
 from trl_ext_probing.excursions.excursions_settings import ExcursionSettings
 from trl_ext_probing.from_scratch.control_settings import FromScratchSettings
@@ -15,6 +16,14 @@ from trl_ext_probing.settings import probe
 def capability(settings: CapabilitySettings) -> None:
     """Measure how likely a base model finds a data set's responses, and recommend an objective."""
     from trl_ext_probing.capability.capability_run import run
+
+    run(settings)
+
+
+@probe
+def compare(settings: CompareSettings) -> None:
+    """Train arms on paired seeds, measure them, and tell which helps and what it costs; run it again to go on."""
+    from trl_ext_probing.comparing.compare_run import run
 
     run(settings)
 

@@ -16,7 +16,7 @@ from typing import Any
 from trl_ext.errors import ConfigurationError
 from trl_ext_probing.progress import say
 from trl_ext_probing.ranks import is_first
-from trl_ext_probing.settings import ProbeSettings
+from trl_ext_probing.settings import OutputSettings, ProbeSettings
 
 SCHEMA = 1
 """Of `results.json`; it rises when a key gets another meaning or goes."""
@@ -26,7 +26,7 @@ FILES = ("results.json", "table.md", "rows.csv", "plot.png")
 
 
 def write_results(
-    settings: ProbeSettings,
+    settings: OutputSettings,
     content: Mapping[str, Any],
     rows: Iterable[Mapping[str, Any]],
     table: str,

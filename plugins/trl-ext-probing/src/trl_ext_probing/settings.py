@@ -11,30 +11,30 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from typer.models import OptionInfo
+from typer.models import ArgumentInfo, OptionInfo
 
 from trl_ext.errors import ConfigurationError
 from trl_ext_probing.models import Dtype
 from trl_ext_probing.progress import say
 
+Argument = typer.Argument
 Option = typer.Option
 EngineName = Literal["transformers", "server", "vllm"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeSettings:
-    """What every probe has. Subclasses add fields; those in `free` do not decide what is measured.
+class OutputSettings:
+    """What every command has that writes results. Subclasses add fields, of which those in `free` decide nothing.
 
     Raises:
         ConfigurationError: A value outside of what an option allows.
     """
 
     output: Annotated[Path, Option(help="Folder for the results, from which the same command goes on.")] = Path("probe")
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Begin anew where the folder holds work with other settings.")
-    ] = False
     confidence: Annotated[float, Option(help="Level of the intervals.")] = 0.95
 
+    group: ClassVar[tuple[str, ...]] = ()
+    """The group that the command belongs to."""
     probe: ClassVar[str]
     """The command's name."""
     free: ClassVar[frozenset[str]] = frozenset({"output", "overwrite", "confidence", "device", "batch_size"})
@@ -65,13 +65,27 @@ class ProbeSettings:
     @property
     def command(self) -> str:
         """The command line that gives these settings."""
-        words = ["trl-ext", "probe", self.probe]
+        words = ["trl-ext", *self.group, self.probe]
+        hints = get_type_hints(type(self), include_extras=True)
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != _default(field) and field.name != "overwrite":
+            if _is_argument(hints[field.name]):
+                words.append(value)
+            elif value != _default(field) and field.name != "overwrite":
                 values = value if isinstance(value, list) else [value]
                 words += [_flag(field.name)] if value is True else [w for v in values for w in (_flag(field.name), v)]
         return shlex.join(map(str, words))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings(OutputSettings):
+    """What every probe has."""
+
+    overwrite: Annotated[
+        bool, Option("--overwrite", help="Begin anew where the folder holds work with other settings.")
+    ] = False
+
+    group: ClassVar[tuple[str, ...]] = ("probe",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +236,11 @@ def _default(field: Field[Any]) -> Any:
     if field.default_factory is not MISSING:
         return field.default_factory()
     return inspect.Parameter.empty if field.default is MISSING else field.default
+
+
+def _is_argument(hint: Any) -> bool:
+    """Whether a field is given by its place, without a flag."""
+    return any(isinstance(note, ArgumentInfo) for note in get_args(hint)[1:])
 
 
 def _is_path(hint: Any) -> bool:

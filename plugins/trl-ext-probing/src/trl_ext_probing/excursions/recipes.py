@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.drift.drift_settings import DriftSettings
+from trl_ext_probing.comparing.measures import Drift, Passk
+from trl_ext_probing.config_files import read_config
 from trl_ext_probing.excursions.excursions_settings import ExcursionSettings
-from trl_ext_probing.passk.passk_settings import PasskSettings
 from trl_ext_probing.results import slug
 
 KEYS = {"checkpoints": list, "recipes": dict, "passk": dict, "drift": dict, "launcher": str}
-OURS = {"model", "base", "output", "overwrite", "confidence"}
-"""Options of the measures that the file leaves to this probe."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +33,10 @@ class Excursions:
     checkpoints: tuple[str, ...]
     recipes: Mapping[str, tuple[Stage, ...]]
     output: Path
-    passk: Mapping[str, Any]
-    drift: Mapping[str, Any] | None
+    passk: Passk
+    drift: Drift | None
     launcher: tuple[str, ...]
+    """Words before the training command; none where it runs by itself."""
 
     def folder(self, checkpoint: str, *below: str) -> Path:
         """Where what starts at a checkpoint goes."""
@@ -54,35 +50,19 @@ def read(settings: ExcursionSettings) -> Excursions:
         ConfigurationError: naming the key to change.
     """
     path = settings.config
-    if not path.is_file():
-        raise ConfigurationError(f"--config: there is no file {str(path)!r}")
-    try:
-        asked = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"{path} is no YAML: {error}") from error
-    if not isinstance(asked, dict):
-        raise ConfigurationError(f"{path} has no keys; there are {', '.join(KEYS)}")
-    asked = {key: value for key, value in asked.items() if value is not None}
-    if unknown := sorted(asked.keys() - KEYS.keys()):
-        raise ConfigurationError(f"{path}: unknown keys {', '.join(unknown)}; there are {', '.join(KEYS)}")
-    if missing := sorted({"checkpoints", "recipes", "passk"} - asked.keys()):
-        raise ConfigurationError(f"{path} lacks {', '.join(missing)}")
-    for key, value in asked.items():
-        if not isinstance(value, KEYS[key]):
-            raise ConfigurationError(f"{path}: {key} is a {type(value).__name__}, and should be a {KEYS[key].__name__}")
+    asked = read_config(path, KEYS, {"checkpoints", "recipes", "passk"}, "--config")
     checkpoints = tuple(map(str, asked["checkpoints"]))
     recipes = {str(name): _stages(path, str(name), stages) for name, stages in asked["recipes"].items()}
     for what, names in (("checkpoints", checkpoints), ("recipes", ("base", *recipes))):
         if len({slug(name) for name in names}) < len(names) or not checkpoints or not recipes:
             raise ConfigurationError(f"{path}: {what} have to be there, of different names, and none a recipe `base`")
-    default = (sys.executable, "-m", "trl_ext")
     return Excursions(
         checkpoints=checkpoints,
         recipes=recipes,
         output=settings.output,
-        passk=_options(path, "passk", PasskSettings, asked["passk"]),
-        drift=_options(path, "drift", DriftSettings, asked["drift"]) if "drift" in asked else None,
-        launcher=tuple(shlex.split(asked["launcher"])) if "launcher" in asked else default,
+        passk=Passk(f"{path}: passk", asked["passk"]),
+        drift=Drift(f"{path}: drift", asked["drift"]) if "drift" in asked else None,
+        launcher=tuple(shlex.split(asked.get("launcher", ""))),
     )
 
 
@@ -99,14 +79,3 @@ def _stages(path: Path, recipe: str, stages: Any) -> tuple[Stage, ...]:
     if not result:
         raise ConfigurationError(f"{path}: recipe {recipe!r} has no stage")
     return tuple(result)
-
-
-def _options(path: Path, key: str, settings: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a probe, by the names that its settings have."""
-    options = {field.name: field for field in fields(settings) if field.name not in OURS}
-    if unknown := sorted(given.keys() - options.keys()):
-        raise ConfigurationError(f"{path}: {key} has no option {unknown[0]}; there are {', '.join(options)}")
-    needed = {name for name, f in options.items() if f.default is MISSING and f.default_factory is MISSING}
-    if missing := sorted(needed - given.keys()):
-        raise ConfigurationError(f"{path}: {key} lacks {', '.join(missing)}")
-    return dict(given)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from trl_ext.jobs import Pool
 from trl_ext_probing.from_scratch.control_plots import draw
 from trl_ext_probing.from_scratch.control_report import describe
 from trl_ext_probing.from_scratch.control_settings import FromScratchSettings
@@ -33,13 +34,14 @@ def run(settings: FromScratchSettings) -> None:
     _ = procedure.floors  # what it refuses, it refuses before a model loads
     with (
         Journal(settings.output / "journal.jsonl", procedure.about(), settings.overwrite) as journal,
+        Pool() as pool,
         Report() as report,
     ):
         forget_results(settings)
         if settings.overwrite:
             procedure.forget_runs()
         task = ""
-        for name, done, total in procedure.steps(journal):
+        for name, done, total in procedure.steps(journal, pool):
             if name != task:
                 report.start(name, total, done - 1)
                 task = name

@@ -67,8 +67,10 @@ class FromScratchSettings(SamplingSettings, RewardSettings):
             raise ConfigurationError(f"--search-share {self.search_share:g}: above 0, up to 1")
         if self.n > 1 and self.temperature == 0:
             raise ConfigurationError(f"--n {self.n} with --temperature 0: greedy completions are all the same")
-        if self.engine == "server":
-            raise ConfigurationError("--engine server serves one model, and this probe evaluates those that it trains")
+        if self.engine != "transformers":
+            raise ConfigurationError(
+                f"--engine {self.engine}: this probe evaluates its models in its own process; leave it out"
+            )
         _ = self.floor_score
         if len(self.rates(1.0)) > 1 and self.eval_in is None and self.validation is None:
             raise ConfigurationError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.errors import ConfigurationError, NonFiniteError
+from trl_ext.jobs import Job, Pool
 from trl_ext_probing.fingerprints import rows_fingerprint, weights_fingerprint
 from trl_ext_probing.from_scratch.arms import Base
 from trl_ext_probing.from_scratch.contamination import contaminated
@@ -72,24 +73,24 @@ class Procedure:
             "weights": weights_fingerprint(self.base.path),
         }
 
-    def steps(self, journal: Journal) -> Iterator[Progress]:
+    def steps(self, journal: Journal, pool: Pool) -> Iterator[Progress]:
         """Do what the journal does not have yet.
 
         Yields:
             What is being done, how many of its trainings are done, and how many there are.
 
         Raises:
-            RuntimeError: an arm diverged at every learning rate or at the one that it chose, or two arms of a seed saw
-                different batches.
+            RuntimeError: a training failed, an arm diverged at every learning rate or at the one that it chose, or two
+                arms of a seed saw different batches.
         """
         journal.append()  # the trainings under `runs` belong to it from the start
         for line in journal.lines:
             self._take(line)
         evaluator = Evaluator(self.settings, self.sets, self.validation)
-        yield from self._search(journal, evaluator)
+        yield from self._search(journal, pool, evaluator)
         keys = [(arm, self.chosen[arm], seed) for seed in self.run.seeds for arm in self.run.arms]
         for number, key in enumerate(keys):
-            self._measure(journal, evaluator, key)
+            self._measure(journal, pool, evaluator, key)
             yield "arms and seeds", number + 1, len(keys)
         self.forget_runs()
 
@@ -97,7 +98,7 @@ class Procedure:
         """Remove unfinished trainings, which belong to another measurement."""
         shutil.rmtree(self.settings.output / "runs", ignore_errors=True)
 
-    def _search(self, journal: Journal, evaluator: Evaluator) -> Iterator[Progress]:
+    def _search(self, journal: Journal, pool: Pool, evaluator: Evaluator) -> Iterator[Progress]:
         rates, arms = self.run.rates, self.run.arms
         seeds = self.run.seeds[: self.settings.search_seeds]
         if len(rates) == 1:
@@ -108,7 +109,7 @@ class Procedure:
             for rate in rates:
                 for seed in seeds:
                     if (arm, rate, seed) not in self.searched:
-                        nll = self._try(evaluator, (arm, rate, seed))
+                        nll = self._try(pool, evaluator, (arm, rate, seed))
                         line = {"part": "search", "arm": arm, "rate": rate, "seed": seed, "nll": nll}
                         journal.append(line)
                         self._take(line)
@@ -134,20 +135,20 @@ class Procedure:
         seeds = self.run.seeds[: self.settings.search_seeds]
         return sum(self.searched[arm, rate, seed] for seed in seeds) / len(seeds)
 
-    def _try(self, evaluator: Evaluator, key: Key) -> float | None:
+    def _try(self, pool: Pool, evaluator: Evaluator, key: Key) -> float | None:
         try:
-            folder = self._train(key, self.settings.search_share)
+            folder = self._train(pool, key, self.settings.search_share)
         except NonFiniteError:
             return None
         return evaluator.validation_nll(points_of(folder)[-1].folder)
 
-    def _measure(self, journal: Journal, evaluator: Evaluator, key: Key) -> None:
+    def _measure(self, journal: Journal, pool: Pool, evaluator: Evaluator, key: Key) -> None:
         finished = self.measured.get(key, [])
         if finished and finished[-1]["last"]:
             return
         arm, rate, seed = key
         try:
-            folder = self._train(key)
+            folder = self._train(pool, key)
             for point in points_of(folder)[len(finished) :]:
                 line = {
                     "part": "point",
@@ -173,13 +174,20 @@ class Procedure:
                         f"{line['step']}: they are not comparable"
                     )
 
-    def _train(self, key: Key, share: float = 1.0) -> Path:
+    def _train(self, pool: Pool, key: Key, share: float = 1.0) -> Path:
         arm, rate, seed = key
         folder = self._folder(key, share)
         if not is_trained(folder):
-            start = self.base.start(arm, seed, folder / "start")
-            points = self.settings.points if share == 1 else 1
-            train(self.settings.config, folder, start, rate=rate, seed=seed, points=points, share=share)
+            arguments = {
+                **{"config": self.settings.config, "folder": folder, "rate": rate, "seed": seed, "share": share},
+                "start": self.base.start(arm, seed, folder / "start"),
+                "points": self.settings.points if share == 1 else 1,
+            }
+            (outcome,) = pool.run([[Job(f"{arm}, seed {seed}, learning rate {rate:g}", folder, train, arguments)]])
+            if outcome.error:
+                raise RuntimeError(outcome.error)
+            if outcome.result:
+                raise NonFiniteError(outcome.result)
         return folder
 
     def _folder(self, key: Key, share: float = 1.0) -> Path:

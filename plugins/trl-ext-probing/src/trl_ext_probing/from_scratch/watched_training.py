@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +15,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from trl_ext import SFTTrainer
-from trl_ext.checkpoints import newest_complete
 from trl_ext.cli import parse
+from trl_ext.errors import NonFiniteError
+from trl_ext_probing.training_jobs import newest_checkpoint
 
 FIXED: dict[str, Any] = {
     "save_strategy": "no",
@@ -58,20 +56,21 @@ def is_trained(folder: Path) -> bool:
     return any(point.last for point in points_of(folder))
 
 
-def train(config: str, folder: Path, start: str, *, rate: float, seed: int, points: int, share: float = 1.0) -> None:
-    """Train to the end, from the newest complete checkpoint where there is one.
+def train(config: str, folder: str, start: str, rate: float, seed: int, points: int, share: float = 1.0) -> str:
+    """Train to the end, from the newest complete checkpoint where there is one; our trainer keeps TRL's place.
 
     Args:
         config: the user's YAML.
-        folder: of the run: `points`, `checkpoint-*`, `train.log`.
+        folder: of the run: `points` and `checkpoint-*`.
         start: the initial weights, a path or hub id.
         rate: learning rate.
         seed: of the training, the order of the data included.
         points: number of points, evenly spaced; the last is the end.
         share: of the steps or epochs.
+
+    Returns:
+        Why it diverged; "" where it did not.
     """
-    if is_trained(folder):
-        return
     flags = {**FIXED, "output_dir": folder, "model_name_or_path": start, "learning_rate": rate, "seed": seed}
     if share < 1:
         _, args, *_ = parse("sft", ["--config", config])
@@ -79,20 +78,17 @@ def train(config: str, folder: Path, start: str, *, rate: float, seed: int, poin
             flags["max_steps"] = math.ceil(share * args.max_steps)
         else:
             flags["num_train_epochs"] = share * args.num_train_epochs
-    newest, incomplete = newest_complete(folder)
-    for path, _ in incomplete:
-        shutil.rmtree(path)
-    if newest is not None:
+    if (newest := newest_checkpoint(Path(folder))) is not None:
         flags["resume_from_checkpoint"] = newest
-    folder.mkdir(parents=True, exist_ok=True)
-    arguments = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
-    with (folder / "train.log").open("a") as log, contextlib.redirect_stdout(log):
-        parsed = parse("sft", ["--config", config, *arguments])
-        with _in_place(partial(WatchedTrainer, points=points)):
-            from trl.scripts.sft import main
+    parsed = parse("sft", ["--config", config, *(text for k, v in flags.items() for text in (f"--{k}", str(v)))])
+    trl.SFTTrainer = partial(WatchedTrainer, points=points)  # where TRL's script takes its trainer from
+    from trl.scripts.sft import main
 
-            main(*parsed)
-    gc.collect()  # a trainer and its callbacks hold each other, and with them the accelerator's memory
+    try:
+        main(*parsed)
+    except NonFiniteError as error:
+        return str(error)
+    return ""
 
 
 class WatchedTrainer(SFTTrainer):
@@ -150,14 +146,3 @@ class _Watch(TrainerCallback):
         (unfinished / "point.json").write_text(json.dumps(about))
         unfinished.rename(folder)
         control.should_save = not about["last"]
-
-
-@contextlib.contextmanager
-def _in_place(trainer: Any) -> Iterator[None]:
-    """Under the name from which TRL's script takes its trainer."""
-    before = trl.SFTTrainer
-    trl.SFTTrainer = trainer
-    try:
-        yield
-    finally:
-        trl.SFTTrainer = before

@@ -1,0 +1,53 @@
+"""The picture of a comparison: of each metric every seed of every arm, and the means with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trl_ext_probing.comparing.compare_summary import Metric
+from trl_ext_probing.plots import COLOURS, GREY, figure, save, undefined
+
+_COLUMNS = 2
+
+
+def draw_comparison(metrics: Sequence[Metric], path: Path) -> None:
+    """Write the picture; arms are beneath one another, the first on top, whose mean is a line through all."""
+    if not metrics:
+        whole, axis = figure()
+        undefined(axis, "no model has been measured yet")
+        save(whole, path)
+        return
+    columns = min(len(metrics), _COLUMNS)
+    rows = -(-len(metrics) // _COLUMNS)
+    arms = len(metrics[0].cells)
+    size = (0.8 + 4.2 * columns, rows * (1.4 + 0.45 * arms))
+    whole, axes = figure(columns, rows, size, squeeze=False)
+    for axis, metric in zip(axes.flat, metrics, strict=False):
+        _draw(axis, metric)
+    for axis in axes.flat[len(metrics) :]:
+        axis.set_visible(False)
+    save(whole, path)
+
+
+def _draw(axis: Any, metric: Metric) -> None:
+    for place, cell in enumerate(metric.cells.values()):
+        colour = COLOURS[place % len(COLOURS)]
+        known = [value for value in cell.values if value is not None]
+        axis.plot(known, [place] * len(known), "o", color=colour, alpha=0.45, markersize=5, markeredgewidth=0)
+        if cell.mean is None or cell.mean.value is None:
+            continue
+        axis.plot([cell.mean.value], [place], "|", color=colour, markersize=16, markeredgewidth=2.5)
+        if cell.mean.low is not None and cell.mean.high is not None:
+            axis.hlines(place, cell.mean.low, cell.mean.high, color=colour, linewidth=1.5)
+    first = next(iter(metric.cells.values())).mean
+    if first is not None and first.value is not None:
+        axis.axvline(first.value, color=COLOURS[0], linewidth=0.8, linestyle="--")
+    if metric.base is not None:
+        axis.axvline(metric.base, color=GREY, linewidth=1, linestyle=":", label="before training")
+        axis.legend(fontsize=7, loc="best")
+    axis.set_yticks(range(len(metric.cells)), list(metric.cells), fontsize=8)
+    axis.set_ylim(len(metric.cells) - 0.5, -0.5)
+    axis.set_xlabel(f"{metric.name} ({metric.better} is better)", fontsize=8)
+    axis.tick_params(axis="x", labelsize=7)

@@ -1,0 +1,158 @@
+"""The run of `compare`: the model before any training, learning rates, then every arm on every seed; and the files."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import yaml
+
+from trl_ext.cli import check
+from trl_ext.errors import ConfigurationError
+from trl_ext.jobs import Pool
+from trl_ext_probing.comparing.arm_runs import Run
+from trl_ext_probing.comparing.compare_files import write_comparison
+from trl_ext_probing.comparing.compare_settings import CompareSettings
+from trl_ext_probing.comparing.comparison import Arm, Comparison, read_comparison
+from trl_ext_probing.journal import Journal
+from trl_ext_probing.progress import say
+from trl_ext_probing.ranks import refuse_several
+
+Values = dict[str, float | None]
+
+
+def run(settings: CompareSettings) -> None:
+    """Train and measure what is not there yet, and write the results.
+
+    Raises:
+        ConfigurationError: Anything that cannot work, before anything is trained; or, after the results are written, a
+            run that failed.
+    """
+    refuse_several("compare")
+    asked = read_comparison(settings)
+    refuse_trainings(asked)
+    for measure in asked.measures.values():
+        measure.refuse(asked.base_model)
+    with Journal(settings.output / "lock.jsonl", {}), Pool() as pool:  # the journal: one run at a time
+        work = Work(settings, asked, pool)
+        work.do()
+        write_comparison(settings, asked, work.runs(), work.values, work.rates)
+    if work.errors:
+        raise ConfigurationError(f"{len(work.errors)} of the runs failed, the first so: {work.errors[0]}")
+    if missing := [run.name for run in work.runs() if run.name not in work.values]:
+        say(f"not there yet, since the budget is used up: {'; '.join(missing)}. The same command goes on with them")
+
+
+def refuse_trainings(asked: Comparison) -> None:
+    """Refuse what the training commands would refuse before a model loads, for every arm.
+
+    Raises:
+        ConfigurationError: With the arm and the setting to change.
+    """
+    with TemporaryDirectory() as folder:
+        for arm in asked.arms:
+            for stage in arm.stages:
+                file = Path(folder, "config.yaml")
+                file.write_text(yaml.safe_dump({**stage.settings, "output_dir": str(Path(folder, "model"))}))
+                try:
+                    check(stage.kind, ["--config", str(file)])
+                except ConfigurationError as error:
+                    reason = str(error).removeprefix(f"{file}: ")
+                    raise ConfigurationError(f"{asked.where}: arms: {arm.name!r}: {reason}") from None
+
+
+@dataclass
+class Work:
+    """A comparison as far as it has come."""
+
+    settings: CompareSettings
+    asked: Comparison
+    pool: Pool
+    values: dict[str, Values] = field(default_factory=dict)
+    """By the name of a run."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Learning rate that was chosen for an arm."""
+    errors: list[str] = field(default_factory=list)
+    until: float | None = None
+
+    def do(self) -> None:
+        """Train and measure; what is there already is used."""
+        if self.asked.minutes is not None:
+            self.until = time.monotonic() + 60 * self.asked.minutes
+        if self.asked.tuning is not None:
+            self._tune()
+        self._do(self.runs())
+
+    def runs(self) -> list[Run]:
+        """The model before any training, and the runs that are reported, seed by seed, so that pairs are whole."""
+        every = tuple(self.asked.measures)
+        trained = [self._run(arm, seed, every) for seed in self.asked.seeds for arm in self.asked.arms]
+        return [Run(self.asked, self.settings.output, None, measures=every), *trained]
+
+    def _run(self, arm: Arm, seed: int, measures: tuple[str, ...]) -> Run:
+        return Run(self.asked, self.settings.output, arm, seed, self.rates.get(arm.name), measures)
+
+    def _tune(self) -> None:
+        """Choose a learning rate for each arm by its mean over seeds that are not reported.
+
+        Raises:
+            ConfigurationError: No rate of an arm has a value.
+        """
+        tuning = self.asked.tuning
+        assert tuning is not None
+        tried = {
+            arm.name: {
+                rate: [replace(self._run(arm, seed, (tuning.measure,)), rate=rate) for seed in tuning.seeds]
+                for rate in tuning.rates
+            }
+            for arm in self.asked.arms
+        }
+        self._do([run for rates in tried.values() for runs in rates.values() for run in runs])
+        metric = f"{tuning.measure}/{tuning.metric}".removesuffix("/")
+        sign = 1 if self.asked.measures[tuning.measure].better(tuning.metric) == "lower" else -1
+        for arm, rates in tried.items():
+            scores = {rate: self._mean(runs, metric) for rate, runs in rates.items()}
+            known = {rate: sign * score for rate, score in scores.items() if score is not None}
+            if not known:
+                why = self.errors[0] if self.errors else "the budget was used up; the same command goes on"
+                raise ConfigurationError(f"{arm}: no learning rate of `tune` has a value of {metric}: {why}")
+            self.rates[arm] = min(known, key=lambda rate: known[rate])
+            say(f"{arm}: learning rate {self.rates[arm]:g} of {', '.join(f'{rate:g}' for rate in tuning.rates)}")
+        self.errors.clear()  # a rate that diverges is an answer
+
+    def _mean(self, runs: Sequence[Run], metric: str) -> float | None:
+        found = [self.values.get(run.name, {}).get(metric) for run in runs]
+        known = [value for value in found if value is not None]
+        return statistics.mean(known) if len(known) == len(runs) else None
+
+    def _do(self, runs: Sequence[Run]) -> None:
+        chains = [run.jobs() for run in runs]
+        of_job = {job: run for run, chain in zip(runs, chains, strict=True) for job in chain}
+        last = {chain[-1] for chain in chains}
+        for run in runs:
+            run.write_configs()
+        devices = () if self.asked.on_cpu or self.asked.launches else _devices()
+        at_once = 1 if self.asked.launches else self.asked.at_once or max(1, len(devices))
+        threads = max(1, (os.cpu_count() or 1) // at_once) if self.asked.on_cpu and at_once > 1 else None
+        for outcome in self.pool.run(chains, at_once=at_once, devices=devices, threads=threads, until=self.until):
+            if outcome.error:
+                self.errors.append(outcome.error)
+                say(outcome.error)
+            elif outcome.job in last:
+                run = of_job[outcome.job]
+                self.values[run.name] = outcome.result
+                shown = (f"{k} {'undefined' if v is None else f'{v:.4g}'}" for k, v in outcome.result.items())
+                say(f"{run.name}: {', '.join(shown)}")
+
+
+def _devices() -> tuple[str, ...]:
+    """The accelerators that this process may use, as CUDA_VISIBLE_DEVICES numbers them."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(visible.split(",")) if visible else tuple(map(str, range(torch.cuda.device_count())))

@@ -1,0 +1,63 @@
+"""`profile`: the trace has every hook of every plugin as a range, and nothing else about the run changes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from helpers import Plugin, additions, assert_equal_bits, make_sft, parameters
+
+from trl_ext import hookimpl
+from trl_ext.records import StreamRequest
+
+SLEEP = 0.05
+
+
+class Slow(Plugin):
+    """Sleeps in one hook, and has a stream."""
+
+    @hookimpl
+    def streams(self):
+        return [StreamRequest("general", batch_size=2)]
+
+    @hookimpl
+    def gradients_ready(self, gradients, streams):
+        time.sleep(SLEEP)
+        gradients.axpy_(0.1, streams["general"].gradients)
+
+    @hookimpl
+    def metrics(self, mode):
+        return {"one": 1.0}
+
+
+def run(folder: Path, steps: int, **config):
+    trainer = make_sft(folder, plugins=[Slow()], streams={"general": additions(8)}, max_steps=steps, **config)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("steps", [6, 2])
+def test_three_steps_are_traced_with_what_each_hook_takes(
+    tmp_path: Path, steps: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profiled, plain = run(tmp_path / "profiled", steps, profile=True), run(tmp_path / "plain", steps)
+    assert_equal_bits(parameters(profiled), parameters(plain))
+    assert not (tmp_path / "plain" / "profile").exists()
+    (file,) = (tmp_path / "profiled" / "profile").iterdir()
+    assert file.name == "trace-rank0.json"
+    events = json.loads(file.read_text())["traceEvents"]
+    traced = min(steps, 3)
+    durations = {
+        hook: [event["dur"] for event in events if event.get("name") == f"trl_ext: Slow.{hook}" and "dur" in event]
+        for hook in ("gradients_ready", "stream general", "metrics")
+    }
+    # A log comes after the step that it is of, so what is logged of the last one is traced no more.
+    logged = traced if steps > traced else traced - 1
+    assert [len(times) for times in durations.values()] == [traced, traced, logged]
+    assert min(durations["gradients_ready"]) >= SLEEP * 1e6  # microseconds
+    shown = capsys.readouterr().out.split("profile: ")[1].splitlines()
+    (line,) = (line for line in shown if line.startswith("  Slow.gradients_ready: "))
+    assert float(line.split()[1]) >= SLEEP * 1e3
+    assert profiled.ext_run.guard.named("x").__class__.__name__ == "nullcontext", "no ranges once it is written"
