@@ -17,7 +17,6 @@ from trl_ext_probing.fingerprints import describe_work
 from trl_ext_probing.journal import Journal
 from trl_ext_probing.models import check_template, load_model, load_tokenizer
 from trl_ext_probing.progress import Report
-from trl_ext_probing.ranks import gathered, rank, world_size
 from trl_ext_probing.results import forget_results, journal_of
 from trl_ext_probing.rows import load_data
 from trl_ext_probing.scoring import Scorer, TokenScores
@@ -144,7 +143,7 @@ def score_models(
                 model, tokenizer = load_model(own.model, settings.dtype, settings.device)
                 scorer = Scorer(model)
                 for number, chunk in enumerate(data.chunks(tokenizer, done), start=done):
-                    line = _line(_shared(scorer, chunk, settings.batch_tokens), keep_log_probs)
+                    line = _line(scorer.score_shared(chunk, settings.batch_tokens), keep_log_probs)
                     journal.append({"chunk": number, **line})
                     own.add(line)
                     report.update(min((number + 1) * settings.chunk, len(data.rows)))
@@ -152,14 +151,6 @@ def score_models(
                 gc.collect()  # models hold circles of references, and the next one wants the memory
             found.append(own)
     return found
-
-
-def _shared(scorer: Scorer, chunk: Sequence[Encoded], batch_tokens: int) -> list[TokenScores]:
-    """Scores of a chunk, of which each process makes its part."""
-    mine = range(rank(), len(chunk), world_size())
-    scores = scorer.score([chunk[i] for i in mine], batch_tokens)
-    found = dict(gathered(list(zip(mine, scores, strict=True))))
-    return [found[i] for i in range(len(chunk))]
 
 
 def _line(scores: Sequence[TokenScores], keep_log_probs: bool) -> dict[str, Any]:
