@@ -22,9 +22,6 @@ SCHEMA = 1
 """Of `results.json`; it rises when a key gets another meaning or goes."""
 
 
-FILES = ("results.json", "table.md", "rows.csv", "plot.png")
-
-
 def write_results(
     settings: ProbeSettings,
     content: Mapping[str, Any],
@@ -68,7 +65,7 @@ def forget_results(settings: ProbeSettings) -> None:
             read_results(settings.output, settings.probe, "--output")
         except ConfigurationError:
             return
-        for name in FILES:
+        for name in settings.files:
             (settings.output / name).unlink(missing_ok=True)
 
 

@@ -38,6 +38,8 @@ class ProbeSettings:
     probe: ClassVar[str]
     """The command's name."""
     free: ClassVar[frozenset[str]] = frozenset({"output", "overwrite", "confidence", "device", "batch_size"})
+    files: ClassVar[tuple[str, ...]] = ("results.json", "table.md", "rows.csv", "plot.png")
+    """What a finished run has written beside its journals, and --overwrite removes."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)
@@ -68,9 +70,12 @@ class ProbeSettings:
         words = ["trl-ext", "probe", self.probe]
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != _default(field) and field.name != "overwrite":
-                values = value if isinstance(value, list) else [value]
-                words += [_flag(field.name)] if value is True else [w for v in values for w in (_flag(field.name), v)]
+            if value == _default(field) or field.name == "overwrite":
+                continue
+            if isinstance(value, bool):
+                words.append(_flag(field.name if value else f"no-{field.name}"))
+            else:
+                words += [w for v in (value if isinstance(value, list) else [value]) for w in (_flag(field.name), v)]
         return shlex.join(map(str, words))
 
 

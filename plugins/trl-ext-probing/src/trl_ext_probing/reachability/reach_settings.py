@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.settings import DataSettings, Option, RewardSettings, SampledModelSettings
+from trl_ext_probing.settings import DataSettings, Option, ProbeSettings, RewardSettings, SampledModelSettings
 
 if TYPE_CHECKING:
     from trl_ext_probing.reachability.routing import Budget
@@ -33,6 +33,9 @@ class ReachabilitySettings(SampledModelSettings, DataSettings, RewardSettings):
 
     probe: ClassVar[str] = "reachability"
     free: ClassVar[frozenset[str]] = (SampledModelSettings.free - {"confidence"}) | {"check_against"}
+    files: ClassVar[tuple[str, ...]] = (
+        *ProbeSettings.files, "demonstrations.jsonl", "calibration.json", "calibration.md", "calibration.png",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
