@@ -11,7 +11,8 @@ import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy.stats import binom
-from trl_ext_probing.engines import Completion, engine, outstanding
+from trl_ext_probing.engines import Completion, Draw, engine, outstanding
+from trl_ext_probing.engines.decoding_batch import DecodingBatch, Row
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import tiny_llama, tiny_moe, tiny_qwen2, tiny_tokenizer
@@ -75,6 +76,22 @@ def test_greedy_completions_are_those_of_generate(name: str) -> None:
         assert completions[i, 0] == completions[i, 1] == expected
         lengths.add(len(expected))
     assert len(lengths) > 2
+
+
+def test_a_finished_row_stays_within_the_table_of_positions() -> None:
+    """Of 16 positions, its prompt and completion take all; the others decode on beside it, as they would alone."""
+    config = transformers.GPT2Config(**SHAPE, n_embd=32, n_layer=2, n_head=4, n_positions=16)
+    torch.manual_seed(0)
+    model = ready(transformers.AutoModelForCausalLM.from_config(config))
+    full, *short = [Row(Draw(i, 0), i, list(range(1, 1 + length))) for i, length in enumerate((15, 3, 4, 5))]
+    batch, alone = DecodingBatch(model, [full, *short]), DecodingBatch(model, short)
+    full.finish_reason = "length"
+    tokens = torch.arange(4)
+    for _ in range(8):
+        with torch.no_grad():
+            batch.step(tokens)
+            alone.step(tokens[1:])
+        torch.testing.assert_close(batch.logits[1:], alone.logits, rtol=1e-4, atol=1e-4)  # float32, other widths
 
 
 def test_messages_are_completed_after_the_chat_template() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from operator import attrgetter
@@ -39,6 +40,8 @@ class SampledModel:
         if settings.engine == "server":
             return make_engine("server", base_url=settings.base_url, model=self.name, concurrency=settings.batch_size)
         if settings.engine == "vllm":
+            self.__dict__.pop("loaded", None)  # vLLM takes the memory of the device for itself
+            gc.collect()
             return make_engine("vllm", model=self.name, dtype=settings.dtype)
         model, tokenizer = self.loaded
         return make_engine("transformers", model=model, tokenizer=tokenizer, batch_size=settings.batch_size)
