@@ -19,7 +19,7 @@ from trl_ext_probing.ranks import batched, from_first, world_size
 from trl_ext_probing.reachability.keys import prompt_key
 from trl_ext_probing.reachability.reach_settings import ReachabilitySettings
 from trl_ext_probing.reachability.routing import choose_route, undecided
-from trl_ext_probing.reachability.statistics import BetaPrior, expected_queries, fit_prior
+from trl_ext_probing.reachability.statistics import BetaPrior, fit_prior
 from trl_ext_probing.rewards import Judge, refuse_unjudged
 from trl_ext_probing.sampling import SampledModel, Samples
 from trl_ext_probing.scoring import Scorer, TokenScores
@@ -118,7 +118,6 @@ class Measurement:
             p = float(successes[i] / trials[i])
             shown = self.demonstrations.get(i)
             shown = None if shown is None or shown["too_long"] else shown
-            queries = float(expected_queries(p))
             # What the reward function refuses shows no way to a success.
             worst = shown["worst_token"] if shown and shown["correct"] else None
             records.append(
@@ -134,7 +133,7 @@ class Measurement:
                     "high": float(high[i]),
                     "at_least_one": float(at_least_one[i]),
                     "informative_group": float(informative[i]),
-                    "expected_queries": None if math.isinf(queries) else queries,
+                    "expected_queries": 1 / p if p else None,
                     "demonstration_correct": shown["correct"] if shown else None,
                     "log_likelihood": shown["log_likelihood"] if shown else None,
                     **{name: shown[name] if shown else None for name in WORST_SHARES},

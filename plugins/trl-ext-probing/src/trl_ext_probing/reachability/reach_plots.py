@@ -76,15 +76,3 @@ def draw_calibration(result: Mapping[str, Any], path: Path) -> None:
     )
     counts.set(xlabel="predicted probability", ylabel="prompts", xlim=(-0.02, 1.02))
     save(whole, path)
-
-
-def draw_queries(alphas: Sequence[float], draws: Sequence[int], bins: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws until the first success against 1/alpha, of each prompt and on average; see `queries.query_ratios`."""
-    whole, axis = figure(size=(5.5, 5))
-    x, y = 1 / np.asarray(alphas), np.asarray(draws)
-    axis.loglog(x[y > 0], y[y > 0], ".", color=COLOURS[4], alpha=0.4, label="one prompt")
-    axis.loglog([b["expected"] for b in bins], [b["mean_draws"] for b in bins], "o", color=COLOURS[0], label="bin mean")
-    axis.loglog([1, x.max()], [1, x.max()], color=GREY, linestyle=":", label="1/alpha")
-    axis.set(xlabel="1/alpha (draws)", ylabel="draws until the first success", title="Queries to success")
-    axis.legend(fontsize=8)
-    save(whole, path)
