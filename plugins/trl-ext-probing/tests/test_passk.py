@@ -16,15 +16,14 @@ import pytest
 from interruption import killed_after, lines_of, results_of, same_results
 from stub_server import Stub
 from trl_ext_probing.commands import passk
-from trl_ext_probing.fingerprints import describe_work
 from trl_ext_probing.journal import Journal
 from trl_ext_probing.passk.estimator import pass_at_k
 from trl_ext_probing.passk.passk_results import Result, describe
 from trl_ext_probing.passk.passk_run import run
 from trl_ext_probing.passk.passk_settings import PasskSettings
-from trl_ext_probing.results import journal_of
 from trl_ext_probing.rows import load_problems
 from trl_ext_probing.sampling import Samples
+from trl_ext_probing.work import describe_work, journal_of
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer

@@ -125,21 +125,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")[-100:]
 
 
-def journal_of(output: Path, models: Iterable[str]) -> dict[str, Path]:
-    """The journal of each model.
-
-    Raises:
-        ConfigurationError: Two names give one file.
-    """
-    files: dict[str, Path] = {}
-    for model in models:
-        path = output / f"journal.{slug(model)}.jsonl"
-        if path in files.values():
-            raise ConfigurationError(f"--model {model!r}: its journal would be {path}, as another model's; rename it")
-        files[model] = path
-    return files
-
-
 def write(path: Path, content: str | bytes) -> None:
     """Write a file in one move: it is there as a whole, or as it was."""
     unfinished = path.with_name(f".{path.name}")

@@ -42,7 +42,7 @@ class Measurement:
         self, settings: ReachabilitySettings, rows: Sequence[dict[str, Any]], model: str, journal: Journal
     ) -> None:
         self.settings, self.rows, self.model = settings, rows, model
-        self._journal = journal
+        self.journal = journal
         self.samples = Samples(rows, journal)
         self.demonstrations: dict[int, dict[str, Any]] = {}
         """By row: `log_likelihood`, `worst_token` and so on, `too_long`, and whether it is `correct`."""
@@ -66,9 +66,7 @@ class Measurement:
                 still_open &= self.open(before)
             draws = [(i, j) for i in np.flatnonzero(still_open).tolist() for j in range(before, total)]
             progress = self.samples.draw(draws, model.engine, judge, self.settings)
-            report.start(f"{self.model}: rollouts, round {number}", len(draws), next(progress))
-            for done in progress:
-                report.update(done)
+            report.follow(f"{self.model}: rollouts, round {number}", len(draws), progress)
             _, trials, _ = self.counts(total)
             refuse_unjudged(np.flatnonzero(trials == 0).tolist(), judge.name, self.settings.dataset)
             before = total
@@ -157,7 +155,7 @@ class Measurement:
             scores = scorer.score_shared(examples)
             rewards = from_first(partial(judge, rows, texts, answers, batch))
             lines = list(map(self._demonstration, batch, answers, scores, rewards))
-            self._journal.append(*lines)
+            self.journal.append(*lines)
             self.demonstrations |= {line["demonstration"]: line for line in lines}
             done += len(batch)
             report.update(done)
