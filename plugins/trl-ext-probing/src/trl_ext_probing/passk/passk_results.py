@@ -157,12 +157,13 @@ def draw(settings: PasskSettings, results: Sequence[Result], path: Path) -> None
     for i, result in enumerate(results):
         shift = 1.03 ** (i - (len(results) - 1) / 2)  # so that no interval hides another one
         draw_estimates(axis, [k * shift for k in ks], [result.estimates[k] for k in ks], i, result.model)
+    highest = max(e.bounds[2] for result in results for e in result.estimates.values())
     axis.set_xscale("log", base=2)
     axis.set_xticks(ks, [str(k) for k in ks])
     axis.set(
         xlabel="k (samples of a problem)",
         ylabel="pass@k (share of problems solved)",
-        ylim=(-0.02, 1.02),
+        ylim=(-0.02 * highest, 1.05 * highest),  # of a weak model, too, something is to be seen
         title=f"{settings.confidence:.0%} intervals over {len(results[0].problems)} problems",
     )
     axis.legend(fontsize=8)
