@@ -5,7 +5,7 @@ Pictures are made without pyplot, which has global state and wants a display.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -66,6 +66,14 @@ def draw_estimates(
         capsize=3,
         label=label,
     )
+
+
+def short_names(models: Iterable[str]) -> list[str]:
+    """Names for legends and ticks: as many of the last parts of the paths as tell them apart."""
+    parts = [Path(model).parts for model in models]
+    longest = max(map(len, parts))
+    count = next((n for n in range(1, longest) if len({p[-n:] for p in parts}) == len(set(parts))), longest)
+    return ["/".join(p[-count:]) for p in parts]
 
 
 def undefined(axis: Any, why: str) -> None:

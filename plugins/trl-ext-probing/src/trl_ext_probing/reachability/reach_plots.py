@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_ext_probing.plots import COLOURS, GREY, figure, log_axis_with_zero, save
+from trl_ext_probing.plots import COLOURS, GREY, figure, log_axis_with_zero, save, short_names
 from trl_ext_probing.reachability.reach_settings import ReachabilitySettings
 from trl_ext_probing.reachability.reach_summary import LABELS, Records
 from trl_ext_probing.reachability.routing import ROUTES
@@ -19,14 +19,15 @@ def draw_reachability(
 ) -> None:
     """For each model the quantile curves, the bounds of each prompt with the cuts between routes, and the routes."""
     whole, axes = figure(3, len(models), squeeze=False)
-    for (curves, bounds, routes), model, own in zip(axes, models, records, strict=True):
+    names = short_names(model["model"] for model in models)
+    for (curves, bounds, routes), name, model, own in zip(axes, names, models, records, strict=True):
         _draw_curves(curves, model)
         _draw_bounds(bounds, settings, own)
         routes.barh(list(ROUTES), [model["routes"][route] for route in ROUTES], color=COLOURS[0])
         routes.invert_yaxis()
         routes.set(xlabel="prompts", title=f"Routes at {settings.budget.draws} draws a prompt")
         if len(models) > 1:
-            curves.set_ylabel(f"{Path(model['model']).name}\n{curves.get_ylabel()}")
+            curves.set_ylabel(f"{name}\n{curves.get_ylabel()}")
     save(whole, path)
 
 
