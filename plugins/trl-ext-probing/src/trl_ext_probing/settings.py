@@ -45,9 +45,9 @@ class ProbeSettings:
         hints = get_type_hints(type(self), include_extras=True)
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, str) and _is_list(hints[field.name]):  # one in place of a list
+            if isinstance(value, str) and _takes(hints[field.name], list):  # one in place of a list
                 object.__setattr__(self, field.name, [value])
-            if isinstance(value, str) and _is_path(hints[field.name]):  # of the Python call
+            if isinstance(value, str) and _takes(hints[field.name], Path):  # of the Python call
                 object.__setattr__(self, field.name, Path(value))
             _refuse_out_of_range(_flag(field.name), hints[field.name], value)
         if not 0 < self.confidence < 1:
@@ -229,14 +229,9 @@ def _default(field: Field[Any]) -> Any:
     return inspect.Parameter.empty if field.default is MISSING else field.default
 
 
-def _is_path(hint: Any) -> bool:
-    """Whether the values of a field are paths, or None."""
-    return Path in (hint, *get_args(hint)) or any(map(_is_path, get_args(hint)))
-
-
-def _is_list(hint: Any) -> bool:
-    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    return list in (get_origin(kind), *map(get_origin, get_args(kind)))
+def _takes(hint: Any, kind: type) -> bool:
+    """Whether the values of a field are of a kind, or may be."""
+    return kind in (hint, get_origin(hint)) or any(_takes(part, kind) for part in get_args(hint))
 
 
 def _plain(value: Any) -> Any:
