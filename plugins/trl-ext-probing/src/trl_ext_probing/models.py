@@ -27,10 +27,9 @@ def find_device(device: str = "auto") -> torch.device:
     import torch
 
     try:
-        name = device
-        if device == "auto":
-            name = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        found = torch.device(name)
+        found = torch.device("cpu" if device == "auto" else device)
+        if device == "auto" and torch.accelerator.is_available():
+            found = torch.accelerator.current_accelerator() or found
         if found.index is None and found.type != "cpu":
             found = torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.empty(0, device=found)
