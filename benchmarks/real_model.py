@@ -1,4 +1,4 @@
-"""Every probe once on a real model and real problems, with pictures to look at; an hour or more on a CPU.
+"""Every probe once on a real model and real problems, with pictures to look at; half an hour on an idle CPU core.
 
     python benchmarks/real_model.py MODEL GSM8K OUTPUT
 
@@ -41,15 +41,15 @@ EXCURSIONS = {
 }  # fmt: skip
 JUDGED = "--reward trl_ext_probing.answers:exact_answer --max-completion-length"
 COMMANDS = (
-    "probe capability --model base --model sft --dataset test.jsonl --limit 40 --batch-tokens 2048",
+    "probe capability --model base --model sft --dataset test.jsonl --limit 24 --batch-tokens 2048",
     "probe passk --model base --model sft --dataset test.jsonl --limit 16 --n 4 --k 1,2,4 "
     f"{JUDGED} 160 --batch-size 32",
     "probe drift --base base --model sft --dataset general.jsonl --limit 40 --max-length 256 --batch-tokens 2048",
-    "probe reachability --model sft --dataset test.jsonl --limit 16 --n 2 --max-rollouts 4 --epochs 2 "
-    f"{JUDGED} 160 --batch-size 32",
+    "probe reachability --model sft --dataset test.jsonl --limit 10 --n 2 --max-rollouts 4 --epochs 2 "
+    f"{JUDGED} 128 --batch-size 20",
     "probe excursions --config excursions.yaml",
-    f"probe from-scratch --config short.yaml --eval-in in.jsonl --eval-out out.jsonl --floor 0 {JUDGED} 64 "
-    "--learning-rates 2e-4 --points 2",
+    f"probe from-scratch --config scratch.yaml --eval-in in.jsonl --eval-out out.jsonl --floor 0 {JUDGED} 32 "
+    "--learning-rates 2e-4 --points 1",
 )
 
 
@@ -74,13 +74,14 @@ def prepare(model: Path, data: Path, folder: Path) -> None:
     }
     write(folder / "train.jsonl", problems["train"][:640])
     write(folder / "test.jsonl", problems["test"])
-    write(folder / "in.jsonl", problems["test"][:6])
+    write(folder / "in.jsonl", problems["test"][:2])
     write(folder / "general.jsonl", [{"text": text} for _, text in sorted(topics.items())])
-    sums = [json.loads(line) for line in (EXAMPLES / "test.jsonl").read_text().splitlines()[:6]]
+    sums = [json.loads(line) for line in (EXAMPLES / "test.jsonl").read_text().splitlines()[:2]]
     write(folder / "out.jsonl", [conversation({"question": s["prompt"], "answer": s["completion"]}) for s in sums])
     for name, changed in {
         "sft.yaml": {**TRAINING, "max_length": 192, "max_steps": 16, "output_dir": "sft"},
         "short.yaml": {**TRAINING, "max_length": 128, "max_steps": 6, "output_dir": "unused"},
+        "scratch.yaml": {**TRAINING, "max_length": 96, "max_steps": 3, "output_dir": "unused"},
         "excursions.yaml": EXCURSIONS,
     }.items():
         (folder / name).write_text(json.dumps(changed, indent=1))  # which is YAML too
