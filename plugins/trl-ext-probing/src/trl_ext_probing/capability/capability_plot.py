@@ -27,7 +27,8 @@ def draw_capability(found: Mapping[str, Capability], path: Path) -> None:
         shares.plot(means_of, levels, "--", color=colour, label=f"{name}: examples (mean p of each)")
         value, low, high = capability.mean_p.bounds
         bars = [[value - max(low, FLOOR)], [high - value]]
-        means.errorbar([value], [i], xerr=bars, color=colour, marker=MARKERS[i % len(MARKERS)], capsize=3)
+        marker = MARKERS[i % len(MARKERS)]  # small, or it would hide a narrow interval
+        means.errorbar([value], [i], xerr=bars, color=colour, marker=marker, markersize=3, linewidth=1, capsize=5)
     shares.set(
         xscale="log",
         xlim=(FLOOR, 1),

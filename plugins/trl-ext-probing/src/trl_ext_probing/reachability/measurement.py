@@ -24,9 +24,6 @@ from trl_ext_probing.rewards import Judge, refuse_unjudged
 from trl_ext_probing.sampling import SampledModel, Samples
 from trl_ext_probing.scoring import Scorer, TokenScores
 
-WORST_SHARES = {"worst_token": 0.0, "worst_1_percent": 0.01, "worst_5_percent": 0.05}
-"""Quantiles of a demonstration's token probabilities that are kept."""
-
 
 class Measurement:
     """Counts of rollouts and successes, and scores of demonstrations, per prompt, under one model.
@@ -134,7 +131,7 @@ class Measurement:
                     "expected_queries": 1 / p if p else None,
                     "demonstration_correct": shown["correct"] if shown else None,
                     "log_likelihood": shown["log_likelihood"] if shown else None,
-                    **{name: shown[name] if shown else None for name in WORST_SHARES},
+                    "worst_token": shown["worst_token"] if shown else None,
                     "route": choose_route(p, float(low[i]), float(high[i]), budget, worst),
                 }
             )
@@ -164,14 +161,8 @@ class Measurement:
         """What the journal keeps of the demonstration of row i."""
         return {
             "demonstration": i,
-            "log_likelihood": float(scores.log_probs.astype(np.float64).sum()),
-            **_worst(scores.log_probs),
+            "log_likelihood": float(scores.log_probs.sum(dtype=np.float64)),
+            "worst_token": math.exp(scores.log_probs.min()),
             "too_long": len(answer) > self.settings.max_completion_length,
             "correct": reward is not None and reward >= self.settings.solved_at,
         }
-
-
-def _worst(log_probs: NDArray[np.float32]) -> dict[str, float]:
-    values = log_probs.astype(np.float64)
-    quantiles = np.exp(np.quantile(values, list(WORST_SHARES.values()), method="lower"))
-    return dict(zip(WORST_SHARES, quantiles.tolist(), strict=True))
