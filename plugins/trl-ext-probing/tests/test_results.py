@@ -79,12 +79,17 @@ def test_small_values_and_zero_have_a_place_and_no_offset_is_shown() -> None:
     _, axis = figure()
     axis.plot([0, 1, 2], [0.0, 0.003, 1.0])
     log_axis_with_zero(axis, 0.003)
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "0.001", "0.01", "0.1", "1"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "1", "0.1", "0.01", "0.001"]
     pixels = axis.transData.transform([(0, y) for y in (0.0, 0.001, 0.01, 0.1, 1.0)])[:, 1]
     steps = pixels[1:] - pixels[:-1]
     assert (steps > 0).all()
     assert steps[2] == pytest.approx(steps[3]), "a decade is as high as another"
     assert axis.get_ylim()[0] < 0, "0 is not cut off"
+    log_axis_with_zero(axis, 2e-57)
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels == ["0", "1", "1e-08", "1e-16", "1e-24", "1e-32", "1e-40", "1e-48", "1e-56"]
+    zero, least, one = axis.transData.transform([(0, y) for y in (0.0, 2e-57, 1.0)])[:, 1]
+    assert least - zero > (one - zero) / 20, "what is small is not 0"
     assert not axis.xaxis.get_major_formatter().get_useOffset()
 
 

@@ -90,10 +90,12 @@ def log_axis_with_zero(axis: Any, smallest: float) -> None:
         axis: Of matplotlib.
         smallest: The smallest value above 0 that is shown.
     """
-    decade = 10.0 ** np.floor(np.log10(min(max(smallest, 1e-12), 0.1)))
-    axis.set_yscale("symlog", linthresh=decade, linscale=0.5)
-    ticks = [0.0, *(10.0**e for e in range(round(np.log10(decade)), 1))]
-    axis.set_yticks(ticks, ["0", *(f"{tick:g}" for tick in ticks[1:])])
+    decades = -int(np.floor(np.log10(min(max(smallest, 1e-300), 0.1))))
+    decade = 10.0**-decades
+    axis.set_yscale("symlog", linthresh=decade, linscale=max(0.5, decades / 12))
+    exponents = range(0, decades + 1, -(-decades // 8))  # of whole answers, likelihoods go down to 1e-60 and less
+    ticks = {0.0: "0", **{10.0**-e: f"{10.0**-e:g}" for e in exponents}}
+    axis.set_yticks(list(ticks), list(ticks.values()))
     axis.set_ylim(-decade / 4, 1.3)
 
 

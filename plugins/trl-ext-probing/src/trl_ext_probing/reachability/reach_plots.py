@@ -45,14 +45,14 @@ def _draw_bounds(axis: Any, settings: ReachabilitySettings, records: Records) ->
     place = np.arange(len(ordered))
     rates = np.array([r["successes"] / r["rollouts"] for r in ordered])
     low, high = (np.array([r[name] for r in ordered]) for name in ("low", "high"))
-    label = f"bounds ({settings.confidence:.0%}, over all rounds)"
-    axis.vlines(place, low, high, color=COLOURS[4], linewidth=2, alpha=0.6, label=label)
-    axis.plot(place, rates, ".", color=COLOURS[0], markersize=4, label="rate")
+    axis.vlines(place, low, high, color=COLOURS[4], linewidth=2, alpha=0.6)
+    axis.plot(place, rates, ".", color=COLOURS[0], markersize=4)
     for cut in settings.budget.cuts:
         axis.axhline(min(cut, 1.0), color=GREY, linestyle=":", linewidth=1)
     log_axis_with_zero(axis, min([*rates[rates > 0], *settings.budget.cuts]))
-    axis.set(xlabel="prompt, by rate", ylabel="success rate", title="Success rates; dotted: cuts between routes")
-    axis.legend(fontsize=8)
+    # In the title, since a legend would hide some of them.
+    title = f"Success rates, {settings.confidence:.0%} bounds over all rounds;\ndotted: cuts between routes"
+    axis.set(xlabel="prompt, by rate", ylabel="success rate", title=title)
 
 
 def draw_calibration(result: Mapping[str, Any], path: Path) -> None:
