@@ -96,7 +96,7 @@ def log_axis_with_zero(axis: Any, smallest: float) -> None:
     exponents = range(0, decades + 1, -(-decades // 8))  # of whole answers, likelihoods go down to 1e-60 and less
     ticks = {0.0: "0", **{10.0**-e: f"{10.0**-e:g}" for e in exponents}}
     axis.set_yticks(list(ticks), list(ticks.values()))
-    axis.set_ylim(-decade / 4, 1.3)
+    axis.set_ylim(-decade / 4, max(1.3, 10 ** (decades / 30)))
 
 
 def save(whole: Any, path: Path) -> None:
