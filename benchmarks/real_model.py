@@ -1,4 +1,4 @@
-"""Every probe once on a real model and real problems, with pictures to look at; half an hour on an idle CPU core.
+"""Every probe once on a real model and real problems, with pictures to look at; about twelve minutes of processor time.
 
     python benchmarks/real_model.py MODEL GSM8K OUTPUT
 
