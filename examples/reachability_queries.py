@@ -17,12 +17,18 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
 from reachability_grpo import LARGE, Row, Setup, likelihoods, probe, problems, quiet, spread, train_base
+
+EDGES = (1.0, *(10 ** (i / 2) for i in range(1, 20)))
+"""Of the bins of 1/alpha."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,6 @@ def queries(setup: Setup, sizes: Sizes, model: str, rows: Sequence[Row], seed: i
     """Probability of the right answer and draws until it comes, of each prompt in reach of `most_draws`."""
     from trl_ext_probing.engines import engine
     from trl_ext_probing.models import load_model
-    from trl_ext_probing.reachability.queries import draws_until_solved
 
     alphas = likelihoods(model, rows)
     known = [i for i, alpha in enumerate(alphas) if alpha > 1 / sizes.most_draws]
@@ -62,6 +67,96 @@ def queries(setup: Setup, sizes: Sizes, model: str, rows: Sequence[Row], seed: i
     return [{"alpha": float(alphas[i]), "draws": int(n)} for i, n in zip(known, counts, strict=True)]
 
 
+def draws_until_solved(
+    draw: Callable[[list[int]], Sequence[bool]], prompts: int, limit: int, at_once: int = 8
+) -> np.ndarray:
+    """(prompts,) number of the draw that solved each prompt first, from 1; 0 where none of `limit` did.
+
+    Args:
+        draw: for a list of prompt numbers, with repeats, one draw each: whether it is a success.
+        prompts: how many there are.
+        limit: most draws of a prompt.
+        at_once: draws of a prompt between looks. Draws after the first success are thrown away, so that the number
+            does not depend on it.
+    """
+    first = np.zeros(prompts, dtype=int)
+    done = 0
+    while done < limit and not first.all():
+        now = min(at_once, limit - done)
+        left = np.flatnonzero(first == 0)
+        hits = np.array(draw(left.repeat(now).tolist()), dtype=bool).reshape(len(left), now)
+        solved = hits.any(axis=1)
+        first[left[solved]] = done + 1 + hits[solved].argmax(axis=1)
+        done += now
+    return first
+
+
+def query_ratios(alphas: ArrayLike, draws: ArrayLike, limit: int) -> list[dict[str, Any]]:
+    """Draws until the first success over what theory expects, for prompts in bins of half a decade of 1/alpha.
+
+    Expected are (1 - (1 - alpha)^limit) / alpha draws: 1/alpha but for the limit, to which prompts that were never
+    solved count (arXiv 2603.06957: 1/alpha reward queries on samples with base likelihood alpha).
+
+    Args:
+        alphas: (n,) success rates, known from elsewhere than these draws, above 0.
+        draws: (n,) from `draws_until_solved`.
+        limit: most draws of a prompt there.
+
+    Returns:
+        For each bin with prompts `from` and `to` (of 1/alpha), `prompts`, how many were `unsolved`, `mean_draws`,
+        `expected`, their `ratio` and its 95 % `interval`, by resampling prompts 2,000 times.
+    """
+    p, counts = np.asarray(alphas, dtype=float), np.asarray(draws)
+    unsolved = counts == 0
+    spent, expected = np.where(unsolved, limit, counts), (1 - (1 - p) ** limit) / p
+    rng = np.random.default_rng(0)
+    found = []
+    for low, high in pairwise(EDGES):
+        mine = np.flatnonzero((1 / p >= low) & (1 / p < high))
+        if not len(mine):
+            continue
+        again = rng.choice(mine, (2000, len(mine)))
+        ratios = spent[again].sum(axis=1) / expected[again].sum(axis=1)
+        found.append(
+            {
+                "from": low,
+                "to": high,
+                "prompts": len(mine),
+                "unsolved": int(unsolved[mine].sum()),
+                "mean_draws": float(spent[mine].mean()),
+                "expected": float(expected[mine].mean()),
+                "ratio": float(spent[mine].sum() / expected[mine].sum()),
+                "interval": np.quantile(ratios, [0.025, 0.975]).tolist(),
+            }
+        )
+    return found
+
+
+def describe_queries(bins: Sequence[Mapping[str, Any]]) -> str:
+    """The bins of `query_ratios` as a table in Markdown."""
+    lines = ["| 1/alpha | prompts | never solved | mean draws | expected | ratio (95 %) |", "|---" * 6 + "|"]
+    lines += [
+        f"| {b['from']:.3g} to {b['to']:.3g} | {b['prompts']} | {b['unsolved']} | {b['mean_draws']:.1f} "
+        f"| {b['expected']:.1f} | {b['ratio']:.2f} ({b['interval'][0]:.2f} to {b['interval'][1]:.2f}) |"
+        for b in bins
+    ]
+    return "\n".join(lines)
+
+
+def draw_queries(alphas: Sequence[float], draws: Sequence[int], bins: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws until the first success against 1/alpha, of each prompt and on average; see `query_ratios`."""
+    from trl_ext_probing.plots import COLOURS, GREY, figure, save
+
+    whole, axis = figure(size=(5.5, 5))
+    x, y = 1 / np.asarray(alphas), np.asarray(draws)
+    axis.loglog(x[y > 0], y[y > 0], ".", color=COLOURS[4], alpha=0.4, label="one prompt")
+    axis.loglog([b["expected"] for b in bins], [b["mean_draws"] for b in bins], "o", color=COLOURS[0], label="bin mean")
+    axis.loglog([1, x.max()], [1, x.max()], color=GREY, linestyle=":", label="1/alpha")
+    axis.set(xlabel="1/alpha (draws)", ylabel="draws until the first success", title="Queries to success")
+    axis.legend(fontsize=8)
+    save(whole, path)
+
+
 def run_seed(setup: Setup, sizes: Sizes, seed: int, output: Path) -> dict[str, Any]:
     """One base model: draws until success, and predicted against observed on held-out prompts."""
     from trl_ext_probing.reachability.checking import check_against
@@ -80,8 +175,6 @@ def run_seed(setup: Setup, sizes: Sizes, seed: int, output: Path) -> dict[str, A
 
 def report(sizes: Sizes, results: Sequence[Mapping[str, Any]], bins: Sequence[Mapping[str, Any]]) -> str:
     """The tables in Markdown."""
-    from trl_ext_probing.reachability.queries import describe_queries
-
     lines = [
         f"{len(results)} seeds.",
         "",
@@ -116,8 +209,6 @@ def main() -> None:
     setup, sizes = (LARGE, Sizes(8192, 64)) if options.large else (Setup(), Sizes())
     quiet(setup)
     options.output.mkdir(parents=True, exist_ok=True)
-    from trl_ext_probing.reachability.queries import query_ratios
-    from trl_ext_probing.reachability.reach_plots import draw_queries
 
     results = [run_seed(setup, sizes, seed, options.output) for seed in range(options.seeds)]
     found = [query for result in results for query in result["queries"]]

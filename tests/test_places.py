@@ -1,7 +1,9 @@
 """Plugins that a config names by their place: a class in a file, or in a module that Python finds."""
 
+import sys
 from pathlib import Path
 from textwrap import dedent
+from typing import get_type_hints
 
 import pytest
 from helpers import assert_close
@@ -69,15 +71,25 @@ def test_the_version_follows_the_source_and_the_identity_does_not(workplace):
     assert after.__module__ == before.__module__, "a resumed run would take it for another plugin"
 
 
-def test_two_files_of_one_name_keep_apart(workplace):
-    (workplace / "below").mkdir()
-    (workplace / "below" / "focal.py").write_text(
-        SOURCE.replace("gamma: float", "gamma: Number").replace(
-            "from trl_ext", "from numbers import Number\nfrom trl_ext"
-        )
-    )
-    classes = [load_plugin(f"{folder}/focal.py:Focal")[0] for folder in (".", "./below")]
-    assert classes[0].__module__ != classes[1].__module__
+@pytest.mark.parametrize("folders", [(".", "below"), ("b.c", "b_c")])
+def test_two_files_of_one_name_keep_apart(workplace, folders):
+    """Also where their paths differ in signs that the name of a module cannot have."""
+    other = SOURCE.replace("gamma: float", "gamma: Own") + "\n\nOwn = int\n"  # the other file has no such name
+    for folder, source in zip(folders, (other, SOURCE), strict=True):
+        (workplace / folder).mkdir(exist_ok=True)
+        (workplace / folder / "focal.py").write_text(source)
+    first, second = (load_plugin(f"./{folder}/focal.py:Focal")[0] for folder in folders)
+    assert get_type_hints(first)["gamma"] is int
+    assert get_type_hints(second)["gamma"] is float
+
+
+def test_a_file_that_fails_leaves_the_module_that_it_was_before(workplace):
+    first = load_plugin("./focal.py:Focal")[0]
+    (workplace / "focal.py").write_text(SOURCE + "\nraise LookupError")
+    before = dict(sys.modules)
+    assert "LookupError" in message_of("./focal.py:Focal")
+    assert sys.modules == before
+    assert sys.modules[first.__module__].Focal is first
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
-"""From the names in a config to checked, ordered and bound calls of plugins. `activate` is public."""
+"""From the names in a config to checked, ordered and bound calls of plugins. What is listed here is public."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trl_ext.plugins.activation import activate
+    from trl_ext.plugins.places import load_module
     from trl_ext.plugins.plugin_set import PluginSet
 
-__all__ = ["PluginSet", "activate"]
+__all__ = ["PluginSet", "activate", "load_module"]
 
-_HOMES = {"activate": "trl_ext.plugins.activation", "PluginSet": "trl_ext.plugins.plugin_set"}
+_HOMES = {
+    "PluginSet": "trl_ext.plugins.plugin_set",
+    "activate": "trl_ext.plugins.activation",
+    "load_module": "trl_ext.plugins.places",
+}
 
 
 def __getattr__(name: str) -> Any:

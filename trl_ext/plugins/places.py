@@ -1,4 +1,7 @@
-"""Plugins by their place: a class in a file or module, without an installation. Naming one runs the code there."""
+"""Python code by its place, `path/file.py` or `package.module`: naming one runs it.
+
+Plugins are named so without an installation, and so are the reward functions and metrics of the probes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ def load_place(name: str) -> tuple[Any, str]:
     """
     place, _, attribute = name.rpartition(":")
     try:
-        module = _execute(Path(place), place) if place.endswith(".py") else _import(place)
+        module = load_module(place)
     except (Exception, SystemExit) as error:  # what is imported may raise anything, and the message names the place
         raise ConfigurationError(
             f"plugins: [{name}]: importing {place!r} raised {type(error).__name__}: {error}. Repair or remove it"
@@ -38,22 +41,44 @@ def load_place(name: str) -> tuple[Any, str]:
     return getattr(module, attribute), _digest(module)
 
 
+def load_module(place: str) -> ModuleType:
+    """Run a file as a module of its own, or import a module.
+
+    A file runs anew each time, so that an edited one counts in a notebook. Its module's name is made of the path as
+    written: a checkpoint keeps it, and other machines have other working directories. Modules are those that Python
+    finds, and then those of the working directory, as for TRL's reward functions.
+
+    Args:
+        place: `path/file.py`, from the working directory on, or `package.module`.
+
+    Raises:
+        FileNotFoundError: There is no such file. What the code raises passes through, and leaves no module behind.
+    """
+    if place.endswith(".py"):
+        return _execute(Path(place).expanduser(), place)
+    if not {str(Path.cwd()), ""} & set(sys.path):
+        sys.path.append(str(Path.cwd()))
+    return importlib.import_module(place)
+
+
 def _execute(file: Path, place: str) -> ModuleType:
-    """Run a file as a module of its own, anew each time, so that an edited file counts in a notebook."""
-    # The name is of the path as written: a checkpoint keeps it, and other machines have other working directories.
-    spec = importlib.util.spec_from_file_location(f"plugin_file_{re.sub(r'[^0-9A-Za-z]', '_', place)}", file)
-    if spec is None or spec.loader is None or not file.is_file():
+    if not file.is_file():
         raise FileNotFoundError(f"there is no file {str(file)!r} in {str(Path.cwd())!r}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # a dataclass looks its annotations up there
-    spec.loader.exec_module(module)
+    # The digest keeps apart what differs in signs that a name cannot have: a-b.py and a_b.py.
+    name = f"file_{re.sub(r'[^0-9A-Za-z]', '_', file.stem)}_{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module, before = importlib.util.module_from_spec(spec), sys.modules.get(name)
+    sys.modules[name] = module  # where dataclasses look annotations up, and pickle looks for classes
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name, None)
+        if before is not None:
+            sys.modules[name] = before
+        raise
     return module
-
-
-def _import(name: str) -> ModuleType:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # as for TRL's reward functions; what is installed comes first
-    return importlib.import_module(name)
 
 
 def _digest(module: ModuleType) -> str:

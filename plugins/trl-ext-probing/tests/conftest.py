@@ -1,6 +1,35 @@
-"""Makes the helpers beside the tests importable under `--import-mode=importlib`."""
+"""Makes the helpers beside the tests importable under `--import-mode=importlib`, and has the fixtures of several."""
+
+from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+if TYPE_CHECKING:
+    from stub_server import Answer, Stub
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stub]]:
+    """Starts stub servers, each with a function of its answers; pauses between attempts are short."""
+    from stub_server import Stub, told
+    from trl_ext_probing.engines import http_servers
+
+    monkeypatch.setattr(http_servers, "LONGEST_PAUSE", 0.01)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    stubs: list[Stub] = []
+
+    def start(answer: Callable[[str, dict[str, Any], int], Answer] = told) -> Stub:
+        stubs.append(Stub(answer))
+        return stubs[-1]
+
+    yield start
+    for stub in stubs:
+        stub.server.shutdown()
+        stub.server.server_close()

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from interruption import killed_after
 from scipy.stats import binom  # type: ignore[import-untyped]
 from trl_ext_probing.commands import reachability
 from trl_ext_probing.reachability.calibration import (
@@ -18,6 +19,7 @@ from trl_ext_probing.reachability.calibration import (
     score_calibration,
 )
 from trl_ext_probing.reachability.checking import ALIKE, check_against
+from trl_ext_probing.reachability.reach_settings import ReachabilitySettings
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
@@ -166,7 +168,7 @@ def test_command_compares_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixtur
     model = tiny_llama(hidden=16, layers=1)
     torch.nn.init.zeros_(model.lm_head.weight)
     path = save_model(model, tiny_tokenizer(), tmp_path / "model")
-    rows = [{"prompt": f"{i:02d}", "answer": str((0, 100, 259)[i % 3])} for i in range(30)]
+    rows = [{"prompt": f"{i:02d}", "completion": "!", "answer": str((0, 100, 259)[i % 3])} for i in range(30)]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common: dict[str, Any] = {
@@ -193,3 +195,9 @@ def test_command_compares_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert result["observed_share"] == pytest.approx(2 / 3, abs=0.07)
     assert result["skill"] > 0.8
     assert result["draws"] == 8
+    mine = tmp_path / "mine"
+    (journal,) = mine.glob("journal*")
+    assert {path.name for path in mine.iterdir()} == {journal.name, *ReachabilitySettings.files}
+    with killed_after(0):
+        reachability(model=[path], dataset=str(data), output=mine, seed=3, overwrite=True, **common)
+    assert not list(mine.iterdir()), "nothing of the other settings is left"

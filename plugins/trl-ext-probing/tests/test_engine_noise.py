@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from operator import attrgetter
 
 import pytest
 import torch
 from scipy.stats import kstest
-from trl_ext_probing.engines.draws import noise_keys, outstanding, share
+from trl_ext_probing.engines.draws import noise_keys, outstanding
 from trl_ext_probing.engines.interface import Draw
 from trl_ext_probing.engines.noise import gumbel, mix
+from trl_ext_probing.ranks import share
 
 from trl_ext.errors import ConfigurationError
 
@@ -56,13 +58,14 @@ def test_a_key_depends_on_seed_prompt_and_sample_and_on_no_other_prompt() -> Non
 
 def test_ranks_share_the_prompts_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     left = outstanding(5, 2, done={(0, 0), (0, 1), (3, 1)})
-    parts = [share(left, rank, 3) for rank in range(3)]
+    assert share(left, attrgetter("prompt_index")) == left
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    parts = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        parts.append(share(left, attrgetter("prompt_index")))
     assert sorted(draw for part in parts for draw in part) == left
     assert [{draw.prompt_index for draw in part} for part in parts] == [{1, 4}, {2}, {3}]
-    assert share(left) == left
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert share(left) == parts[1]
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,11 @@ from trl_ext_probing.engines import Completion, engine, http_servers, outstandin
 
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in ("fastapi", "openai", "uvicorn")),
-        reason="transformers[serving] is not installed",
-    ),
-]
+NEEDS_SERVING = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("fastapi", "openai", "uvicorn")),
+    reason="transformers[serving] is not installed",
+)
+pytestmark = [pytest.mark.slow, NEEDS_SERVING]
 
 PROMPTS: list[Any] = ["1+2=", [{"role": "user", "content": "3+4="}], "5, 6, 7"]
 LONGEST_START = 300  # seconds, on a machine with much else to do

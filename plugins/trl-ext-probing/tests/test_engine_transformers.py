@@ -11,7 +11,8 @@ import torch
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from scipy.stats import binom
-from trl_ext_probing.engines import Completion, engine, outstanding, share
+from trl_ext_probing.engines import Completion, Draw, engine, outstanding
+from trl_ext_probing.engines.decoding_batch import DecodingBatch, Row
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import tiny_llama, tiny_moe, tiny_qwen2, tiny_tokenizer
@@ -75,6 +76,22 @@ def test_greedy_completions_are_those_of_generate(name: str) -> None:
         assert completions[i, 0] == completions[i, 1] == expected
         lengths.add(len(expected))
     assert len(lengths) > 2
+
+
+def test_a_finished_row_stays_within_the_table_of_positions() -> None:
+    """Of 16 positions, its prompt and completion take all; the others decode on beside it, as they would alone."""
+    config = transformers.GPT2Config(**SHAPE, n_embd=32, n_layer=2, n_head=4, n_positions=16)
+    torch.manual_seed(0)
+    model = ready(transformers.AutoModelForCausalLM.from_config(config))
+    full, *short = [Row(Draw(i, 0), i, list(range(1, 1 + length))) for i, length in enumerate((15, 3, 4, 5))]
+    batch, alone = DecodingBatch(model, [full, *short]), DecodingBatch(model, short)
+    full.finish_reason = "length"
+    tokens = torch.arange(4)
+    for _ in range(8):
+        with torch.no_grad():
+            batch.step(tokens)
+            alone.step(tokens[1:])
+        torch.testing.assert_close(batch.logits[1:], alone.logits, rtol=1e-4, atol=1e-4)  # float32, other widths
 
 
 def test_messages_are_completed_after_the_chat_template() -> None:
@@ -142,9 +159,9 @@ def test_draws_do_not_depend_on_batches_order_ranks_or_interruptions() -> None:
     assert len(set(expected.values())) == 18, "equal prompts and samples of one prompt have noise of their own"
     for batch_size in (1, 64):
         assert by_draw(complete(model, n=3, batch_size=batch_size)) == expected
-    ranks = [by_draw(complete(model, n=3, draws=share(outstanding(len(PROMPTS), 3), rank, 2))) for rank in (0, 1)]
+    halves = [[d for d in outstanding(len(PROMPTS), 3) if d.prompt_index % 2 == rank] for rank in (0, 1)]
+    ranks = [by_draw(complete(model, n=3, draws=half)) for half in halves]
     assert ranks[0] | ranks[1] == expected
-    assert not ranks[0].keys() & ranks[1].keys()
     done = by_draw(whole[:7])
     rest = by_draw(complete(model, n=3, draws=outstanding(len(PROMPTS), 3, done)))
     assert done | rest == expected

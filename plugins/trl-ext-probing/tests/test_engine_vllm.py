@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import weakref
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from trl_ext_probing.engines import engine, outstanding
+from trl_ext_probing.passk.passk_settings import PasskSettings
+from trl_ext_probing.sampling import SampledModel
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
@@ -18,6 +24,28 @@ INSTALLED = importlib.util.find_spec("vllm") is not None
 def test_a_missing_package_is_named_with_the_line_that_installs_it() -> None:
     with pytest.raises(ConfigurationError, match=r"engine 'vllm' needs the package vllm: pip install 'trl-ext-probing"):
         engine("vllm", model="any")
+
+
+def test_the_model_that_scored_demonstrations_makes_room_for_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM takes most of the device's memory when it starts; a module of its name stands for it here."""
+    path = save_model(tiny_llama(hidden=16), tiny_tokenizer(), tmp_path)
+    sampled = SampledModel(PasskSettings(model=[path], dataset="d", reward=["m:f"], engine="vllm", device="cpu"), path)
+    loaded = weakref.ref(sampled.loaded[0])
+    started: list[Any] = []
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            started.append(loaded())
+
+    vllm = ModuleType("vllm")
+    vllm.__dict__.update(LLM=LLM, SamplingParams=None, TokensPrompt=None)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "trl_ext_probing.engines.vllm_engine", None)
+    del sys.modules["trl_ext_probing.engines.vllm_engine"]
+    assert sampled.engine() is sampled.engine()
+    assert started == [None]
 
 
 @pytest.mark.gpu

@@ -34,10 +34,11 @@ def test_a_file_may_hold_dataclasses_with_postponed_annotations(tmp_path: Path) 
     assert sys.modules["json"] is before
 
 
-def test_a_file_that_fails_leaves_no_module(tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text("raise LookupError('no table')")
+@pytest.mark.parametrize("error", ["LookupError('no table')", "SystemExit('no table')"])
+def test_a_file_that_fails_leaves_no_module(tmp_path: Path, error: str) -> None:
+    (tmp_path / "broken.py").write_text(f"raise {error}")
     before = set(sys.modules)
-    with pytest.raises(ConfigurationError, match=r"broken.py:reward. cannot be loaded: LookupError: no table"):
+    with pytest.raises(ConfigurationError, match=r"broken.py:reward. cannot be loaded: \w+: no table"):
         load_function(f"{tmp_path}/broken.py:reward", "--reward")
     assert set(sys.modules) == before
 

@@ -109,11 +109,11 @@ POPULATIONS: dict[str, Callable[[random.Random], float]] = {
     "mostly solved": lambda rng: rng.betavariate(3.0, 0.3),
 }
 FALLS_SHORT = {
-    ("mostly hard", 1, 10): 0.86,
-    ("mostly solved", 1, 10): 0.85,
+    ("mostly hard", 1, 10): 0.85,
+    ("mostly solved", 1, 10): 0.86,
     ("mostly solved", 4, 10): 0.94,
     ("mostly solved", 4, 20): 0.70,
-    ("mostly solved", 4, 60): 0.64,
+    ("mostly solved", 4, 60): 0.63,
 }
 REPEATS, LEVEL = 1500, 0.9
 ERROR = math.sqrt(LEVEL * (1 - LEVEL) / REPEATS)  # 0.8 points
@@ -148,7 +148,7 @@ def test_the_interval_covers_at_its_level(case: tuple[str, int, int]) -> None:
 
 @pytest.mark.parametrize("case", FALLS_SHORT)
 def test_where_it_falls_short_is_documented(case: tuple[str, int, int]) -> None:
-    """The figures of the docstring and the README, up to four standard errors and rounding."""
+    """The figures of the docstring, up to four standard errors and rounding."""
     (population, k, problems), documented = case, FALLS_SHORT[case]
     error = 4 * math.sqrt(documented * (1 - documented) / REPEATS) + 0.005
     assert coverage(POPULATIONS[population], k, problems) == pytest.approx(documented, abs=error)
@@ -177,7 +177,7 @@ def test_the_interval_of_a_difference_covers_at_its_level(couple: str, problems:
         assert -1 <= estimate.low <= estimate.value <= estimate.high <= 1
         covered += estimate.low <= truth <= estimate.high
     # The docstring has the two that fall short: uniform pass rates, pass@4 of 10 problems.
-    documented = 0.845 if (problems, k) == (10, 4) and couple in ("the same", "apart") else LEVEL
+    documented = 0.835 if (problems, k) == (10, 4) and couple in ("the same", "apart") else LEVEL
     assert abs(covered / REPEATS - documented) < 4 * ERROR
 
 

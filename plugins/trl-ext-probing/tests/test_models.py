@@ -84,6 +84,15 @@ def test_options_are_refused_by_name() -> None:
         with pytest.raises(ConfigurationError, match=f"--device '{device}' cannot be used"):
             find_device(device)
     assert find_device("cpu").type == "cpu"
+
+
+def test_processes_of_a_launcher_take_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`meta` stands for an accelerator: every machine has as many of it as are asked for."""
+    assert find_device("meta") == torch.device("meta:0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find_device("meta") == torch.device("meta:1")
+    assert find_device("meta:3") == torch.device("meta:3"), "a number is the user's choice"
+    assert find_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigurationError, match="has no chat template"):
         check_template(object(), "m", "prompt")
 

@@ -7,23 +7,23 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from interruption import killed_after, lines_of, results_of, same_results
+from stub_server import Stub
 from trl_ext_probing.commands import passk
-from trl_ext_probing.fingerprints import describe_work
 from trl_ext_probing.journal import Journal
 from trl_ext_probing.passk.estimator import pass_at_k
 from trl_ext_probing.passk.passk_results import Result, describe
 from trl_ext_probing.passk.passk_run import run
 from trl_ext_probing.passk.passk_settings import PasskSettings
-from trl_ext_probing.results import journal_of
 from trl_ext_probing.rows import load_problems
 from trl_ext_probing.sampling import Samples
+from trl_ext_probing.work import describe_work, journal_of
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
@@ -170,6 +170,29 @@ def test_several_models_are_compared_problem_by_problem(
     models = results_of(tmp_path)["models"]
     assert models[0]["difference_from_first"] is None
     assert models[1]["difference_from_first"]["2"]["value"] == pytest.approx(expected)
+
+
+def test_a_server_is_asked_for_each_sample_once_and_interrupted_runs_go_on(
+    settings: PasskSettings, tmp_path: Path, serve: Callable[..., Stub]
+) -> None:
+    """Its completions tell their seeds, so that none can be of another draw; it says nothing of tokens."""
+    stub = serve()
+    asked = replace(settings, engine="server", base_url=[stub.url], model=["m"], output=tmp_path / "out")
+    with killed_after(2):
+        run(asked)
+    begun = len(stub.requests)
+    kept = lines_of(journal(tmp_path / "out"))
+    assert len(kept) == 8
+    (result,) = run(asked)
+    later = {f"seed {body['seed']}" for _, body in stub.requests[begun:]}
+    assert not later & {line["completion"] for line in kept}, "what is kept is not asked for again"
+    run(replace(asked, output=tmp_path / "whole"))
+    same_results(tmp_path / "out", tmp_path / "whole")
+    assert {body["model"] for _, body in stub.requests} == {"m"}
+    assert {body["prompt"] for _, body in stub.requests} == {row["prompt"] for row in load_problems(settings)}
+    assert len({line["completion"] for line in lines_of(journal(tmp_path / "out"))}) == 30
+    assert result.about["weights"] == {"model": "m"}
+    assert [problem.mean_tokens for problem in result.problems] == [None] * 6
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

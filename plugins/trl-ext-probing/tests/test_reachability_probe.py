@@ -73,7 +73,7 @@ def measured(uniform: ReachabilitySettings, tmp_path_factory: pytest.TempPathFac
 
 KINDS: dict[str, Any] = {
     **dict.fromkeys(("row", "rollouts", "successes", "first_rollouts", "first_successes"), int),
-    **dict.fromkeys(("low", "high", "log_likelihood", "worst_token", "worst_5_percent", "at_least_one"), float),
+    **dict.fromkeys(("low", "high", "log_likelihood", "worst_token", "at_least_one"), float),
     **dict.fromkeys(("key", "route", "demonstration_correct"), str),
 }
 
@@ -95,7 +95,7 @@ def test_likelihoods_of_a_uniform_policy(measured: Path) -> None:
     """k^-N for a whole answer of N tokens, 1/k for its worst token; the curves are constant."""
     for record in records(measured):
         assert record["log_likelihood"] == pytest.approx(-3 * np.log(VOCABULARY), rel=1e-5)  # fp32 softmax
-        assert [record["worst_token"], record["worst_5_percent"]] == pytest.approx([1 / VOCABULARY] * 2, rel=1e-5)
+        assert record["worst_token"] == pytest.approx(1 / VOCABULARY, rel=1e-5)
         assert record["demonstration_correct"] == "True"
     curves = summary_of(measured)["log_quantiles"]
     assert curves["demonstrations"][:-1] == pytest.approx([-3 * np.log(VOCABULARY)] * 100, rel=1e-5)
@@ -125,7 +125,7 @@ def made_up(settings: ReachabilitySettings, path: Path, rewards: dict[int, list[
             for j, reward in enumerate(rewards.get(row, [0.0] * 8)):
                 there.append({"row": row, "sample": j, "reward": reward, "tokens": 1, "cut": False})
         if shown:
-            common = {"worst_token": 0.3, "worst_1_percent": 0.3, "worst_5_percent": 0.3, "too_long": False, **shown}
+            common = {"worst_token": 0.3, "too_long": False, **shown}
             there.append(*({"demonstration": i, "correct": i == 0, **common} for i in (0, 1)))
         return Measurement(settings, rows, "m", there)
 

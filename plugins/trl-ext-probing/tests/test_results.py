@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from trl_ext_probing.drift.drift_settings import DriftSettings
 from trl_ext_probing.intervals import Estimate
-from trl_ext_probing.plots import draw_estimates, figure, log_axis_with_zero, save, undefined
+from trl_ext_probing.plots import draw_estimates, figure, log_axis_with_zero, save, short_names, undefined
 from trl_ext_probing.results import forget_results, read_results, read_rows, slug, write_results
 from trl_ext_probing.tables import percent, shown, table
 
@@ -79,13 +79,25 @@ def test_small_values_and_zero_have_a_place_and_no_offset_is_shown() -> None:
     _, axis = figure()
     axis.plot([0, 1, 2], [0.0, 0.003, 1.0])
     log_axis_with_zero(axis, 0.003)
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "0.001", "0.01", "0.1", "1"]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["0", "1", "0.1", "0.01", "0.001"]
     pixels = axis.transData.transform([(0, y) for y in (0.0, 0.001, 0.01, 0.1, 1.0)])[:, 1]
     steps = pixels[1:] - pixels[:-1]
     assert (steps > 0).all()
     assert steps[2] == pytest.approx(steps[3]), "a decade is as high as another"
     assert axis.get_ylim()[0] < 0, "0 is not cut off"
+    log_axis_with_zero(axis, 2e-57)
+    labels = [label.get_text() for label in axis.get_yticklabels()]
+    assert labels == ["0", "1", "1e-08", "1e-16", "1e-24", "1e-32", "1e-40", "1e-48", "1e-56"]
+    zero, least, one = axis.transData.transform([(0, y) for y in (0.0, 2e-57, 1.0)])[:, 1]
+    assert least - zero > (one - zero) / 20, "what is small is not 0"
     assert not axis.xaxis.get_major_formatter().get_useOffset()
+
+
+def test_models_are_told_apart_by_the_last_parts_of_their_paths() -> None:
+    assert short_names(["org/model", "runs/sft"]) == ["model", "sft"]
+    assert short_names(["a/x/1", "b/x/1", "c"]) == ["a/x/1", "b/x/1", "c"]
+    assert short_names(["runs/a/1", "runs/b/1"]) == ["a/1", "b/1"]
+    assert short_names(["x", "x"]) == ["x", "x"]
 
 
 def test_an_empty_picture_says_why() -> None:

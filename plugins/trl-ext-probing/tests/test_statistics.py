@@ -18,8 +18,6 @@ from trl_ext_probing.reachability.routing import (
 )
 from trl_ext_probing.reachability.statistics import (
     BetaPrior,
-    at_least_one,
-    expected_queries,
     fit_prior,
     likelihood_quantile,
 )
@@ -93,15 +91,6 @@ def test_quantile_takes_impossible_answers_and_refuses_none() -> None:
     assert curve.tolist() == [-np.inf, np.log(0.5), 0.0]
     with pytest.raises(ValueError, match="at least one"):
         likelihood_quantile([], 0.5)
-
-
-@pytest.mark.parametrize("p", [0.0, 1e-9, 0.2, 0.5, 1.0])
-def test_groups_and_draws_by_summing_over_counts(p: float) -> None:
-    counts = binom.pmf(np.arange(7), 6, p)
-    assert float(at_least_one(p, 6)) == pytest.approx(counts[1:].sum())
-    # Draw i happens if the i - 1 before failed.
-    assert float(expected_queries(p, 6)) == pytest.approx(sum((1 - p) ** i for i in range(6)))
-    assert float(expected_queries(p)) == (pytest.approx(1 / p) if p else np.inf)
 
 
 def test_prediction_integrates_over_what_is_not_known() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trl_ext_probing.models import adapter_config
-from trl_ext_probing.settings import ModelSettings
 
 PATTERNS = (
     "*.safetensors", "pytorch_model*", "adapter_*", "*.index.json", "config.json", "generation_config.json",
@@ -30,22 +29,6 @@ def rows_fingerprint(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         count += 1
         columns |= row.keys()
     return {"rows": count, "columns": sorted(columns), "digest": total.hexdigest()[:16]}
-
-
-def describe_work(
-    settings: ModelSettings, models: Sequence[str], rows: Iterable[Mapping[str, Any]]
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """What the journal of each model belongs to: the settings, and the content of the rows and weights that they name.
-
-    Of a model behind a server, whose weights cannot be looked at, the name alone.
-
-    Raises:
-        ConfigurationError: there is no such model.
-    """
-    data = rows_fingerprint(rows)
-    remote = getattr(settings, "engine", "") == "server"
-    weights = {model: {"model": model} if remote else weights_fingerprint(model) for model in models}
-    return {model: {"settings": settings.deciding, "data": data, "weights": weights[model]} for model in models}
 
 
 def weights_fingerprint(model: str) -> dict[str, str]:

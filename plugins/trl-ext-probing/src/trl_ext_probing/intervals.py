@@ -75,11 +75,11 @@ def mean_with_interval(values: Sequence[float], confidence: float = 0.95) -> Est
     alike: it is then Wilson's at P problems. Of one problem it is [0, 1].
 
     Where it falls short: populations in which nearly all problems are alike and a few are far off, because a sample
-    then seldom shows how much they differ. Measured with 8 samples a problem, at 90 %: with 10 problems, pass@1 of pass
-    rates from Beta(0.3, 3), most of them near 0, is covered in 86 % of the cases, and from Beta(3, 0.3) in 85 %; with
-    20 and 60 problems both in 88 to 90 %. pass@4 of the latter is 0.994 and covered in 70 % with 20 problems, 64 % with
-    60 and 77 % with 200 (94 % with 10). An interval of a pass@k near 0 or 1 that is much narrower than 1 / P is no
-    evidence.
+    then seldom shows how much they differ. Measured with 8 samples a problem, at 90 % (`benchmarks/intervals.py`): with
+    10 problems, pass@1 of pass rates from Beta(0.3, 3), most of them near 0, is covered in 85 % of the cases, and from
+    Beta(3, 0.3) in 86 %; with 20 and 60 problems both in 87 to 90 %. pass@4 of the latter is 0.994 and covered in 70 %
+    with 20 problems, 63 % with 60 and 78 % with 200 (94 % with 10). An interval of a pass@k near 0 or 1 that is much
+    narrower than 1 / P is no evidence.
 
     Raises:
         ValueError: no values, or a confidence outside (0, 1).
@@ -108,7 +108,7 @@ def mean_difference(first: Sequence[float], second: Sequence[float], confidence:
     correlation of the two over the problems. It is near mean +- t s / sqrt(P) of the differences, stays in [-1, 1] and,
     where both solve all problems, keeps the doubt about each. Values that are the same throughout may give a point,
     which is no evidence. It falls short where `mean_with_interval` does, and somewhat with 10 problems: two models with
-    uniform pass rates, pass@4 of 8 samples, 84 to 85 % at a level of 90 % (20 problems: 87, 60: 89).
+    uniform pass rates, pass@4 of 8 samples, 83 to 84 % at a level of 90 % (20 problems: 88, 60: 90 to 91).
 
     Raises:
         ValueError: no problems, another number of them, or a confidence outside (0, 1).

@@ -47,7 +47,7 @@ class Journal:
         self._new = False
         if is_first():
             self._open(overwrite)
-        self.lines = from_first(self.lines)
+        self.lines = from_first(lambda: self.lines)
 
     def _open(self, overwrite: bool) -> None:
         self._made = _missing_folders(self.path.parent)

@@ -19,16 +19,19 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 def find_device(device: str = "auto") -> torch.device:
     """The device by name; "auto" is the accelerator where there is one.
 
+    Of several devices of a kind, processes under a launcher take one each, unless the name has a number.
+
     Raises:
         ConfigurationError: not a device, or not one of this machine.
     """
     import torch
 
-    if device == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return torch.device("cpu") if found is None else torch.device(found.type, int(os.environ.get("LOCAL_RANK", 0)))
     try:
-        found = torch.device(device)
+        found = torch.device("cpu" if device == "auto" else device)
+        if device == "auto" and torch.accelerator.is_available():
+            found = torch.accelerator.current_accelerator() or found
+        if found.index is None and found.type != "cpu":
+            found = torch.device(found.type, int(os.environ.get("LOCAL_RANK", "0")))
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: torch without CUDA
         reason = str(error).splitlines()[0]

@@ -5,7 +5,7 @@ Pictures are made without pyplot, which has global state and wants a display.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -68,6 +68,14 @@ def draw_estimates(
     )
 
 
+def short_names(models: Iterable[str]) -> list[str]:
+    """Names for legends and ticks: as many of the last parts of the paths as tell them apart."""
+    parts = [Path(model).parts for model in models]
+    longest = max(map(len, parts))
+    count = next((n for n in range(1, longest) if len({p[-n:] for p in parts}) == len(set(parts))), longest)
+    return ["/".join(p[-count:]) for p in parts]
+
+
 def undefined(axis: Any, why: str) -> None:
     """Say in an empty picture why it is empty."""
     text = "\n".join(fill(line, 36) for line in why.splitlines())
@@ -82,11 +90,13 @@ def log_axis_with_zero(axis: Any, smallest: float) -> None:
         axis: Of matplotlib.
         smallest: The smallest value above 0 that is shown.
     """
-    decade = 10.0 ** np.floor(np.log10(min(max(smallest, 1e-12), 0.1)))
-    axis.set_yscale("symlog", linthresh=decade, linscale=0.5)
-    ticks = [0.0, *(10.0**e for e in range(round(np.log10(decade)), 1))]
-    axis.set_yticks(ticks, ["0", *(f"{tick:g}" for tick in ticks[1:])])
-    axis.set_ylim(-decade / 4, 1.3)
+    decades = -int(np.floor(np.log10(min(max(smallest, 1e-300), 0.1))))
+    decade = 10.0**-decades
+    axis.set_yscale("symlog", linthresh=decade, linscale=max(0.5, decades / 12))
+    exponents = range(0, decades + 1, -(-decades // 8))  # of whole answers, likelihoods go down to 1e-60 and less
+    ticks = {0.0: "0", **{10.0**-e: f"{10.0**-e:g}" for e in exponents}}
+    axis.set_yticks(list(ticks), list(ticks.values()))
+    axis.set_ylim(-decade / 4, max(1.3, 10 ** (decades / 30)))
 
 
 def save(whole: Any, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -52,6 +53,12 @@ class Report:
             self._last = now
             left = f", {_clock((self._total - done) / rate)} left" if rate > 0 else ""
             say(f"{self._name}: {done} of {self._total}, {rate:.3g}/s{left}")
+
+    def follow(self, name: str, total: int, progress: Iterator[int]) -> None:
+        """Do a task that says again and again how many steps are done, beforehand too."""
+        self.start(name, total, next(progress))
+        for done in progress:
+            self.update(done)
 
     def __enter__(self) -> Report:
         if self._bar is not None:

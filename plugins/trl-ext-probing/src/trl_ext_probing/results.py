@@ -22,9 +22,6 @@ SCHEMA = 1
 """Of `results.json`; it rises when a key gets another meaning or goes."""
 
 
-FILES = ("results.json", "table.md", "rows.csv", "plot.png")
-
-
 def write_results(
     settings: OutputSettings,
     content: Mapping[str, Any],
@@ -68,7 +65,7 @@ def forget_results(settings: ProbeSettings) -> None:
             read_results(settings.output, settings.probe, "--output")
         except ConfigurationError:
             return
-        for name in FILES:
+        for name in settings.files:
             (settings.output / name).unlink(missing_ok=True)
 
 
@@ -126,21 +123,6 @@ def read_rows(folder: Path, kinds: Mapping[str, Callable[[str], Any]]) -> list[d
 def slug(name: str) -> str:
     """A name for a file: the end of a long path tells checkpoints apart."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.")[-100:]
-
-
-def journal_of(output: Path, models: Iterable[str]) -> dict[str, Path]:
-    """The journal of each model.
-
-    Raises:
-        ConfigurationError: Two names give one file.
-    """
-    files: dict[str, Path] = {}
-    for model in models:
-        path = output / f"journal.{slug(model)}.jsonl"
-        if path in files.values():
-            raise ConfigurationError(f"--model {model!r}: its journal would be {path}, as another model's; rename it")
-        files[model] = path
-    return files
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
-from itertools import starmap
+from functools import cached_property, partial
+from operator import attrgetter
 from typing import Any
 
-from trl_ext_probing.engines import Completion, Draw, Engine, share
+from trl_ext_probing.engines import Completion, Draw, Engine
 from trl_ext_probing.engines import engine as make_engine
 from trl_ext_probing.journal import Journal
 from trl_ext_probing.models import check_template, load_model, load_tokenizer
-from trl_ext_probing.ranks import from_first, gathered, is_first, world_size
+from trl_ext_probing.ranks import batched, from_first, shared_work, world_size
 from trl_ext_probing.rewards import Judge
 from trl_ext_probing.settings import SampledModelSettings, SamplingSettings
 
@@ -39,6 +40,8 @@ class SampledModel:
         if settings.engine == "server":
             return make_engine("server", base_url=settings.base_url, model=self.name, concurrency=settings.batch_size)
         if settings.engine == "vllm":
+            self.__dict__.pop("loaded", None)  # vLLM takes the memory of the device for itself
+            gc.collect()
             return make_engine("vllm", model=self.name, dtype=settings.dtype)
         model, tokenizer = self.loaded
         return make_engine("transformers", model=model, tokenizer=tokenizer, batch_size=settings.batch_size)
@@ -118,7 +121,7 @@ class Samples:
         if not missing:
             return
         for batch in self._batches(missing, engine(), settings):
-            lines = from_first(self._judged(batch, judge) if is_first() else [])
+            lines = from_first(partial(self._judged, batch, judge))
             if self._journal is not None:
                 self._journal.append(*lines)
             for line in lines:
@@ -129,23 +132,26 @@ class Samples:
     def _batches(
         self, missing: Sequence[tuple[int, int]], engine: Engine, settings: SamplingSettings
     ) -> Iterator[list[Completion]]:
-        """Completions as they come, or on several processes those of each block of draws, which they share."""
-        block = len(missing) if world_size() == 1 else 8 * settings.batch_size * world_size()
-        for start in range(0, len(missing), block):
-            drawn = engine.generate(
+        """Completions as they come; on several processes those of a block of draws, which they share by prompt."""
+
+        def drawn(draws: list[Draw]) -> Iterator[Completion]:
+            return engine.generate(
                 [row["prompt"] for row in self.rows],
                 n=max(sample for _, sample in missing) + 1,
-                draws=share(list(starmap(Draw, missing[start : start + block]))),
+                draws=draws,
                 max_tokens=settings.max_completion_length,
                 temperature=settings.temperature,
                 top_p=settings.top_p,
                 top_k=settings.top_k,
                 seed=settings.seed,
             )
-            if world_size() > 1:
-                yield gathered(list(drawn))
-            else:
-                yield from _cut(drawn, settings.batch_size)
+
+        draws = [Draw(*draw) for draw in missing]
+        if world_size() == 1:
+            yield from batched(drawn(draws), settings.batch_size)
+        else:
+            for block in batched(draws, 8 * settings.batch_size * world_size()):
+                yield shared_work(block, drawn, attrgetter("prompt_index"))
 
     def _judged(self, batch: Sequence[Completion], judge: Judge) -> list[dict[str, Any]]:
         places = [completion.prompt_index for completion in batch]
@@ -166,14 +172,3 @@ class Samples:
 
     def _keep(self, line: dict[str, Any]) -> None:
         self.held[line["row"], line["sample"]] = {name: line[name] for name in ("reward", "tokens", "cut")}
-
-
-def _cut(completions: Iterator[Completion], size: int) -> Iterator[list[Completion]]:
-    batch: list[Completion] = []
-    for completion in completions:
-        batch.append(completion)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,13 @@ from numpy.typing import NDArray
 
 from trl_ext.errors import ConfigurationError
 from trl_ext_probing.encoding import Encoded, data_column, encode
-from trl_ext_probing.fingerprints import describe_work
 from trl_ext_probing.journal import Journal
 from trl_ext_probing.models import check_template, load_model, load_tokenizer
 from trl_ext_probing.progress import Report
-from trl_ext_probing.ranks import gathered, rank, world_size
-from trl_ext_probing.results import forget_results, journal_of
 from trl_ext_probing.rows import load_data
 from trl_ext_probing.scoring import Scorer, TokenScores
 from trl_ext_probing.settings import ScoringSettings
+from trl_ext_probing.work import open_journals
 
 BINS = 10_000
 """Of the histogram of probabilities: quantiles are exact to 1e-4."""
@@ -128,38 +125,32 @@ def score_models(
         ConfigurationError: A model or a journal cannot be used.
     """
     data.check_tokenizers(models)
-    paths = journal_of(settings.output, models)
     found = []
-    with ExitStack() as stack:
-        scores = [Scores(*item) for item in describe_work(settings, models, data.rows).items()]
-        journals = [stack.enter_context(Journal(paths[s.model], s.about, settings.overwrite)) for s in scores]
-        forget_results(settings)
-        report = stack.enter_context(Report())
-        for own, journal in zip(scores, journals, strict=True):
+    with open_journals(settings, models, data.rows) as journals, Report() as report:
+        for model, journal in journals.items():
+            own = Scores(model, journal.about)
             for line in journal.lines:
                 own.add(line)
-            done = len(journal.lines)
-            report.start(own.model, len(data.rows), min(done * settings.chunk, len(data.rows)))
-            if done * settings.chunk < len(data.rows):
-                model, tokenizer = load_model(own.model, settings.dtype, settings.device)
-                scorer = Scorer(model)
-                for number, chunk in enumerate(data.chunks(tokenizer, done), start=done):
-                    line = _line(_shared(scorer, chunk, settings.batch_tokens), keep_log_probs)
-                    journal.append({"chunk": number, **line})
-                    own.add(line)
-                    report.update(min((number + 1) * settings.chunk, len(data.rows)))
-                del model, scorer
-                gc.collect()  # models hold circles of references, and the next one wants the memory
             found.append(own)
+            report.follow(model, len(data.rows), _score(settings, own, journal, data, keep_log_probs))
+            gc.collect()  # models hold circles of references, and the next one wants the memory
     return found
 
 
-def _shared(scorer: Scorer, chunk: Sequence[Encoded], batch_tokens: int) -> list[TokenScores]:
-    """Scores of a chunk, of which each process makes its part."""
-    mine = range(rank(), len(chunk), world_size())
-    scores = scorer.score([chunk[i] for i in mine], batch_tokens)
-    found = dict(gathered(list(zip(mine, scores, strict=True))))
-    return [found[i] for i in range(len(chunk))]
+def _score(
+    settings: ScoringSettings, scores: Scores, journal: Journal, data: Data, keep_log_probs: bool
+) -> Iterator[int]:
+    """Score the chunks that are left, and say how many examples are done."""
+    done = len(journal.lines)
+    yield min(done * settings.chunk, len(data.rows))
+    if done * settings.chunk < len(data.rows):
+        model, tokenizer = load_model(scores.model, settings.dtype, settings.device)
+        scorer = Scorer(model)
+        for number, chunk in enumerate(data.chunks(tokenizer, done), start=done):
+            line = _line(scorer.score_shared(chunk, settings.batch_tokens), keep_log_probs)
+            journal.append({"chunk": number, **line})
+            scores.add(line)
+            yield min((number + 1) * settings.chunk, len(data.rows))
 
 
 def _line(scores: Sequence[TokenScores], keep_log_probs: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from trl_ext_probing.encoding import Encoded
+from trl_ext_probing.ranks import shared_work
 
 
 class TokenScores(NamedTuple):
@@ -48,6 +50,15 @@ class Scorer:
             for place, scores in zip(batch, self._score([examples[i] for i in batch]), strict=True):
                 found[place] = scores
         return found
+
+    def score_shared(self, examples: Sequence[Encoded], batch_tokens: int = 16_384) -> list[TokenScores]:
+        """The same, of which each process makes its part. Collective."""
+
+        def score(part: list[tuple[int, Encoded]]) -> Iterator[tuple[int, TokenScores]]:
+            return zip((i for i, _ in part), self.score([e for _, e in part], batch_tokens), strict=True)
+
+        found = dict(shared_work(list(enumerate(examples)), score, itemgetter(0)))
+        return [found[i] for i in range(len(examples))]
 
     @torch.no_grad()
     def _score(self, batch: Sequence[Encoded]) -> list[TokenScores]:

@@ -38,14 +38,16 @@ class OutputSettings:
     probe: ClassVar[str]
     """The command's name."""
     free: ClassVar[frozenset[str]] = frozenset({"output", "overwrite", "confidence", "device", "batch_size"})
+    files: ClassVar[tuple[str, ...]] = ("results.json", "table.md", "rows.csv", "plot.png")
+    """What a finished run has written beside its journals, and --overwrite removes."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, str) and _is_list(hints[field.name]):  # one in place of a list
+            if isinstance(value, str) and _takes(hints[field.name], list):  # one in place of a list
                 object.__setattr__(self, field.name, [value])
-            if isinstance(value, str) and _is_path(hints[field.name]):  # of the Python call
+            if isinstance(value, str) and _takes(hints[field.name], Path):  # of the Python call
                 object.__setattr__(self, field.name, Path(value))
             _refuse_out_of_range(_flag(field.name), hints[field.name], value)
         if not 0 < self.confidence < 1:
@@ -71,9 +73,12 @@ class OutputSettings:
             value = getattr(self, field.name)
             if _is_argument(hints[field.name]):
                 words.append(value)
-            elif value != _default(field) and field.name != "overwrite":
-                values = value if isinstance(value, list) else [value]
-                words += [_flag(field.name)] if value is True else [w for v in values for w in (_flag(field.name), v)]
+            elif value == _default(field) or field.name == "overwrite":
+                continue
+            elif isinstance(value, bool):
+                words.append(_flag(field.name if value else f"no-{field.name}"))
+            else:
+                words += [w for v in (value if isinstance(value, list) else [value]) for w in (_flag(field.name), v)]
         return shlex.join(map(str, words))
 
 
@@ -243,14 +248,9 @@ def _is_argument(hint: Any) -> bool:
     return any(isinstance(note, ArgumentInfo) for note in get_args(hint)[1:])
 
 
-def _is_path(hint: Any) -> bool:
-    """Whether the values of a field are paths, or None."""
-    return Path in (hint, *get_args(hint)) or any(map(_is_path, get_args(hint)))
-
-
-def _is_list(hint: Any) -> bool:
-    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
-    return list in (get_origin(kind), *map(get_origin, get_args(kind)))
+def _takes(hint: Any, kind: type) -> bool:
+    """Whether the values of a field are of a kind, or may be."""
+    return kind in (hint, get_origin(hint)) or any(_takes(part, kind) for part in get_args(hint))
 
 
 def _plain(value: Any) -> Any:

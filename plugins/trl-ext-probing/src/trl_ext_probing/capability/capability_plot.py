@@ -9,7 +9,7 @@ import numpy as np
 
 from trl_ext_probing.capability.continuum import OBSERVED
 from trl_ext_probing.capability.positions import Capability
-from trl_ext_probing.plots import COLOURS, GREY, MARKERS, figure, save
+from trl_ext_probing.plots import COLOURS, GREY, MARKERS, figure, save, short_names
 
 FLOOR = 1e-4
 """The smallest p that the axis shows: quantiles are known to this."""
@@ -18,15 +18,17 @@ FLOOR = 1e-4
 def draw_capability(found: Mapping[str, Capability], path: Path) -> None:
     """Draw the distribution of p on a logarithmic axis, on which weak models do not sit at 0, and the means."""
     whole, (shares, means) = figure(2, size=(11, 4))
-    for i, (model, capability) in enumerate(found.items()):
+    names = short_names(found)
+    for i, (name, capability) in enumerate(zip(names, found.values(), strict=True)):
         levels = np.linspace(0, 1, len(capability.quantiles))
         colour = COLOURS[i % len(COLOURS)]
-        shares.plot(np.maximum(capability.quantiles, FLOOR), levels, color=colour, label=f"{model}: tokens")
+        shares.plot(np.maximum(capability.quantiles, FLOOR), levels, color=colour, label=f"{name}: tokens")
         means_of = np.maximum(capability.example_quantiles, FLOOR)
-        shares.plot(means_of, levels, "--", color=colour, label=f"{model}: examples (mean p of each)")
+        shares.plot(means_of, levels, "--", color=colour, label=f"{name}: examples (mean p of each)")
         value, low, high = capability.mean_p.bounds
         bars = [[value - max(low, FLOOR)], [high - value]]
-        means.errorbar([value], [i], xerr=bars, color=colour, marker=MARKERS[i % len(MARKERS)], capsize=3)
+        marker = MARKERS[i % len(MARKERS)]  # small, or it would hide a narrow interval
+        means.errorbar([value], [i], xerr=bars, color=colour, marker=marker, markersize=3, linewidth=1, capsize=5)
     shares.set(
         xscale="log",
         xlim=(FLOOR, 1),
@@ -49,5 +51,5 @@ def draw_capability(found: Mapping[str, Capability], path: Path) -> None:
         xlabel="mean p of a response token, with interval",
         title="Grey: the settings of arXiv 2510.00526",
     )
-    means.set_yticks(range(len(found)), [Path(model).name for model in found])
+    means.set_yticks(range(len(found)), names)
     save(whole, path)

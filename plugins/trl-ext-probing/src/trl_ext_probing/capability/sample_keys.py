@@ -54,18 +54,3 @@ def samples(inputs: Mapping[str, Tensor]) -> Iterator[tuple[int, slice]]:
         starts = sorted({0, *(position_ids == 0).nonzero()[0].tolist(), width})
         for start, end in itertools.pairwise(starts):
             yield row, slice(start, end)
-
-
-def label_values(inputs: Mapping[str, Tensor], values: Tensor) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """Key and label tokens' values of each sample of a micro-batch.
-
-    Args:
-        inputs: a micro-batch as the model receives it.
-        values: (B, T) float, one per label position.
-    """
-    input_ids, labels = inputs["input_ids"].cpu().numpy(), inputs["labels"].cpu().numpy()
-    on_host = values.detach().float().cpu().numpy()
-    for row, columns in samples(inputs):
-        is_label = labels[row, columns][1:] != -100
-        key = sample_key(input_ids[row, columns], labels[row, columns])
-        yield key, on_host[row, columns.start : columns.stop - 1][is_label]

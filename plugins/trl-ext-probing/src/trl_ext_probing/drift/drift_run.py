@@ -9,7 +9,7 @@ from pathlib import Path
 from trl_ext.errors import ConfigurationError
 from trl_ext_probing.drift.drift_settings import DriftSettings
 from trl_ext_probing.intervals import Estimate, ratio_with_interval
-from trl_ext_probing.plots import GREY, draw_estimates, figure, save
+from trl_ext_probing.plots import GREY, draw_estimates, figure, save, short_names
 from trl_ext_probing.results import write_results
 from trl_ext_probing.scored_data import Data, Scores, score_models
 from trl_ext_probing.tables import shown, table
@@ -110,11 +110,13 @@ def describe(settings: DriftSettings, base: Scores, changes: dict[str, dict[str,
 def draw(settings: DriftSettings, changes: dict[str, dict[str, Change]], path: Path) -> None:
     """The change of each measure, a point for each model."""
     whole, axes = figure(len(MEASURES))
+    base, *names = short_names([settings.base, *changes])
+    title = f"From {base}; {settings.confidence:.0%} intervals over examples"
     places = range(len(changes))
     for axis, (name, (_, label)) in zip(axes, MEASURES.items(), strict=True):
         draw_estimates(axis, list(places), [of_model[name].change for of_model in changes.values()], 0, name, line="")
         axis.axhline(0, color=GREY, linewidth=1)
-        axis.set(ylabel=f"change of {label}", title=f"{settings.confidence:.0%} intervals over examples")
-        axis.set_xticks(list(places), [Path(model).name for model in changes], rotation=20, ha="right")
+        axis.set(ylabel=f"change of {label}", title=title)
+        axis.set_xticks(list(places), names, rotation=20, ha="right")
         axis.set_xlim(-0.5, len(changes) - 0.5)
     save(whole, path)

@@ -18,10 +18,10 @@ from importlib import import_module
 from typing import Any
 
 from trl_ext.errors import ConfigurationError, did_you_mean
-from trl_ext_probing.engines.draws import outstanding, share
+from trl_ext_probing.engines.draws import outstanding
 from trl_ext_probing.engines.interface import Completion, Draw, Engine, Messages, Prompt
 
-__all__ = ["ENGINES", "Completion", "Draw", "Engine", "Messages", "Prompt", "engine", "outstanding", "share"]
+__all__ = ["ENGINES", "Completion", "Draw", "Engine", "Messages", "Prompt", "engine", "outstanding"]
 
 ENGINES = {
     "transformers": "transformers_engine:TransformersEngine",

@@ -56,9 +56,12 @@ class DecodingBatch:
         return self._tensor([len(row.tokens) for row in self.rows])
 
     def step(self, tokens: torch.Tensor) -> None:
-        """Read the next token of each row, (B,)."""
+        """Read the next token of each row, (B,); of a finished one, that nobody has dropped yet, it does not matter."""
         self.mask = pad(self.mask, (0, 1), value=1)
-        self.logits = self._next_logits(tokens[:, None], self.mask.sum(-1, keepdim=True) - 1)
+        positions = self.mask.sum(-1, keepdim=True) - 1
+        finished = self._tensor([[bool(row.finish_reason)] for row in self.rows])
+        # Those of a finished row would grow on, and could leave the model's table of positions.
+        self.logits = self._next_logits(tokens[:, None], positions.masked_fill(finished, 0))
 
     def keep(self, indices: Sequence[int]) -> None:
         """Drop all rows but these."""

@@ -1,10 +1,9 @@
-"""Which completions are still to be drawn, by which rank, and the key of each one's noise."""
+"""Which completions are still to be drawn, and the key of each one's noise."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Container, Sequence
 
@@ -16,23 +15,6 @@ def outstanding(prompts: int, n: int, done: Container[tuple[int, int]] = ()) -> 
     """All draws of `n` completions for each of so many prompts, without those that are done."""
     every = (Draw(i, j) for i in range(prompts) for j in range(n))
     return [draw for draw in every if draw not in done]
-
-
-def share(draws: Sequence[Draw], rank: int | None = None, world_size: int | None = None) -> list[Draw]:
-    """This rank's part of the draws. Prompts are dealt out in turn, and all draws of one prompt stay together.
-
-    Every rank must give the same draws, such as the outstanding ones of one journal that no rank has yet written to.
-
-    Args:
-        draws: Those of all ranks.
-        rank: 0 to world_size - 1; None takes it from torchrun's environment, where there is one.
-        world_size: Number of ranks, likewise.
-    """
-    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
-    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-    prompts = dict.fromkeys(draw.prompt_index for draw in draws)
-    mine = set(list(prompts)[rank::world_size])
-    return [draw for draw in draws if draw.prompt_index in mine]
 
 
 def chosen_draws(prompts: Sequence[Prompt], n: int, draws: Sequence[tuple[int, int]] | None) -> list[Draw]:

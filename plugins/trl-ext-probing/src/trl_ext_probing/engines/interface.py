@@ -67,7 +67,7 @@ class Engine(Protocol):
                 times depends on how many equal ones precede it.
             n: Completions of each prompt.
             draws: Which completions to draw, as pairs (prompt index, sample index), such as those that
-                `outstanding` gives of an interrupted run and `share` of one rank; None draws all.
+                `outstanding` gives of an interrupted run; None draws all.
             max_tokens: Longest completion in tokens, the end token included.
             temperature: Divides the logits; 0 decodes greedily.
             top_p: Only the most probable tokens that together have at least this probability are drawn.

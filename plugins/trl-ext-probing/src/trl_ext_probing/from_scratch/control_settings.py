@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.settings import Option, RewardSettings, SamplingSettings, numbers
+from trl_ext_probing.settings import Option, ProbeSettings, RewardSettings, SamplingSettings, numbers
 
 MIN_SEEDS = 3
 MULTIPLIERS = "0.3,1,3,10,30"
@@ -52,6 +52,7 @@ class FromScratchSettings(SamplingSettings, RewardSettings):
     temperature: Annotated[float, Option(help="Sampling temperature; 0 decodes greedily.", min=0.0)] = 0.0
 
     probe: ClassVar[str] = "from-scratch"
+    files: ClassVar[tuple[str, ...]] = (*ProbeSettings.files, "contamination.jsonl")
 
     def __post_init__(self) -> None:
         super().__post_init__()

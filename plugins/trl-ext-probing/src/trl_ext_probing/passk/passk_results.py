@@ -12,7 +12,7 @@ from trl_ext.errors import ConfigurationError
 from trl_ext_probing.intervals import Estimate, mean_difference, mean_with_interval
 from trl_ext_probing.passk.estimator import pass_at_k
 from trl_ext_probing.passk.passk_settings import PasskSettings
-from trl_ext_probing.plots import draw_estimates, figure, save
+from trl_ext_probing.plots import draw_estimates, figure, save, short_names
 from trl_ext_probing.results import write_results
 from trl_ext_probing.sampling import Samples
 from trl_ext_probing.tables import percent, table
@@ -154,15 +154,17 @@ def draw(settings: PasskSettings, results: Sequence[Result], path: Path) -> None
     """pass@k against k, a line for each model."""
     whole, axis = figure()
     ks = settings.ks
-    for i, result in enumerate(results):
+    names = short_names(result.model for result in results)
+    for i, (name, result) in enumerate(zip(names, results, strict=True)):
         shift = 1.03 ** (i - (len(results) - 1) / 2)  # so that no interval hides another one
-        draw_estimates(axis, [k * shift for k in ks], [result.estimates[k] for k in ks], i, result.model)
+        draw_estimates(axis, [k * shift for k in ks], [result.estimates[k] for k in ks], i, name)
+    highest = max(e.bounds[2] for result in results for e in result.estimates.values())
     axis.set_xscale("log", base=2)
     axis.set_xticks(ks, [str(k) for k in ks])
     axis.set(
         xlabel="k (samples of a problem)",
         ylabel="pass@k (share of problems solved)",
-        ylim=(-0.02, 1.02),
+        ylim=(-0.02 * highest, 1.05 * highest),  # of a weak model, too, something is to be seen
         title=f"{settings.confidence:.0%} intervals over {len(results[0].problems)} problems",
     )
     axis.legend(fontsize=8)

@@ -6,15 +6,13 @@ import gc
 from contextlib import ExitStack
 
 from trl_ext_probing.engines import outstanding
-from trl_ext_probing.fingerprints import describe_work
-from trl_ext_probing.journal import Journal
 from trl_ext_probing.passk.passk_results import Result, write_passk
 from trl_ext_probing.passk.passk_settings import PasskSettings
 from trl_ext_probing.progress import Report
-from trl_ext_probing.results import forget_results, journal_of
 from trl_ext_probing.rewards import Judge
 from trl_ext_probing.rows import load_problems
 from trl_ext_probing.sampling import SampledModel, Samples, refuse_missing_templates
+from trl_ext_probing.work import open_journals
 
 
 def run(settings: PasskSettings) -> list[Result]:
@@ -26,25 +24,17 @@ def run(settings: PasskSettings) -> list[Result]:
         ConfigurationError: The data, a reward, a model or a journal cannot be used.
     """
     rows = load_problems(settings)
-    paths = journal_of(settings.output, settings.model)
+    draws = outstanding(len(rows), settings.n)
     results = []
     with ExitStack() as stack:
         judge = stack.enter_context(Judge.of(settings.reward, rows[0], settings.weights))
         refuse_missing_templates(settings, rows)
-        about = describe_work(settings, settings.model, rows)
-        journals = {
-            model: stack.enter_context(Journal(path, about[model], settings.overwrite)) for model, path in paths.items()
-        }
-        forget_results(settings)
-        draws = outstanding(len(rows), settings.n)
+        journals = stack.enter_context(open_journals(settings, settings.model, rows))
         samples = {model: Samples(rows, journal) for model, journal in journals.items()}
         report = stack.enter_context(Report())
         for model, own in samples.items():
-            progress = own.draw(draws, SampledModel(settings, model).engine, judge, settings)
-            report.start(model, len(draws), next(progress))
-            for done in progress:
-                report.update(done)
-            results.append(Result.of(model, about[model], own, settings))
+            report.follow(model, len(draws), own.draw(draws, SampledModel(settings, model).engine, judge, settings))
+            results.append(Result.of(model, journals[model].about, own, settings))
             gc.collect()  # models hold circles of references, and the next one wants the memory
     write_passk(settings, results)
     return results

@@ -14,7 +14,7 @@ from trl_ext_probing.reachability.calibration import BINS, score_calibration
 from trl_ext_probing.reachability.finished import add_counts, read_finished
 from trl_ext_probing.reachability.reach_plots import draw_calibration
 from trl_ext_probing.reachability.statistics import BetaPrior
-from trl_ext_probing.results import without_matplotlib_say_so
+from trl_ext_probing.results import without_matplotlib_say_so, write
 
 ALIKE = ("reward", "reward_weights", "solved_at", "max_completion_length", "temperature", "top_p", "top_k")
 """Settings that decide what a success is, and so have to be the same."""
@@ -53,9 +53,10 @@ def check_against(folder: Path, other: Path) -> dict[str, Any]:
         "unseen": sum(key not in probed for key in observed),
         "models": [mine["model"], theirs["model"]],
     }
-    (folder / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / "calibration.md").write_text(describe_calibration(result))
-    print(describe_calibration(result), end="")
+    text = describe_calibration(result)
+    write(folder / "calibration.json", json.dumps(result, indent=1) + "\n")
+    write(folder / "calibration.md", text)
+    print(text, end="")
     with without_matplotlib_say_so("calibration.png"):
         draw_calibration(result, folder / "calibration.png")
     return result

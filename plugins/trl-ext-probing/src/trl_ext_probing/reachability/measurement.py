@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,14 @@ from trl_ext_probing.engines.prompt_tokens import end_tokens
 from trl_ext_probing.intervals import Floats, clopper_pearson
 from trl_ext_probing.journal import Journal
 from trl_ext_probing.progress import Report
+from trl_ext_probing.ranks import batched, from_first, world_size
 from trl_ext_probing.reachability.keys import prompt_key
 from trl_ext_probing.reachability.reach_settings import ReachabilitySettings
 from trl_ext_probing.reachability.routing import choose_route, undecided
-from trl_ext_probing.reachability.statistics import BetaPrior, expected_queries, fit_prior
+from trl_ext_probing.reachability.statistics import BetaPrior, fit_prior
 from trl_ext_probing.rewards import Judge, refuse_unjudged
 from trl_ext_probing.sampling import SampledModel, Samples
-from trl_ext_probing.scoring import Scorer
-
-WORST_SHARES = {"worst_token": 0.0, "worst_1_percent": 0.01, "worst_5_percent": 0.05}
-"""Quantiles of a demonstration's token probabilities that are kept."""
+from trl_ext_probing.scoring import Scorer, TokenScores
 
 
 class Measurement:
@@ -40,7 +39,7 @@ class Measurement:
         self, settings: ReachabilitySettings, rows: Sequence[dict[str, Any]], model: str, journal: Journal
     ) -> None:
         self.settings, self.rows, self.model = settings, rows, model
-        self._journal = journal
+        self.journal = journal
         self.samples = Samples(rows, journal)
         self.demonstrations: dict[int, dict[str, Any]] = {}
         """By row: `log_likelihood`, `worst_token` and so on, `too_long`, and whether it is `correct`."""
@@ -64,9 +63,7 @@ class Measurement:
                 still_open &= self.open(before)
             draws = [(i, j) for i in np.flatnonzero(still_open).tolist() for j in range(before, total)]
             progress = self.samples.draw(draws, model.engine, judge, self.settings)
-            report.start(f"{self.model}: rollouts, round {number}", len(draws), next(progress))
-            for done in progress:
-                report.update(done)
+            report.follow(f"{self.model}: rollouts, round {number}", len(draws), progress)
             _, trials, _ = self.counts(total)
             refuse_unjudged(np.flatnonzero(trials == 0).tolist(), judge.name, self.settings.dataset)
             before = total
@@ -116,7 +113,6 @@ class Measurement:
             p = float(successes[i] / trials[i])
             shown = self.demonstrations.get(i)
             shown = None if shown is None or shown["too_long"] else shown
-            queries = float(expected_queries(p))
             # What the reward function refuses shows no way to a success.
             worst = shown["worst_token"] if shown and shown["correct"] else None
             records.append(
@@ -132,10 +128,10 @@ class Measurement:
                     "high": float(high[i]),
                     "at_least_one": float(at_least_one[i]),
                     "informative_group": float(informative[i]),
-                    "expected_queries": None if math.isinf(queries) else queries,
+                    "expected_queries": 1 / p if p else None,
                     "demonstration_correct": shown["correct"] if shown else None,
                     "log_likelihood": shown["log_likelihood"] if shown else None,
-                    **{name: shown[name] if shown else None for name in WORST_SHARES},
+                    "worst_token": shown["worst_token"] if shown else None,
                     "route": choose_route(p, float(low[i]), float(high[i]), budget, worst),
                 }
             )
@@ -143,35 +139,30 @@ class Measurement:
 
     def _score(self, places: list[int], model: SampledModel, judge: Judge, report: Report) -> None:
         """Score and judge demonstrations as completions that the model would have to draw."""
-        settings = self.settings
         loaded, tokenizer = model.loaded
-        scorer, ends = Scorer(loaded, settings.temperature), end_tokens(loaded, tokenizer)
+        scorer, ends = Scorer(loaded, self.settings.temperature), end_tokens(loaded, tokenizer)
         report.start(f"{self.model}: demonstrations", len(places))
-        for start in range(0, len(places), settings.batch_size):
-            batch = places[start : start + settings.batch_size]
+        done = 0
+        for batch in batched(places, self.settings.batch_size * world_size()):
             rows = [self.rows[i] for i in batch]
             heads = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
             answers = [drawn_ids(tokenizer, row["prompt"], row["completion"], ends) for row in rows]
             examples = [Encoded(head + answer, len(head)) for head, answer in zip(heads, answers, strict=True)]
             texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-            lines: list[dict[str, Any]] = [
-                {
-                    "demonstration": i,
-                    "log_likelihood": float(scores.log_probs.astype(np.float64).sum()),
-                    **_worst(scores.log_probs),
-                    "too_long": len(answer) > settings.max_completion_length,
-                    "correct": reward is not None and reward >= settings.solved_at,
-                }
-                for i, answer, scores, reward in zip(
-                    batch, answers, scorer.score(examples), judge(rows, texts, answers, batch), strict=True
-                )
-            ]
-            self._journal.append(*lines)
+            scores = scorer.score_shared(examples)
+            rewards = from_first(partial(judge, rows, texts, answers, batch))
+            lines = list(map(self._demonstration, batch, answers, scores, rewards))
+            self.journal.append(*lines)
             self.demonstrations |= {line["demonstration"]: line for line in lines}
-            report.update(start + len(batch))
+            done += len(batch)
+            report.update(done)
 
-
-def _worst(log_probs: NDArray[np.float32]) -> dict[str, float]:
-    values = log_probs.astype(np.float64)
-    quantiles = np.exp(np.quantile(values, list(WORST_SHARES.values()), method="lower"))
-    return dict(zip(WORST_SHARES, quantiles.tolist(), strict=True))
+    def _demonstration(self, i: int, answer: list[int], scores: TokenScores, reward: float | None) -> dict[str, Any]:
+        """What the journal keeps of the demonstration of row i."""
+        return {
+            "demonstration": i,
+            "log_likelihood": float(scores.log_probs.sum(dtype=np.float64)),
+            "worst_token": math.exp(scores.log_probs.min()),
+            "too_long": len(answer) > self.settings.max_completion_length,
+            "correct": reward is not None and reward >= self.settings.solved_at,
+        }

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trl_ext_probing.plots import COLOURS, GREY, figure, log_axis_with_zero, save
+from trl_ext_probing.plots import COLOURS, GREY, figure, log_axis_with_zero, save, short_names
 from trl_ext_probing.reachability.reach_settings import ReachabilitySettings
 from trl_ext_probing.reachability.reach_summary import LABELS, Records
 from trl_ext_probing.reachability.routing import ROUTES
@@ -19,14 +19,15 @@ def draw_reachability(
 ) -> None:
     """For each model the quantile curves, the bounds of each prompt with the cuts between routes, and the routes."""
     whole, axes = figure(3, len(models), squeeze=False)
-    for (curves, bounds, routes), model, own in zip(axes, models, records, strict=True):
+    names = short_names(model["model"] for model in models)
+    for (curves, bounds, routes), name, model, own in zip(axes, names, models, records, strict=True):
         _draw_curves(curves, model)
         _draw_bounds(bounds, settings, own)
         routes.barh(list(ROUTES), [model["routes"][route] for route in ROUTES], color=COLOURS[0])
         routes.invert_yaxis()
         routes.set(xlabel="prompts", title=f"Routes at {settings.budget.draws} draws a prompt")
         if len(models) > 1:
-            curves.set_ylabel(f"{Path(model['model']).name}\n{curves.get_ylabel()}")
+            curves.set_ylabel(f"{name}\n{curves.get_ylabel()}")
     save(whole, path)
 
 
@@ -44,14 +45,14 @@ def _draw_bounds(axis: Any, settings: ReachabilitySettings, records: Records) ->
     place = np.arange(len(ordered))
     rates = np.array([r["successes"] / r["rollouts"] for r in ordered])
     low, high = (np.array([r[name] for r in ordered]) for name in ("low", "high"))
-    label = f"bounds ({settings.confidence:.0%}, over all rounds)"
-    axis.vlines(place, low, high, color=COLOURS[4], linewidth=2, alpha=0.6, label=label)
-    axis.plot(place, rates, ".", color=COLOURS[0], markersize=4, label="rate")
+    axis.vlines(place, low, high, color=COLOURS[4], linewidth=2, alpha=0.6)
+    axis.plot(place, rates, ".", color=COLOURS[0], markersize=4)
     for cut in settings.budget.cuts:
         axis.axhline(min(cut, 1.0), color=GREY, linestyle=":", linewidth=1)
     log_axis_with_zero(axis, min([*rates[rates > 0], *settings.budget.cuts]))
-    axis.set(xlabel="prompt, by rate", ylabel="success rate", title="Success rates; dotted: cuts between routes")
-    axis.legend(fontsize=8)
+    # In the title, since a legend would hide some of them.
+    title = f"Success rates, {settings.confidence:.0%} bounds over all rounds;\ndotted: cuts between routes"
+    axis.set(xlabel="prompt, by rate", ylabel="success rate", title=title)
 
 
 def draw_calibration(result: Mapping[str, Any], path: Path) -> None:
@@ -75,16 +76,4 @@ def draw_calibration(result: Mapping[str, Any], path: Path) -> None:
         [(b["from"] + b["to"]) / 2 for b in bins], [b["prompts"] for b in bins], width=0.9 / 10, color=COLOURS[0]
     )
     counts.set(xlabel="predicted probability", ylabel="prompts", xlim=(-0.02, 1.02))
-    save(whole, path)
-
-
-def draw_queries(alphas: Sequence[float], draws: Sequence[int], bins: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws until the first success against 1/alpha, of each prompt and on average; see `queries.query_ratios`."""
-    whole, axis = figure(size=(5.5, 5))
-    x, y = 1 / np.asarray(alphas), np.asarray(draws)
-    axis.loglog(x[y > 0], y[y > 0], ".", color=COLOURS[4], alpha=0.4, label="one prompt")
-    axis.loglog([b["expected"] for b in bins], [b["mean_draws"] for b in bins], "o", color=COLOURS[0], label="bin mean")
-    axis.loglog([1, x.max()], [1, x.max()], color=GREY, linestyle=":", label="1/alpha")
-    axis.set(xlabel="1/alpha (draws)", ylabel="draws until the first success", title="Queries to success")
-    axis.legend(fontsize=8)
     save(whole, path)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.settings import DataSettings, Option, RewardSettings, SampledModelSettings
-
-if TYPE_CHECKING:
-    from trl_ext_probing.reachability.routing import Budget
+from trl_ext_probing.reachability.routing import Budget, closing_limit, confidence_per_look, failures_close, schedule
+from trl_ext_probing.settings import DataSettings, Option, ProbeSettings, RewardSettings, SampledModelSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +31,9 @@ class ReachabilitySettings(SampledModelSettings, DataSettings, RewardSettings):
 
     probe: ClassVar[str] = "reachability"
     free: ClassVar[frozenset[str]] = (SampledModelSettings.free - {"confidence"}) | {"check_against"}
+    files: ClassVar[tuple[str, ...]] = (
+        *ProbeSettings.files, "demonstrations.jsonl", "calibration.json", "calibration.md", "calibration.png",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,36 +46,26 @@ class ReachabilitySettings(SampledModelSettings, DataSettings, RewardSettings):
     @property
     def budget(self) -> Budget:
         """What GRPO will draw."""
-        from trl_ext_probing.reachability.routing import Budget
-
         return Budget(self.num_generations, self.epochs)
 
     @property
     def totals(self) -> list[int]:
         """Rollouts of a prompt after each round."""
-        from trl_ext_probing.reachability.routing import schedule
-
         return schedule(self.n, self.closing_rollouts if self.max_rollouts is None else self.max_rollouts)
 
     @property
     def closing_rollouts(self) -> int:
         """The smallest limit at which failures alone show that a prompt is out of reach."""
-        from trl_ext_probing.reachability.routing import closing_limit
-
         return closing_limit(self.n, self.budget, self.confidence)
 
     @property
     def closes(self) -> bool:
         """Whether the limit of rollouts is enough for that."""
-        from trl_ext_probing.reachability.routing import failures_close
-
         return failures_close(self.totals[-1], len(self.totals), self.budget, self.confidence)
 
     @property
     def confidence_per_look(self) -> float:
         """Confidence of the bounds after each round."""
-        from trl_ext_probing.reachability.routing import confidence_per_look
-
         return confidence_per_look(self.confidence, len(self.totals))
 
     @property

@@ -21,12 +21,10 @@ LABELS = {"rollouts": "success rate", "demonstrations": "demonstration", "worst_
 Records = Sequence[Mapping[str, Any]]
 
 
-def summarize(
-    measurements: Sequence[Measurement], records: Sequence[Records], about: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def summarize(measurements: Sequence[Measurement], records: Sequence[Records]) -> list[dict[str, Any]]:
     """What `results.json` says of each model, of the others with their difference to the first."""
     models = [
-        {"model": m.model, "weights": about[m.model]["weights"], **_summary(m, own)}
+        {"model": m.model, "weights": m.journal.about["weights"], **_summary(m, own)}
         for m, own in zip(measurements, records, strict=True)
     ]
     confidence = measurements[0].settings.confidence

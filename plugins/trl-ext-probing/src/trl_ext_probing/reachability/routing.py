@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from trl_ext.errors import ConfigurationError
-from trl_ext_probing.intervals import clopper_pearson
 
 Route = Literal["saturated", "in_reach", "marginal", "process_reward", "demonstration", "out_of_reach"]
 ROUTES: tuple[Route, ...] = get_args(Route)
@@ -93,6 +92,8 @@ def schedule(first: int, limit: int) -> list[int]:
 
 def failures_close(n: int, looks: int, budget: Budget, confidence: float) -> bool:
     """Whether n failures and no success, seen at the last of several looks, leave one route only."""
+    from trl_ext_probing.intervals import clopper_pearson  # with scipy, which the settings' help does without
+
     low, high = clopper_pearson(0, n, confidence_per_look(confidence, looks))
     return not undecided(float(low), float(high), budget)
 

@@ -31,24 +31,6 @@ def likelihood_quantile(log_likelihoods: ArrayLike, epsilon: ArrayLike) -> Float
     return np.append(ordered, 0.0)[np.minimum(below, ordered.size)]
 
 
-def at_least_one(p: ArrayLike, draws: int) -> Floats:
-    """Probability of at least one success: 1 - (1 - p)^draws."""
-    with np.errstate(divide="ignore"):  # log 0 at p = 1 gives exp(-inf) = 0
-        return -np.expm1(draws * np.log1p(-np.asarray(p, dtype=float)))
-
-
-def expected_queries(p: ArrayLike, limit: float = math.inf) -> Floats:
-    """Mean number of draws until the first success, or until `limit` draws: (1 - (1 - p)^limit) / p.
-
-    1/p without a limit, and infinite at p = 0.
-    """
-    p = np.asarray(p, dtype=float)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if math.isinf(limit):
-            return 1 / p
-        return np.where(p > 0, at_least_one(p, int(limit)) / p, float(limit))
-
-
 class BetaPrior(NamedTuple):
     """A beta distribution of success rates over prompts."""
 
