@@ -15,7 +15,7 @@ def parse(kind: "TrainerKind", arguments: Sequence[str]) -> tuple[Any, Any, Any,
     return train.parse(kind, arguments)
 
 
-def check(kind: TrainerKind, arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+def check(kind: "TrainerKind", arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
     """Read a command line as `parse` does, and refuse what can be known to fail before a model loads.
 
     Raises:
