@@ -48,6 +48,10 @@ def grpo(**changed) -> list[str]:
     return ["grpo", *flags(RUN | GRPO | changed)]
 
 
+def other(kind: str, **changed) -> list[str]:
+    return [kind, *flags(RUN | changed)]
+
+
 def flags(settings: dict) -> list[str]:
     return [text for name, value in settings.items() if value is not None for text in (f"--{name}", str(value))]
 
@@ -114,6 +118,22 @@ MISTAKES = {
     "prompts": (
         grpo(dataset_name="qa.jsonl"),
         "GRPO wants `prompt`. Rename them, for instance dataset_columns: questio",
+    ),
+    "pairs": (
+        other("dpo", dataset_name="data.jsonl"),
+        "DPO wants `chosen` and `rejected`. Rename them, for instance dataset_columns: preferred=chosen,dispreferred=",
+    ),
+    "labels": (other("kto", dataset_name="data.jsonl"), "KTO wants `completion` and `label`, or `chosen` and `reje"),
+    "pairs of a reward model": (other("reward", dataset_name="data.jsonl"), "reward wants `chosen` and `rejected`"),
+    "no teacher": (other("distillation", dataset_name="prompts.jsonl"), "teacher_model_name_or_path: is not set; give"),
+    "teacher folder": (
+        other("distillation", dataset_name="prompts.jsonl", teacher_model_name_or_path="modle"),
+        "teacher_model_name_or_path: 'modle' is no folder here, and cannot be had from the hub. Did you mean 'model'",
+    ),
+    "no rewards": (other("rloo", dataset_name="prompts.jsonl"), "reward_funcs: is not set; give package.module.func"),
+    "plugin for another trainer": (
+        other("reward", dataset_name="data.jsonl", plugins="gradient-surgery"),
+        "is for the trainers sft, grpo, dpo, kto, rloo, distillation, and this is reward",
     ),
     "stream's column": (sft(config="columns.yaml"), "streams: target: columns: no column 'promt' in the data set. Did"),
     "stream's key": (sft(config="key.yaml"), "streams: 'target' has an unknown key 'splt'. Did you mean 'split'"),

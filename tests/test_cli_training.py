@@ -247,6 +247,15 @@ def test_validate_finds_the_trainer_and_what_fails_in_the_window(process, here, 
     assert "trl_ext grpo run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", OTHERS)
+def test_validate_knows_every_trainer(process, here, capsys, kind):
+    options = {**OTHERS[kind], "plugins": "ema:decay=0.5"}
+    before = sorted(here.rglob("*"))
+    assert run(["validate", kind, *flags("out", **options)]) == 0
+    assert f"valid: {kind} run of model, one window of 4 samples ran" in capsys.readouterr().out
+    assert sorted(here.rglob("*")) == before
+
+
 def test_an_interrupt_ends_training_with_the_way_to_resume(process, here, capsys, monkeypatch):
     (here / "config.yaml").write_text(YAML_OF_A_RUN)
 

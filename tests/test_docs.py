@@ -184,7 +184,7 @@ def arguments_of_trl_ext(words: list[str]) -> list[str] | None:
 
 
 def known_settings(trainer: str) -> set[str]:
-    """Every flag of `trl-ext sft` or `trl-ext grpo`, and so every key of its YAML, without dashes."""
+    """Every flag of a training command, and so every key of its YAML, without dashes."""
     from importlib import import_module
 
     from trl_ext.cli.launching import launch_flags
@@ -221,8 +221,8 @@ def test_commands_and_flags_exist(document: Path) -> None:
             command = command.get_command(typer.Context(command), path[-1])
             assert command is not None, f"{where}: there is no command {' '.join(path)!r}"
         flags = {word.partition("=")[0] for word in _own_arguments(path, rest) if word.startswith("--")}
-        if path[:1] in (["sft"], ["grpo"], ["validate"]):
-            kinds = ("sft", "grpo") if path == ["validate"] else path[:1]
+        if path and path[0] in (*TRAINERS, "validate"):
+            kinds = TRAINERS if path == ["validate"] else path[:1]
             known = {f"--{name}" for kind in kinds for name in known_settings(kind)}
         else:
             loaded = command.make_context(path[-1], [], resilient_parsing=True).command  # not a plugin's stand-in
@@ -240,7 +240,7 @@ def _own_arguments(path: list[str], arguments: list[str]) -> list[str]:
 
 @having("yaml")
 def test_yaml_keys_are_settings_of_a_trainer(document: Path) -> None:
-    known = known_settings("sft") | known_settings("grpo") | {"tune"}  # a part of a comparison
+    known = set().union(*map(known_settings, TRAINERS)) | {"tune"}  # a part of a comparison
     for line, text in blocks(document, "yaml"):
         unknown = set(yaml.safe_load(text)) - known
         assert not unknown, f"{document.name}, block at line {line}: no such setting {sorted(unknown)}"

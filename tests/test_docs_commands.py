@@ -12,6 +12,7 @@ import yaml
 from documents import DOCUMENTS, MODEL, ROOT, blocks, commands, name, save_adapter
 
 from trl_ext.cli import run
+from trl_ext.records import TRAINERS
 
 NOT_RUN = {
     "probe": "measures for minutes; the tests of the probes run each of them",
@@ -31,7 +32,7 @@ def runs_here(words: list[str]) -> bool:
         return False  # make, pip, torchrun and others build environments or launch on several GPUs
     if any(absent in word for word in words for absent in ABSENT) or "--num_processes" in words:
         return False
-    return words[1] not in ("sft", "grpo", "validate") or not in_bf16(words)
+    return words[1] not in (*TRAINERS, "validate") or not in_bf16(words)
 
 
 def in_bf16(words: list[str]) -> bool:

@@ -194,7 +194,7 @@ def upgrade_config(args: Any, config_cls: type[Any]) -> Any:
     """
     if isinstance(args, config_cls):
         return args
-    _, trl_cls = config_cls.__bases__
+    trl_cls = next(base for base in config_cls.__mro__ if base.__module__.startswith("trl."))
     if isinstance(args, trl_cls):
         upgraded = _new_config(config_cls, type(args))
         settings = {f.name: f.default for f in fields(_PluginSettings)}

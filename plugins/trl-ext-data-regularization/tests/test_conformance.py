@@ -15,4 +15,6 @@ SHARDED = {"fsdp2": "Scores by gradients need whole layers, of which no rank see
 test_data_regularization = pytest.mark.slow(conformance(DataRegularization(), trainer="sft", unsupported=SHARDED))
 test_gradient_surgery = pytest.mark.slow(conformance(GradientSurgery(stream_batch_size=2), trainer="sft"))
 test_gradient_surgery_grpo = pytest.mark.slow(conformance(GradientSurgery(stream_batch_size=2), trainer="grpo"))
+test_gradient_surgery_dpo = pytest.mark.slow(conformance(GradientSurgery(stream_batch_size=2), trainer="dpo"))
+test_gradient_surgery_rloo = pytest.mark.slow(conformance(GradientSurgery(stream_batch_size=2), trainer="rloo"))
 test_rollout_filter = pytest.mark.slow(conformance(RolloutFilter(), trainer="grpo", reward=noisy_reward))

@@ -26,6 +26,8 @@ UNSOLVED: dict[str, Any] = {"trainer": "grpo", "reward": some_solved, "dataset":
 """Prompts with a demonstration each."""
 
 test_chord = pytest.mark.slow(conformance(Chord(), trainer="grpo"))
+test_chord_beside_dpo = pytest.mark.slow(conformance(Chord(), trainer="dpo"))
+test_parallel_averaging_in_rloo = pytest.mark.slow(conformance(ParallelAveraging(), trainer="rloo"))
 test_surgery = pytest.mark.slow(conformance(Surgery(), trainer="grpo"))
 test_parallel_averaging = pytest.mark.slow(conformance(ParallelAveraging(), trainer="grpo"))
 test_hpt = pytest.mark.slow(conformance(HPT(), **UNSOLVED))

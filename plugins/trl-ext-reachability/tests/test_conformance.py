@@ -21,6 +21,7 @@ PROBE = write_probe(Path(FOLDER.name, "probe"), max_completion_length=4)
 
 test_adaptive_lr = pytest.mark.slow(conformance(AdaptiveLr(), trainer="sft"))
 test_adaptive_lr_grpo = pytest.mark.slow(conformance(AdaptiveLr(), trainer="grpo"))
+test_adaptive_lr_reward = pytest.mark.slow(conformance(AdaptiveLr(), trainer="reward"))
 test_best_of_m = pytest.mark.slow(conformance(BestOfM(success=0.8), trainer="grpo", reward=checksum_reward))
 test_pg = pytest.mark.slow(conformance(PG(), trainer="grpo", reward=checksum_reward))
 test_process_reward = pytest.mark.slow(
