@@ -1,8 +1,8 @@
 """The data of the comparisons: arithmetic in words, a made-up notation, and general instructions, all procedural.
 
-Every row is a conversation of two messages, `prompt` and `completion`; `solution` is the right one as text, `answer`
-what a reward compares with, and `source` says of which kind a row is. The same call gives the same rows, and no held-out
-prompt is trained on.
+Every row is a conversation of two messages, `prompt` and `completion`. `solution` is the right one as text, `answer` is
+what a reward compares with, and `source` says of which kind a row is. The same call gives the same rows, and no
+held-out prompt is trained on.
 """
 
 from __future__ import annotations
