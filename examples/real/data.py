@@ -1,7 +1,8 @@
 """The data of the comparisons: arithmetic in words, a made-up notation, and general instructions, all procedural.
 
-Every row is a conversation of two messages, `prompt` and `completion`; `answer` is what a reward compares with, and
-`source` says of which kind a row is. The same call gives the same rows, and no held-out prompt is trained on.
+Every row is a conversation of two messages, `prompt` and `completion`. `solution` is the right one as text, `answer` is
+what a reward compares with, and `source` says of which kind a row is. The same call gives the same rows, and no
+held-out prompt is trained on.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def rows(make: Maker, size: int, held_out: bool = False, wrong: float = 0.0, see
         {
             "prompt": [{"role": "user", "content": question}],
             "completion": [{"role": "assistant", "content": drawn[(i + 1) % size][1] if i in shifted else solution}],
+            "solution": solution,
             "answer": answer,
             "source": make.__name__,
         }
