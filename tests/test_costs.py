@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import Plugin, additions, assert_equal_bits, make_grpo, make_sft, parameters
+from helpers import Plugin, assert_equal_bits
 
 from trl_ext import hookimpl
 from trl_ext.jobs import COSTS, Costs, read_costs
 from trl_ext.jobs.costs import append_costs
+from trl_ext.testing.runs import additions, make_grpo, make_sft, parameters
 
 SIZE = 2
 STEPS = 6

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import Plugin, additions, assert_equal_bits, make_sft, parameters
+from helpers import Plugin, assert_equal_bits
 
 from trl_ext import hookimpl
 from trl_ext.records import StreamRequest
+from trl_ext.testing.runs import additions, make_sft, parameters
 
 SLEEP = 0.05
 

@@ -56,12 +56,12 @@ def _trainers(active: ActivePlugin) -> list[TrainerKind]:
     another one. A reward model takes no streams.
     """
     hooks = {name for name in marked_hooks(active.instance) if not HOOKS[name].bystander}
+    of_streams_of_others = "per_token_loss" in hooks and "streams" not in hooks
     streams = [request for request in active.instance.streams() if not request.optional] if "streams" in hooks else []
 
     def acts(trainer: TrainerKind) -> bool:
-        called = {name for name in hooks if trainer in HOOKS[name].trainers}
-        if trainer != "sft" and "streams" not in hooks:
-            called.discard("per_token_loss")
-        return bool(called) and (not streams or trainer in HOOKS["streams"].trainers)
+        called = any(trainer in HOOKS[name].trainers for name in hooks)
+        without_streams = trainer not in HOOKS["streams"].trainers
+        return called and not (trainer != "sft" and of_streams_of_others) and not (streams and without_streams)
 
     return [trainer for trainer in TRAINERS if trainer in active.declared.trainers and acts(trainer)]
