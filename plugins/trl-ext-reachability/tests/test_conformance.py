@@ -15,6 +15,7 @@ from trl_ext_reachability.process_reward import ProcessReward
 from trl_ext_reachability.reachability import Reachability
 
 from trl_ext.testing.conformance import conformance
+from trl_ext.testing.runs import additions
 
 FOLDER = TemporaryDirectory(prefix="probe-")
 PROBE = write_probe(Path(FOLDER.name, "probe"), max_completion_length=4)
@@ -28,5 +29,11 @@ test_process_reward = pytest.mark.slow(
     conformance(ProcessReward("runs:constant_verifier", split="token"), trainer="grpo", reward=checksum_reward)
 )
 test_reachability = pytest.mark.slow(
-    conformance(Reachability(PROBE, reroute_every=1), trainer="grpo", reward=checksum_reward, dataset=prompts())
+    conformance(
+        Reachability(PROBE, reroute_every=1),
+        trainer="grpo",
+        reward=checksum_reward,
+        dataset=prompts(),
+        streams={"demonstrations": additions(16)},
+    )
 )
