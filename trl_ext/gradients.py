@@ -7,10 +7,12 @@ ranks that hold different shards, in one all-reduce a mesh dimension. Updates ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +41,23 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Those of `named_parameters` that require a gradient."""
     return {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Drop the whole parameters that are kept beside the shards, after the shards have been changed. Not collective.
+
+    FSDP2 keeps those of its root after a forward without backward, ZeRO-3 small ones always: without this the model
+    would go on with the values from before. The next forward gathers them again.
+
+    Args:
+        model: the unwrapped model.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    gathered: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_status") and p.ds_status.name == "AVAILABLE"]
+    if gathered:
+        gathered[0].partition(gathered)
 
 
 def sum_over_shards(partial: Tensor, parameters: Sequence[Tensor], agree: Callable[[], object] | None = None) -> Tensor:

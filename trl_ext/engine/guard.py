@@ -225,12 +225,12 @@ class Guard:
         """
         return flag if self.world_size == 1 else self._agree(torch.tensor(flag, device=self.device))
 
-    def agree_finite(self, grad_norm: Tensor | float, loss_is_finite: Tensor) -> bool:
+    def agree_finite(self, grad_norm: Tensor | float, loss_is_finite: Tensor | bool) -> bool:
         """Whether gradient and loss are finite on all ranks; raises if a hook failed on any. Collective.
 
         Args:
             grad_norm: () the global gradient norm before clipping.
-            loss_is_finite: () bool, of this rank's micro-steps.
+            loss_is_finite: () bool, of this rank's micro-steps before the agreement.
         """
         norm = torch.as_tensor(grad_norm, device=self.device)
         infinite = ~(torch.isfinite(norm) & loss_is_finite)

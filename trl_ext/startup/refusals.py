@@ -115,7 +115,7 @@ def _refuse_orders(args: Any, plugins: PluginSet, streaming: bool) -> None:
 
 def _refuse_gradients(run: RunDescription, plugins: PluginSet) -> None:
     uses = [h for h in ("gradients_ready", "sample_weights", "streams", "wrap_optimizer") if plugins.implements(h)]
-    if run.sharding in ("deepspeed", "fsdp1"):
+    if run.sharding == "fsdp1":
         uses += [h for h in ("weights_updated", "deployed_weights") if plugins.implements(h)]
     if not uses:
         return
@@ -123,7 +123,8 @@ def _refuse_gradients(run: RunDescription, plugins: PluginSet) -> None:
     where = f"hook '{uses[0]}' of plugin '{owner}'"
     if run.sharding == "deepspeed":
         raise ConfigurationError(
-            f"{where} does not work under DeepSpeed, which owns gradients, weights and optimiser; use DDP or FSDP2"
+            f"{where} does not work under DeepSpeed, whose ZeRO keeps gradients in buffers of its own and steps inside "
+            "of the backward pass; use FSDP2, which shards as ZeRO-3 does, or DDP"
         )
     if run.sharding == "fsdp1":
         raise ConfigurationError(f"{where} does not work under FSDP1's flat parameters; set fsdp_version: 2")

@@ -23,6 +23,7 @@ from trl_ext.engine.passes import ExtraPasses
 from trl_ext.engine.step import OptimizerStep
 from trl_ext.engine.tally import LossTally
 from trl_ext.engine.weight_swaps import WeightSwaps
+from trl_ext.engine.zero import call_before_step, flat_shards, norm_of_partition
 from trl_ext.gradients import trainable_parameters, unwrapped_name
 from trl_ext.records import SetupContext, WeightsView
 from trl_ext.startup.plan import RunPlan, check_loaded, plan_run
@@ -159,6 +160,9 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_deepspeed_enabled and (self.ext_plugins or self.ext_step.nonfinite != "ignore"):
+            engine = self.deepspeed
+            call_before_step(engine, lambda: self.ext_step.agree(engine, norm_of_partition(engine)))
         if self.ext_plugins:
             self._ext_setup(max_steps, resume_from_checkpoint)
             if self.accelerator.is_main_process:
@@ -171,9 +175,10 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         refuse_frozen(named, is_peft_model(model))
         if self.ext_streams or self.ext_plugins.implements("sample_weights"):
             refuse_wrapped(self.model_wrapped, named.values())
-        sharded = any(isinstance(p, DTensor) for p in named.values())
+        parameters = flat_shards(named.values())
+        sharded = any(isinstance(p, DTensor) for p in parameters)
         buffers = {unwrapped_name(name): buffer for name, buffer in model.named_buffers()}
-        weights = WeightsView(tuple(named), tuple(named.values()), buffers, sharded)
+        weights = WeightsView(tuple(named), tuple(parameters), buffers, sharded)
         self.ext_weights = weights
         reference = getattr(self, "ref_model", None)
         context = SetupContext(

@@ -81,7 +81,6 @@ class OnlineAverage:
         self._began = False
         self._selected: list[int] = []
         self._shadows = Shadows()
-        self._swapper = Swapper()
 
     # What a method defines.
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+
+from trl_ext.gradients import forget_gathered
 
 
 class Swapper:
     """Swaps weights of a model in place.
 
     Args:
-        model: the model; under FSDP2 its weights are shards, and those gathered from them are dropped at a swap.
+        model: the model; where its weights are shards, those gathered from them are dropped at a swap.
         in_host_memory: compute the other weights from the copy of the raw ones in host memory.
     """
 
-    def __init__(self, model: nn.Module | None = None, in_host_memory: bool = False) -> None:
-        modules = () if model is None else model.modules()
-        self._sharded: Sequence[FSDPModule] = [module for module in modules if isinstance(module, FSDPModule)]
+    def __init__(self, model: nn.Module, in_host_memory: bool = False) -> None:
+        self._model = model
         self._in_host_memory = in_host_memory
 
     @contextmanager
@@ -34,15 +34,10 @@ class Swapper:
         raw = [tensor.to("cpu", copy=True) for tensor in theta]  # host memory: a swap costs none on the device
         try:
             write(theta, raw if self._in_host_memory else theta)
-            self._drop_gathered()
+            forget_gathered(self._model)
             yield
         finally:
             with torch.no_grad():
                 for tensor, saved in zip(theta, raw, strict=True):
                     tensor.copy_(saved)
-            self._drop_gathered()
-
-    def _drop_gathered(self) -> None:
-        """FSDP2 keeps the root's gathered weights after a forward without backward; they are stale after a swap."""
-        for module in self._sharded:
-            module.reshard()
+            forget_gathered(self._model)

@@ -9,9 +9,10 @@ from functools import cached_property, partial, reduce
 import torch
 from torch import Tensor
 
+from trl_ext.gradients import forget_gathered
 from trl_ext.records import SetupContext, Window
 from trl_ext_data_regularization.diagnostics import gram_terms
-from trl_ext_data_regularization.engines import Engine, Scores, derivative_scores, forget_gathered
+from trl_ext_data_regularization.engines import Engine, Scores, derivative_scores
 from trl_ext_data_regularization.layers import Batch, Layer
 from trl_ext_data_regularization.plan import Plan
 from trl_ext_data_regularization.ranks import total_over_ranks, world_size

@@ -24,6 +24,11 @@ class LiveReference(Reference):
     model: nn.Module | None = None
 
     def check(self, run: RunDescription) -> None:
+        if run.sharding == "deepspeed":
+            raise ValueError(
+                "a reference that is a forward of a model has not been tried under DeepSpeed; use "
+                "reference='cache:PATH', or train with DDP or FSDP2"
+            )
         # Streams are scored at temperature 1, and a forward of our own meets GRPO's head at the sampling temperature.
         if run.trainer == "grpo" and run.args.temperature != 1:
             raise ValueError(

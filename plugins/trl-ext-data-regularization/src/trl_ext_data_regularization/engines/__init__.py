@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trl_ext_data_regularization.engines.derivative import derivative_scores, forget_gathered
+from trl_ext_data_regularization.engines.derivative import derivative_scores
 from trl_ext_data_regularization.engines.direct import Direct
 from trl_ext_data_regularization.engines.engine import Engine, Scores
 from trl_ext_data_regularization.engines.ghost import Ghost
@@ -20,7 +20,6 @@ __all__ = [
     "Scores",
     "Sketch",
     "derivative_scores",
-    "forget_gathered",
     "make_engine",
 ]
 

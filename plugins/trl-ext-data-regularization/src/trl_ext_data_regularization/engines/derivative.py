@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from trl_ext.gradients import GradientView, local_tensor
 
@@ -31,7 +30,7 @@ def derivative_scores(
         target: P gradients (shards under FSDP2) or None each.
         step: length of the step along t / |t|, relative to the parameters' norm.
         points: 2, or 4 for an error of the fourth order at twice the forwards.
-        moved: called whenever the parameters have changed (`forget_gathered` under FSDP2).
+        moved: called whenever the parameters have changed (`trl_ext.gradients.forget_gathered`).
 
     Returns:
         (n,) float64. Zeros where t is zero.
@@ -71,10 +70,3 @@ def shifted(
     finally:
         torch._foreach_copy_(list(weights), saved)
         moved()
-
-
-def forget_gathered(model: nn.Module) -> None:
-    """Drop whole parameters that FSDP2 keeps after a forward (the root's), which the shards have moved away from."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
