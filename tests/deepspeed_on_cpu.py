@@ -8,8 +8,10 @@ rank's own process (`trl_ext.testing.ranks`), before anything is built.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
+import transformers.training_args
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
@@ -20,13 +22,14 @@ def run_on_cpu() -> None:
     # "Several processes on the CPU" sets ranks and device; `ACCELERATE_USE_DEEPSPEED`, which transformers sets while
     # it builds the state, then makes it DeepSpeed's, as on GPUs.
     PartialState._prepare_backend = lambda self, *settings: ("gloo", DistributedType.MULTI_CPU)
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True  # it asks for a GPU without `use_cpu`
     from deepspeed.comm import torch as backend  # only here: the ordinary environment has no DeepSpeed
 
     backend.build_shm_op = lambda: None  # a faster all-reduce, which it would compile for minutes
 
 
-def zero(stage: int, **zero_optimization: Any) -> dict[str, Any]:
-    """Settings of a run with ZeRO of this stage, for `make_sft` and `make_grpo`."""
+def zero(stage: int, more: Mapping[str, Any] | None = None, **zero_optimization: Any) -> dict[str, Any]:
+    """Settings of a run with ZeRO of this stage, for `make_sft` and `make_grpo`; `more` goes into DeepSpeed's."""
     config = {
         "zero_optimization": {
             "stage": stage,
@@ -37,5 +40,7 @@ def zero(stage: int, **zero_optimization: Any) -> dict[str, Any]:
         },
         **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
         "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        **(more or {}),
     }
     return {"deepspeed": config, "use_cpu": False}

@@ -97,8 +97,8 @@ class OnRankOne(Plugin):
         return -tokens.log_probs
 
 
-def failure(folder: Path, stage: int, how: str) -> dict[str, Any]:
-    trainer = make_sft(folder, plugins=[OnRankOne(how)], gradient_accumulation_steps=2, **SGD, **zero(stage))
+def failure(folder: Path, how: str, settings: dict[str, Any]) -> dict[str, Any]:
+    trainer = make_sft(folder, plugins=[OnRankOne(how)], gradient_accumulation_steps=2, **SGD, **settings)
     try:
         trainer.train()
     except Exception as error:
@@ -106,6 +106,14 @@ def failure(folder: Path, stage: int, how: str) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}", "step": trainer.state.global_step, "finite": finite}
     return {"error": None}
 
+
+BY_TORCH = {"zero_force_ds_cpu_optimizer": False}  # DeepSpeed's optimiser for the host would have to be compiled
+SETTINGS = {
+    **{f"stage {stage}": zero(stage) for stage in STAGES},
+    **{f"stage {stage}, bf16": zero(stage) | {"bf16": True} for stage in STAGES},
+    **{f"stage {stage}, offloaded": zero(stage, BY_TORCH, offload_optimizer={"device": "cpu"}) for stage in STAGES},
+}
+"""Gradients are kept in other places in each of them."""
 
 REFUSED = {
     "stage 0": (
@@ -124,6 +132,12 @@ REFUSED = {
         zero(3, stage3_gather_16bit_weights_on_model_save=False),
         {"names": ["ema"]},
         "zero_optimization.stage3_gather_16bit_weights_on_model_save: true",
+    ),
+    "fp16": (zero(2, {"fp16": {"enabled": True}}), {"plugins": [Idle()]}, "fp16 under DeepSpeed has not been tried"),
+    "disk": (
+        zero(2, offload_optimizer={"device": "nvme"}),
+        {"plugins": [Idle()]},
+        "offload_optimizer to a disk takes the gradients away",
     ),
     "offloaded weights": (
         zero(3, offload_param={"device": "cpu"}),
@@ -153,8 +167,9 @@ def all_of_rank(folder: Path) -> dict[str, Any]:
             trainer = make(run, 2, **zero(stage))
             trainer.train(resume_from_checkpoint=str(run / "checkpoint-2"))
             found[f"{kind}-{stage}"] = first, saved(trainer, run / "resumed")
+    for name, settings in SETTINGS.items():
         for how in ("raises", "nan"):
-            found[f"{how}-{stage}"] = failure(folder / f"{how}-{stage}", stage, how)
+            found[f"{how}, {name}"] = failure(folder / f"{how}, {name}", how, settings)
     found["refused"] = {name: refusal(folder / name, *asked) for name, (*asked, _) in REFUSED.items()}
     return found
 
@@ -202,19 +217,20 @@ def test_a_resumed_run_ends_where_the_first_did(ranks, kind, stage):
         assert largest_difference(first[weights], resumed[weights]) == 0.0
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_failure_on_one_rank_stops_both_before_the_step(ranks, stage):
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_failure_on_one_rank_stops_both_before_the_step(ranks, settings):
     for rank in ranks:
-        end = rank[f"raises-{stage}"]
+        end = rank[f"raises, {settings}"]
         assert "failed in hook 'per_token_loss' at step 2: RuntimeError: only here [on rank 1 of 2]" in end["error"]
         assert (end["step"], end["finite"]) == (1, True)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_nan_on_one_rank_is_found_before_it_reaches_the_weights(ranks, stage):
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_a_nan_on_one_rank_is_found_before_it_reaches_the_weights(ranks, settings):
     for rank in ranks:
-        end = rank[f"nan-{stage}"]
+        end = rank[f"nan, {settings}"]
         assert end["error"].startswith("NonFiniteError: NaN or infinite loss or gradient at step 2")
+        assert "skip" not in end["error"], "which is refused under DeepSpeed"
         assert (end["step"], end["finite"]) == (1, True)
 
 

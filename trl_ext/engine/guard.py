@@ -236,13 +236,13 @@ class Guard:
         infinite = ~(torch.isfinite(norm) & loss_is_finite)
         return not (bool(infinite) if self.world_size == 1 else self._agree(infinite))
 
-    def non_finite(self) -> NonFiniteError:
-        """The error to raise for a NaN or infinite gradient or loss."""
+    def non_finite(self, skippable: bool) -> NonFiniteError:
+        """The error to raise for a NaN or infinite gradient or loss; `skippable` says whether steps can be left out."""
         last = self.last_touched
         return NonFiniteError(
             f"NaN or infinite loss or gradient at step {self.step() + 1}, found before the optimiser's step; "
             + (f"the last hook that touched it: {last}. " if last else "no hook touched it. ")
-            + "Set nonfinite='skip' to leave such steps out, on all ranks alike."
+            + ("Set nonfinite='skip' to leave such steps out, on all ranks alike." if skippable else "")
         )
 
     def _agree(self, flag: Tensor) -> bool:

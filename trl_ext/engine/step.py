@@ -50,6 +50,8 @@ class OptimizerStep:
     """What to do on a NaN or infinite loss or gradient: "raise", "skip" or "ignore"."""
     rank_check_steps: int = 0
     """Optimiser steps between comparisons of ranks; 0 for none."""
+    skippable: bool = True
+    """Whether this run could leave out steps (`nonfinite="skip"`)."""
     weighting: SampleWeighting | None = None
     """SFT: asks for the weights of the window's samples."""
     window: AccumulationWindow = field(default_factory=AccumulationWindow)
@@ -112,7 +114,7 @@ class OptimizerStep:
         self.skipped = not self.run.guard.agree_finite(norm, self._finite)
         if self.skipped:
             if self.nonfinite == "raise":
-                raise self.run.guard.non_finite()
+                raise self.run.guard.non_finite(self.skippable)
             for parameter in model.parameters():
                 parameter.grad = None  # optimisers leave parameters without a gradient, and their moments, alone
         self.run.tally.end_step(self.skipped)

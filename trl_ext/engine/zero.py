@@ -54,8 +54,12 @@ def norm_of_partition(engine: Any) -> Tensor:
             "infinity; set zero_optimization.stage to 2 or 3, or nonfinite='ignore'"
         )
     gradients = [gradient for group in kept.values() for gradient in group or ()]
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else [zero]
-    return torch.stack(list(norms)).norm()
+    if not gradients:  # the optimiser is offloaded, and has taken them
+        parts = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")  # of ZeRO-1 and 2, and of ZeRO-3
+        flat = next(getattr(engine.optimizer, name) for name in parts if hasattr(engine.optimizer, name))
+        gradients = [part.grad for part in flat if part.grad is not None]
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32) if gradients else ()
+    return torch.stack([zero, *(norm.to(zero.device) for norm in norms)]).norm()
 
 
 def flat_shards(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -30,6 +30,13 @@ def refuse_zero(config: Mapping[str, Any], plugins: PluginSet) -> None:
             "DeepSpeed with zero_optimization.stage 0 shards nothing and has not been tried with plugins; set stage to "
             "1, 2 or 3, or launch with DDP"
         )
+    if config.get("fp16", {}).get("enabled") is True:
+        raise ConfigurationError("fp16 under DeepSpeed has not been tried with plugins; set bf16=True and fp16=False")
+    if zero.get("offload_optimizer", {}).get("device") == "nvme":
+        raise ConfigurationError(
+            "zero_optimization.offload_optimizer to a disk takes the gradients away before they can be looked at; set "
+            "its device to cpu"
+        )
     if config.get("tensor_parallel", {}).get("autotp_size", 0) > 1:
         raise ConfigurationError("tensor_parallel.autotp_size splits layers over ranks, which plugins do not support")
     uses = [hook for hook in _WEIGHT_HOOKS if plugins.implements(hook)]

@@ -27,9 +27,10 @@ from trl_ext.engine.zero import call_before_step, flat_shards, norm_of_partition
 from trl_ext.gradients import trainable_parameters, unwrapped_name
 from trl_ext.records import SetupContext, WeightsView
 from trl_ext.startup.plan import RunPlan, check_loaded, plan_run
-from trl_ext.startup.refusals import refuse_copied_groups, refuse_frozen, refuse_wrapped
+from trl_ext.startup.refusals import refuse_copied_groups, refuse_frozen, refuse_wrapped, why_not_skipping
 from trl_ext.startup.report import report_run
 from trl_ext.startup.run_folder import owned_run_folder
+from trl_ext.startup.sharding import sharding_of_loaded
 from trl_ext.startup.stream_data import TextForm, prepare_stream
 from trl_ext.trainers.deployment import DeploymentMixin
 from trl_ext.trainers.saving import CheckpointMixin
@@ -74,6 +75,8 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         nonfinite = self.args.nonfinite or ("raise" if self.ext_plugins else "ignore")
         every = self.args.rank_check_steps
         self.ext_step = OptimizerStep(self.ext_run, self.ext_passes, self.ext_streams, nonfinite, every)
+        sharding = sharding_of_loaded(self.accelerator, self.model)
+        self.ext_step.skippable = why_not_skipping(self.args, sharding) is None
         self.ext_swaps = WeightSwaps(self.ext_run, lambda: self.ext_weights, self._ext_forget_generator)
         if self.ext_plugins or every:
             self.add_callback(StepCallback(self.ext_step, self.accelerator))
