@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         Window,
     )
 
-API_VERSION = "1.4"
+API_VERSION = "1.5"
 PROJECT = "trl_ext"
 
 Kind = Literal["all", "collect", "exclusive", "chain", "sum", "in place"]

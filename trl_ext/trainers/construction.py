@@ -24,7 +24,7 @@ from trl_ext.engine.step import OptimizerStep
 from trl_ext.engine.tally import LossTally
 from trl_ext.engine.weight_swaps import WeightSwaps
 from trl_ext.engine.zero import call_before_step, flat_shards, norm_of_partition
-from trl_ext.gradients import trainable_parameters, unwrapped_name
+from trl_ext.gradients import forget_gathered, trainable_parameters, unwrapped_name
 from trl_ext.records import SetupContext, WeightsView
 from trl_ext.startup.plan import RunPlan, check_loaded, plan_run
 from trl_ext.startup.refusals import refuse_copied_groups, refuse_frozen, refuse_wrapped, why_not_skipping
@@ -77,7 +77,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         self.ext_step = OptimizerStep(self.ext_run, self.ext_passes, self.ext_streams, nonfinite, every)
         sharding = sharding_of_loaded(self.accelerator, self.model)
         self.ext_step.skippable = why_not_skipping(self.args, sharding) is None
-        self.ext_swaps = WeightSwaps(self.ext_run, lambda: self.ext_weights, self._ext_forget_generator)
+        self.ext_swaps = WeightSwaps(self.ext_run, lambda: self.ext_weights, self._ext_forget_weights)
         if self.ext_plugins or every:
             self.add_callback(StepCallback(self.ext_step, self.accelerator))
 
@@ -127,8 +127,9 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         with offload, self.compute_loss_context_manager():
             yield
 
-    def _ext_forget_generator(self) -> None:
-        """Make GRPO send the weights to vLLM again before it samples: they are other ones now."""
+    def _ext_forget_weights(self) -> None:
+        """Other weights are in place now: let shards be gathered again, and GRPO send them to vLLM before it samples."""
+        forget_gathered(self.model)
         if hasattr(self, "_last_loaded_step"):
             self._last_loaded_step = -1
 
