@@ -227,6 +227,8 @@ def algebra(a: GradientView, b: GradientView) -> dict[str, float]:
         "norm": float(a.norm()),
         "squared norm": float(b.squared_norm()),
         "cosine": float(a.cosine(b)),
+        "gram": float(a.grams(b).sum(0)[0, 1]),
+        "gram's last": float(a.grams(b)[1, 1, 1]),
         "mixed": float(mixed.norm()),
         "copied": float(copy.dot(a)),
         "clone": float(a.clone().norm()),

@@ -64,6 +64,9 @@ def test_scalars_are_those_of_the_flat_vector(seed, other_seed, missing, other_m
     torch.testing.assert_close(a.cosine(b).double(), x @ y / lengths if lengths > 0 else x @ y, **FP32)
     assert a.dots(b).shape == (len(SHAPES),)
     torch.testing.assert_close(a.dots(b).sum(), a.dot(b))
+    assert a.grams(b).shape == (len(SHAPES), 2, 2)
+    both = torch.stack([x, y])
+    torch.testing.assert_close(a.grams(b).sum(0).double(), both @ both.t(), **FP32)
 
 
 @pytest.mark.parametrize("live", [False, True], ids=["snapshot", "live"])

@@ -64,12 +64,12 @@ def sum_over_shards(partial: Tensor, parameters: Sequence[Tensor], agree: Callab
     """Sum per-parameter partial scalars over the ranks that hold other shards of the same parameter.
 
     Args:
-        partial: (P,) float, one scalar per parameter from this rank's shard.
+        partial: (P, ...) float, one or several scalars per parameter from this rank's shard.
         parameters: the P parameters; plain tensors are replicated and keep their scalar.
         agree: called before the collectives, if there are any.
 
     Returns:
-        (P,) float, equal on all ranks of a mesh.
+        (P, ...) float, equal on all ranks of a mesh.
     """
     by_layout: dict[tuple[object, tuple[int, ...]], list[int]] = {}
     for i, parameter in enumerate(parameters):
@@ -129,8 +129,7 @@ class GradientView:
 
     def dots(self, other: GradientView) -> Tensor:
         """(P,) float: the inner product with `other` per parameter, over all shards."""
-        pairs = zip(self.tensors, other.tensors, strict=True)
-        return self._scalars([None if a is None or b is None else _dot(a, b) for a, b in pairs])
+        return self._sum(self._products(other))
 
     def dot(self, other: GradientView) -> Tensor:
         """() float: the inner product with `other`, over all parameters and shards."""
@@ -138,12 +137,16 @@ class GradientView:
 
     def squared_norm(self) -> Tensor:
         """() float: the squared Euclidean norm over all parameters and shards."""
-        present = [(i, g) for i, g in enumerate(self.tensors) if g is not None]
-        scalars: list[Tensor | None] = [None] * len(self.parameters)
-        # One foreach call per (device, dtype); norms are taken in fp32 whatever the gradients' dtype.
-        for (i, _), norm in zip(present, _foreach_norm([g for _, g in present]), strict=True):
-            scalars[i] = norm * norm
-        return self._scalars(scalars).sum()
+        return self._sum(self._squares()).sum()
+
+    def grams(self, other: GradientView) -> Tensor:
+        """(P, 2, 2) float: the inner products of this gradient and `other` per parameter, over all shards.
+
+        Summed over P they are those of the whole vectors. It takes the collectives of one scalar.
+        """
+        of_pairs = self._sum(torch.stack([self._squares(), self._products(other), other._squares()], dim=1))
+        own, mixed, others = of_pairs.unbind(dim=1)
+        return torch.stack([torch.stack([own, mixed], -1), torch.stack([mixed, others], -1)], -2)
 
     def norm(self) -> Tensor:
         """() float: the Euclidean norm over all parameters and shards."""
@@ -151,7 +154,9 @@ class GradientView:
 
     def cosine(self, other: GradientView) -> Tensor:
         """() float: the cosine of the angle to `other`; 0 where one of the two is zero."""
-        return self.dot(other) / (self.norm() * other.norm()).clamp(min=torch.finfo(torch.float32).tiny)
+        gram = self.grams(other).sum(0)
+        norms = gram.diagonal().sqrt()  # multiplied after the root: the product of small squares would be 0
+        return gram[0, 1] / norms.prod().clamp(min=torch.finfo(torch.float32).tiny)
 
     # -- updates in place ----------------------------------------------------------------------------------------
 
@@ -204,14 +209,29 @@ class GradientView:
             self._tensors[i] = local_tensor(zeros)
         return local_tensor(zeros)
 
+    def _products(self, other: GradientView) -> Tensor:
+        """(P,) this rank's part of the inner products."""
+        pairs = zip(self.tensors, other.tensors, strict=True)
+        return self._scalars([None if a is None or b is None else _dot(a, b) for a, b in pairs])
+
+    def _squares(self) -> Tensor:
+        """(P,) this rank's part of the squared norms."""
+        present = [(i, g) for i, g in enumerate(self.tensors) if g is not None]
+        scalars: list[Tensor | None] = [None] * len(self.parameters)
+        # One foreach call per (device, dtype); norms are taken in fp32 whatever the gradients' dtype.
+        for (i, _), norm in zip(present, _foreach_norm([g for _, g in present]), strict=True):
+            scalars[i] = norm * norm
+        return self._scalars(scalars)
+
     def _scalars(self, scalars: Iterable[Tensor | None]) -> Tensor:
         device = local_tensor(self.parameters[0].detach()).device
         present = [None if s is None else s.to(device) for s in scalars]
         dtype = max((s.dtype for s in present if s is not None), default=torch.float32, key=lambda d: d.itemsize)
         zero = torch.zeros((), dtype=dtype, device=device)
-        return sum_over_shards(
-            torch.stack([zero if s is None else s.to(dtype) for s in present]), self.parameters, self._agree
-        )
+        return torch.stack([zero if s is None else s.to(dtype) for s in present])
+
+    def _sum(self, partial: Tensor) -> Tensor:
+        return sum_over_shards(partial, self.parameters, self._agree)
 
 
 # -- two gradients that conflict -------------------------------------------------------------------------------------

@@ -45,6 +45,8 @@ class Guard:
         self.step = step
         self.last_touched: str | None = None
         self._failure: PluginError | None = None
+        self._settled = True
+        """Whether nothing of a plugin has run since the ranks last agreed; the same on all ranks, outside of hooks."""
         self._silenced: set[tuple[str, str]] = set()
         self._origin = {p.name: str(p) for p in plugins}
         self._watched = watched(world_size)
@@ -97,6 +99,8 @@ class Guard:
             failure.__cause__ = error
             self._failure = self._failure or failure
             return fallback
+        finally:
+            self._settled = False  # also where the ranks have agreed inside of it
 
     def run_all(self, hook: str, **arguments: Any) -> None:
         """Call every implementation of a hook of the kind *all* or *in place*. Collective."""
@@ -126,7 +130,7 @@ class Guard:
         """
         for i, call in enumerate(self.plugins.calls(hook)):
             if i or HOOKS[hook].touches_update:
-                self.agree()
+                self.settle()
             yield call
 
     def exclusive(self, hook: str, fallback: T, *, check: Callable[[T], None] | None = None, **arguments: Any) -> T:
@@ -225,6 +229,28 @@ class Guard:
         """
         return flag if self.world_size == 1 else self._agree(torch.tensor(flag, device=self.device))
 
+    def settle(self) -> None:
+        """`agree`, unless no hook has run since the ranks last agreed. Collective; not to be called inside of a hook."""
+        if not self._settled:
+            self.agree()
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum over ranks of (n,) float values; raises on every rank if a hook failed on any. Collective.
+
+        It is an agreement for the price of a sum that is taken anyway.
+        """
+        if self.world_size == 1:
+            return values
+        failed = values.new_tensor([self._failure is not None])
+        sums = torch.cat([values, failed])
+        with self._watched("a sum over the ranks"):
+            dist.all_reduce(sums)
+            any_failed = bool(sums[-1])
+        if any_failed:
+            self._raise_everywhere()
+        self._settled = True
+        return sums[:-1]
+
     def agree_finite(self, grad_norm: Tensor | float, loss_is_finite: Tensor | bool) -> bool:
         """Whether gradient and loss are finite on all ranks; raises if a hook failed on any. Collective.
 
@@ -254,6 +280,7 @@ class Guard:
             any_failed, any_flag = flags.tolist()
         if any_failed:
             self._raise_everywhere()
+        self._settled = True
         return bool(any_flag)
 
     def _raise_everywhere(self) -> None:

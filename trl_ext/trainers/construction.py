@@ -128,7 +128,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             yield
 
     def _ext_forget_weights(self) -> None:
-        """Other weights are in place now: let shards be gathered again, and GRPO send them to vLLM before it samples."""
+        """Other weights are in place now: gather shards anew, and let GRPO send them to vLLM before it samples."""
         forget_gathered(self.model)
         if hasattr(self, "_last_loaded_step"):
             self._last_loaded_step = -1

@@ -101,11 +101,8 @@ class GradientSurgery:
             )
         else:
             t, g = views
-        if self.scope == "global":
-            tg, tt, gg = t.dot(g), t.squared_norm(), g.squared_norm()
-        else:
-            tg, tt, gg = t.dots(g), t.dots(t), g.dots(g)
-        return torch.stack([torch.stack([tt, tg], -1), torch.stack([tg, gg], -1)], -2)
+        by_parameter = t.grams(g)
+        return by_parameter.sum(0) if self.scope == "global" else by_parameter
 
     @hookimpl
     def metrics(self, mode: str) -> dict[str, float]:

@@ -40,7 +40,8 @@ def derivative_scores(
         return torch.zeros_like(losses())
     where, along = [p for p, _ in pairs], [t.to(p.dtype) for p, t in pairs]
     names = [""] * len(pairs)
-    norm, size = float(GradientView(names, where, along).norm()), float(GradientView(names, where, where).norm())
+    gram = GradientView(names, where, along).grams(GradientView(names, where, where)).sum(0)
+    norm, size = gram.diagonal().sqrt().tolist()
     if norm == 0:
         return torch.zeros_like(losses())
     epsilon = step * max(size, 1.0) / norm
