@@ -230,7 +230,7 @@ class Guard:
         return flag if self.world_size == 1 else self._agree(torch.tensor(flag, device=self.device))
 
     def settle(self) -> None:
-        """`agree`, unless no hook has run since the ranks last agreed. Collective; not to be called inside of a hook."""
+        """`agree`, unless no hook has run since the ranks last agreed. Collective; never called inside of a hook."""
         if not self._settled:
             self.agree()
 
