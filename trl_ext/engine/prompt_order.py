@@ -1,4 +1,4 @@
-"""Which training prompt comes when in GRPO, where a plugin decides."""
+"""Which training prompt comes when in GRPO: as TRL has it, also where a run goes on, or as a plugin decides."""
 
 from __future__ import annotations
 
@@ -15,8 +15,16 @@ from trl_ext.engine.guard import Guard
 from trl_ext.errors import PluginError
 
 
+def as_trl_has_it(order: list[int], epoch: int) -> list[int]:
+    """TRL's own order of an epoch."""
+    return order
+
+
 class PromptSampler(Sampler[int]):
     """TRL's `RepeatSampler` (groups, generation batches, repeats) over an order that may be chosen anew each epoch.
+
+    TRL's draws its order once a pass from a generator of its own, so that a resumed run would begin with that of the
+    first epoch again, whatever epoch it is in. Here the epoch decides.
 
     Args:
         sampler: TRL's own, whose rows, counts and seed are kept.

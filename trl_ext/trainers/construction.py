@@ -33,6 +33,7 @@ from trl_ext.startup.run_folder import owned_run_folder
 from trl_ext.startup.sharding import sharding_of_loaded
 from trl_ext.startup.stream_data import TextForm, prepare_stream
 from trl_ext.trainers.deployment import DeploymentMixin
+from trl_ext.trainers.preemption import StopWhereAsked
 from trl_ext.trainers.saving import CheckpointMixin
 from trl_ext.trainers.stepping import StepCallback, SteppingMixin
 
@@ -80,6 +81,8 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         self.ext_swaps = WeightSwaps(self.ext_run, lambda: self.ext_weights, self._ext_forget_weights)
         if self.ext_plugins or every:
             self.add_callback(StepCallback(self.ext_step, self.accelerator))
+        if self.ext_plugins and self.args.enable_jit_checkpoint:
+            self.add_callback(StopWhereAsked(self.callback_handler.callbacks, self.ext_run.guard.agree))
 
     def _ext_run_context(self, fused_outputs: tuple[str, ...]) -> RunContext:
         device, world_size = self.accelerator.device, self.accelerator.num_processes

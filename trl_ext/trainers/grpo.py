@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import trl
 from torch import Tensor, nn
+from trl.trainer.utils import RepeatSampler
 
 from trl_ext.checkpoints import State
 from trl_ext.config import GRPOConfig
@@ -18,7 +19,7 @@ from trl_ext.engine import rollouts
 from trl_ext.engine.finite_rewards import nan_as_infinite, reward_fault, without_faults
 from trl_ext.engine.grpo_loss import GRPOLoss
 from trl_ext.engine.passes import sft_head
-from trl_ext.engine.prompt_order import PromptOrder, PromptSampler
+from trl_ext.engine.prompt_order import PromptOrder, PromptSampler, as_trl_has_it
 from trl_ext.records import Rewards
 from trl_ext.startup.plan import RunPlan
 from trl_ext.trainers.construction import TrainerMixin
@@ -86,8 +87,10 @@ class GRPOTrainer(TrainerMixin, trl.GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(dataset)
-        if not self.ext_plugins.implements("prompt_order"):
+        if not self.ext_plugins or not isinstance(sampler, RepeatSampler):
             return sampler
+        if not self.ext_plugins.implements("prompt_order"):
+            return PromptSampler(sampler, as_trl_has_it)  # TRL's order, in a resumed run that of its epoch too
         self.ext_order.chosen = None  # a second `train()` begins with epoch 0 again
         rows = self.train_dataset if dataset is None else dataset
         return PromptSampler(sampler, partial(self.ext_order.choose, rows))
