@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from helpers import assert_equal_bits
 from safetensors.torch import load_file
 from workers import elastic
 
+from trl_ext.checkpoints import newest_complete
 from trl_ext.testing.ranks import on_ranks
 
 pytestmark = pytest.mark.slow
@@ -42,24 +45,46 @@ def test_ranks_stop_at_one_step_when_one_of_them_gets_sigterm(tmp_path, undistur
     assert_equal_bits(final(tmp_path), final(undisturbed[kind]))
 
 
-def torchrun(*arguments: str, folder: Path, trouble: str) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: str, folder: Path, trouble: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [*command, elastic.__file__, str(folder), trouble], env=environment, capture_output=True, text=True, timeout=500
+    return subprocess.Popen(
+        [*command, elastic.__file__, str(folder), trouble],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 def test_torchrun_starts_again_what_was_killed(tmp_path, undisturbed):
     """One rank is killed in the fourth step, whose last checkpoint is that of the second."""
-    done = torchrun("--max-restarts", "1", folder=tmp_path, trouble="killed")
-    assert done.returncode == 0, done.stderr[-4000:]
+    launcher = torchrun("--max-restarts", "1", folder=tmp_path, trouble="killed")
+    _, errors = launcher.communicate(timeout=500)
+    assert launcher.returncode == 0, errors[-4000:]
     assert (tmp_path / "happened").exists()
     assert_equal_bits(final(tmp_path), final(undisturbed["sft"]))
 
 
 def test_without_restarts_the_killed_rank_ends_the_run_and_says_so(tmp_path):
-    done = torchrun(folder=tmp_path, trouble="killed")
-    assert done.returncode != 0
-    assert "Signal 9 (SIGKILL)" in done.stderr
+    launcher = torchrun(folder=tmp_path, trouble="killed")
+    _, errors = launcher.communicate(timeout=500)
+    assert launcher.returncode != 0
+    assert "Signal 9 (SIGKILL)" in errors
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_sigterm_to_torchrun_reaches_its_ranks_and_leaves_a_checkpoint(tmp_path, undisturbed):
+    """Of a run that saves every second step, whichever step it is in; another launch goes on from there."""
+    run = tmp_path / "run"
+    launcher = torchrun(folder=tmp_path, trouble="slow")
+    while launcher.poll() is None and not (run / "checkpoint-2" / "trl_ext" / "manifest.json").exists():
+        time.sleep(0.2)
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=500)
+    newest, damaged = newest_complete(run)
+    assert newest is not None, errors[-4000:]
+    assert newest.name in ("checkpoint-3", "checkpoint-4", "checkpoint-5"), errors[-4000:]
+    assert not damaged
+    assert on_ranks(elastic.main, tmp_path, "none") == [elastic.STEPS] * 2
+    assert_equal_bits(final(tmp_path), final(undisturbed["sft"]))

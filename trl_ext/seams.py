@@ -70,8 +70,8 @@ READ: dict[str, str] = {
     "trl.scripts.grpo:main": "as for SFT",
     "trl.scripts.utils:DatasetConfig": "describes a local file for the data mixture of a script",
     "transformers.masking_utils:find_packed_sequence_indices": "blocks of position_ids, without flash attention",
-    "transformers.trainer_jit_checkpoint:CheckpointManager._sigterm_handler": "starts `_enable_checkpoint` some seconds "
-    "after SIGTERM, on the instance",
+    "transformers.trainer_jit_checkpoint:CheckpointManager._sigterm_handler": "starts `_enable_checkpoint` some "
+    "seconds after SIGTERM, on the instance",
     "transformers.trainer_jit_checkpoint:JITCheckpointCallback.set_trainer": "keeps the manager in `jit_manager`",
     "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "names of checkpoint folders",
     "accelerate.accelerator:Accelerator.get_state_dict": "gathers FSDP2's shards, whatever the state dict type is",

@@ -19,7 +19,7 @@ from test_resume import Counter, Mix
 from transformers import TrainerCallback
 
 STEPS = 6
-TROUBLE = {"none": None, "killed": (1, 3), "asked": (1, 1)}
+TROUBLE = {"none": None, "slow": None, "killed": (1, 3), "asked": (1, 1)}
 """The rank that something happens to, and the steps done by then."""
 
 
@@ -30,6 +30,8 @@ class Trouble(TrainerCallback):
         self.marker, self.kind, self.waits = folder / "happened", kind, False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.kind == "slow":
+            time.sleep(2)
         if self.waits:
             time.sleep(4)  # transformers acts on SIGTERM 3 s later
             self.waits = False

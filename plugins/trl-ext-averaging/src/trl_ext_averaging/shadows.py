@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from trl_ext.errors import CheckpointError
 from trl_ext.gradients import copy_saved, local_tensor
