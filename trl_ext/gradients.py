@@ -142,7 +142,7 @@ class GradientView:
 
     def dots(self, other: GradientView) -> Tensor:
         """(P,) float: the inner product with `other` per parameter, over all shards."""
-        return self._sum(self._products(other))
+        return sum_over_shards(self._products(other), self.parameters, self._agree)
 
     def dot(self, other: GradientView) -> Tensor:
         """() float: the inner product with `other`, over all parameters and shards."""
@@ -150,15 +150,15 @@ class GradientView:
 
     def squared_norm(self) -> Tensor:
         """() float: the squared Euclidean norm over all parameters and shards."""
-        return self._sum(self._squares()).sum()
+        return sum_over_shards(self._squares(), self.parameters, self._agree).sum()
 
     def grams(self, other: GradientView) -> Tensor:
         """(P, 2, 2) float: the inner products of this gradient and `other` per parameter, over all shards.
 
         Summed over P they are those of the whole vectors. It takes the collectives of one scalar.
         """
-        of_pairs = self._sum(torch.stack([self._squares(), self._products(other), other._squares()], dim=1))
-        own, mixed, others = of_pairs.unbind(dim=1)
+        partial = torch.stack([self._squares(), self._products(other), other._squares()], dim=1)
+        own, mixed, others = sum_over_shards(partial, self.parameters, self._agree).unbind(dim=1)
         return torch.stack([torch.stack([own, mixed], -1), torch.stack([mixed, others], -1)], -2)
 
     def norm(self) -> Tensor:
@@ -242,9 +242,6 @@ class GradientView:
         dtype = max((s.dtype for s in present if s is not None), default=torch.float32, key=lambda d: d.itemsize)
         zero = torch.zeros((), dtype=dtype, device=device)
         return torch.stack([zero if s is None else s.to(dtype) for s in present])
-
-    def _sum(self, partial: Tensor) -> Tensor:
-        return sum_over_shards(partial, self.parameters, self._agree)
 
 
 # -- two gradients that conflict -------------------------------------------------------------------------------------

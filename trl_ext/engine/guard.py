@@ -199,16 +199,6 @@ class Guard:
                 logger.warning("%s", self.failure(hook, plugin, reason))
             return None
 
-    def replicated_states(self) -> dict[str, dict[str, Any]]:
-        """The state of each plugin that keeps one, but for those that declare it different on each rank. Collective."""
-        states: dict[str, dict[str, Any]] = {}
-        for plugin in self.plugins:
-            if hasattr(plugin.instance, "state_dict") and not getattr(plugin.instance, "state_per_rank", False):
-                give = plugin.instance.state_dict
-                states[plugin.name] = self.run("state_dict", plugin.name, give, {}, _is_dictionary)
-        self.agree()
-        return states
-
     def gather(self, value: T) -> list[T]:
         """Every rank's object, on every rank. Collective."""
         values: list[Any] = [value] * self.world_size
@@ -307,8 +297,3 @@ def _nothing_returned(result: Any) -> None:
         raise TypeError(
             f"returned a {type(result).__name__}, which would be ignored; edit the argument in place and return None"
         )
-
-
-def _is_dictionary(state: Any) -> None:
-    if not isinstance(state, Mapping):
-        raise TypeError(f"returned a {type(state).__name__} instead of a dictionary")

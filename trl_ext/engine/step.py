@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from trl_ext.engine.context import AccumulationWindow, RunContext
 from trl_ext.engine.passes import ExtraPasses
-from trl_ext.engine.rank_comparison import compare_ranks
+from trl_ext.engine.rank_comparison import compare_ranks, replicated_states
 from trl_ext.engine.sample_weights import SampleWeighting
 from trl_ext.engine.streams import Stream, stream_gradient
 from trl_ext.engine.zero import flat_shards
@@ -133,7 +133,7 @@ class OptimizerStep:
             return
         named = trainable_parameters(self.passes.unwrapped())
         parameters = dict(zip(named, flat_shards(named.values()), strict=True))
-        alone = compare_ranks(parameters, run.guard.replicated_states(), run.guard.gather, run.step())
+        alone = compare_ranks(parameters, replicated_states(run.guard), run.guard.gather, run.step())
         if alone and not self._told_of_shards:
             self._told_of_shards = True
             logger.warning(
