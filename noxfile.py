@@ -82,6 +82,15 @@ def canary(session: nox.Session) -> None:
 
 
 @nox.session(python="3.11")
+def deepspeed(session: nox.Session) -> None:
+    """Run ZeRO on two CPU ranks; DeepSpeed is in no other environment, and is built without its compiled operators."""
+    session.install("-c", "constraints.txt", "-e", ".[dev]", *EDITABLE)
+    session.install("deepspeed>=0.19,<0.20", env={"DS_BUILD_OPS": "0"})  # what is read of it is none of its interface
+    env = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    session.run("python", "-m", "pytest", "tests/test_deepspeed.py", *session.posargs, env=env)
+
+
+@nox.session(python="3.11")
 def lint(session: nox.Session) -> None:
     """Check style, formatting, and which module imports which."""
     session.install("-c", "constraints.txt", "ruff", "import-linter")

@@ -275,10 +275,12 @@ def test_an_interrupt_ends_training_with_the_way_to_resume(process, here, capsys
 
 
 @pytest.mark.slow  # two processes beside this one, each of which loads TRL
-def test_num_processes_trains_on_as_many_ranks_of_a_cpu(here):
+@pytest.mark.parametrize("launch", ["--num_processes 2", "--accelerate_config ranks.yaml"])
+def test_as_many_ranks_of_a_cpu_train_as_a_flag_or_a_file_asks_for(here, launch):
     (here / "config.yaml").write_text(YAML_OF_A_RUN)
+    (here / "ranks.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
     done = subprocess.run(
-        [sys.executable, "-m", "trl_ext", "sft", "--config", "config.yaml", "--num_processes", "2"],
+        [sys.executable, "-m", "trl_ext", "sft", "--config", "config.yaml", *launch.split()],
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

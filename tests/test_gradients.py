@@ -66,7 +66,8 @@ def test_scalars_are_those_of_the_flat_vector(seed, other_seed, missing, other_m
     assert a.dots(b).shape == (len(SHAPES),)
     torch.testing.assert_close(a.dots(b).sum(), a.dot(b))
     assert a.grams(b).shape == (len(SHAPES), 2, 2)
-    torch.testing.assert_close(a.grams(b).sum(0).double(), torch.stack([x, y]) @ torch.stack([x, y]).T, **FP32)
+    both = torch.stack([x, y])
+    torch.testing.assert_close(a.grams(b).sum(0).double(), both @ both.t(), **FP32)
     torch.testing.assert_close(a.grams(b)[:, 0, 1], a.dots(b), rtol=0, atol=0)
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from helpers import Plugin, assert_equal_bits, file_digests
+from helpers import Idle, Plugin, assert_equal_bits, file_digests
 from safetensors.torch import load_file
 
 from trl_ext import hookimpl
@@ -454,3 +454,30 @@ def test_a_plugin_that_joined_after_the_best_checkpoint_keeps_what_it_has(tmp_pa
     shadows = load_file(best / "trl_ext" / "ema" / "state.safetensors")
     ema = second.ext_plugins.plugins[0].instance.state_dict()
     assert all(torch.equal(ema[name], value) for name, value in shadows.items())
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_grpo_resumes_in_a_later_epoch_with_the_prompts_of_that_epoch(tmp_path, step):
+    """At its beginning and amid it; TRL's sampler would begin with the first epoch's order again."""
+
+    def build(folder: Path) -> Any:
+        config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "train": additions(4, "prompt_only")}
+        return make_grpo(folder, plugins=[Idle()], saved=tmp_path / "m", **config)
+
+    whole = tmp_path / "whole" / "run"
+    trainer = build(whole)
+    trainer.train()
+    assert trainer.state.epoch == 2
+    folder = copy_with(whole, tmp_path / "part", step)
+    build(folder).train(resume_from_checkpoint=True)
+    assert file_digests(folder / "checkpoint-4") == file_digests(whole / "checkpoint-4")
+
+
+def test_without_an_order_of_a_plugin_grpo_trains_in_trls_over_epochs(tmp_path):
+    runs = {}
+    for name in ("plain", "idle"):
+        options = {"plain": True} if name == "plain" else {"plugins": [Idle()]}
+        trainer = make_grpo(tmp_path / name / "run", max_steps=6, train=additions(4, "prompt_only"), **options)
+        trainer.train()
+        runs[name] = parameters(trainer)
+    assert_equal_bits(runs["idle"], runs["plain"])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -39,6 +39,19 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Those of `named_parameters` that require a gradient."""
     return {name: parameter for name, parameter in named_parameters(model).items() if parameter.requires_grad}
+
+
+def copy_saved(target: Tensor, saved: Tensor) -> None:
+    """Take over the values of a checkpoint, in place; a whole tensor of a run that was not sharded is cut here.
+
+    Args:
+        target: of this run, a DTensor where it is sharded.
+        saved: as `load_state_dict` got it, of the same shape.
+    """
+    if isinstance(target, DTensor) and not isinstance(saved, DTensor):
+        saved = distribute_tensor(saved, target.device_mesh, target.placements, src_data_rank=None)
+    with torch.no_grad():
+        target.copy_(saved)
 
 
 def sum_over_shards(partial: Tensor, parameters: Sequence[Tensor], agree: Callable[[], object] | None = None) -> Tensor:

@@ -41,8 +41,17 @@ def preserved_random_state(device: torch.device, seed: int | None = None) -> Ite
 
 
 def drop_gathered_weights(model: nn.Module) -> None:
-    """Let FSDP2 gather its weights anew: after a forward without backward it keeps the root's, which a change of the
-    shards leaves behind. Nothing happens to a model that is not sharded so."""
+    """Drop the whole parameters that are kept beside the shards, after the shards have been changed. Not collective.
+
+    FSDP2 keeps those of its root after a forward without backward, ZeRO-3 small ones always: without this the model
+    would go on with the values from before. The next forward gathers them again.
+
+    Args:
+        model: the unwrapped model.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    gathered: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_status") and p.ds_status.name == "AVAILABLE"]
+    if gathered:
+        gathered[0].partition(gathered)

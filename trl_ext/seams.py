@@ -148,8 +148,13 @@ READ: dict[str, str] = {
     "trl.scripts.distillation:main": "as for SFT",
     "trl.scripts.utils:DatasetConfig": "describes a local file for the data mixture of a script",
     "transformers.masking_utils:find_packed_sequence_indices": "blocks of position_ids, without flash attention",
+    "transformers.trainer_jit_checkpoint:CheckpointManager._sigterm_handler": "starts `_enable_checkpoint` some "
+    "seconds after SIGTERM, on the instance",
+    "transformers.trainer_jit_checkpoint:JITCheckpointCallback.set_trainer": "keeps the manager in `jit_manager`",
     "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "names of checkpoint folders",
     "accelerate.accelerator:Accelerator.get_state_dict": "gathers FSDP2's shards, whatever the state dict type is",
+    "accelerate.utils.deepspeed:DeepSpeedEngineWrapper.backward": "calls `engine.backward`, then at a window's last "
+    "micro-step `engine.step`, on the instance",
     "accelerate.commands.config.config_args:load_config_from_file": "reads a file as its launcher does",
     "accelerate.commands.launch:launch_command": "starts the processes",
     "trl.cli.accelerate_config:resolve_accelerate_config_argument": "finds a configuration of TRL's by its name",
@@ -183,6 +188,19 @@ _REWARDED = _SAMPLING | {
     "reward_func_names": "columns of the rewards",
     "reward_weights": "weights of the columns",
 }
+DEEPSPEED: dict[str, str] = {
+    "DeepSpeedEngine.step": "clips, steps and lets go of the gradients, which are reduced by then",
+    "DeepSpeedEngine.fp16_enabled": "whether a loss scaler leaves out steps with infinite gradients",
+    "optimizer.averaged_gradients": "group to this rank's part of the reduced gradients, until the step",
+    "optimizer.single_partition_of_fp32_groups": "ZeRO-1 and 2, offloaded: the part's gradient is their `.grad`",
+    "optimizer.fp32_partitioned_groups_flat": "ZeRO-3, offloaded: as above",
+    "parameter.ds_tensor": "ZeRO-3: this rank's part, flat and padded, in the model's dtype; what forwards gather from",
+    "parameter.ds_numel": "ZeRO-3: elements of the whole parameter",
+    "parameter.ds_status": "ZeRO-3: AVAILABLE while the whole parameter is there beside its part",
+    "parameter.partition": "ZeRO-3: drops the whole parameters of a list, without writing them into the parts",
+}
+"""What is read of DeepSpeed 0.19, which is no dependency; `tests/test_deepspeed.py` fails where it moves."""
+
 ATTRIBUTES: dict[str, dict[str, str]] = {
     "sft": _OF_ALL
     | {

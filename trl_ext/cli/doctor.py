@@ -19,7 +19,7 @@ OPTIONAL = {
     "bitsandbytes": "quantised models (load_in_4bit, load_in_8bit)",
     "liger-kernel": "liger kernels (use_liger_kernel)",
     "vllm": "generation by vLLM (use_vllm)",
-    "deepspeed": "DeepSpeed, without plugins that touch gradients",
+    "deepspeed": "DeepSpeed, with plugins that leave gradients alone",
     "matplotlib": "plots",
     "torchjd": "weightings of gradients (upgrad, mgda, ...)",
     "tensorboard": "report_to: tensorboard",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trl_ext.records import Column, TokenRecord
@@ -54,3 +55,10 @@ def column_totals(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     return {
         name: (values[:, 1:].abs() * mask).sum().float() for name, values in carried.items() if name not in (ROW, START)
     }
+
+
+def over_ranks(totals: Mapping[str, Tensor], sum_over_ranks: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """() float each: columns' totals over all ranks, in one sum. Collective where there are any columns."""
+    if not totals:
+        return {}
+    return dict(zip(totals, sum_over_ranks(torch.stack(list(totals.values()))), strict=True))

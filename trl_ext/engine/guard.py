@@ -49,6 +49,8 @@ class Guard:
         self.step = step
         self.last_touched: str | None = None
         self._failure: PluginError | None = None
+        self._settled = True
+        """Whether nothing of a plugin has run since the ranks last agreed; the same on all ranks, outside of hooks."""
         self._silenced: set[tuple[str, str]] = set()
         self._origin = {p.name: str(p) for p in plugins}
         self._watched = watched(world_size)
@@ -102,6 +104,8 @@ class Guard:
             failure.__cause__ = error
             self._failure = self._failure or failure
             return fallback
+        finally:
+            self._settled = False  # also where the ranks have agreed inside of it
 
     def run_all(self, hook: str, **arguments: Any) -> None:
         """Call every implementation of a hook of the kind *all* or *in place*. Collective."""
@@ -131,7 +135,7 @@ class Guard:
         """
         for i, call in enumerate(self.plugins.calls(hook)):
             if i or HOOKS[hook].touches_update:
-                self.agree()
+                self.settle()
             yield call
 
     def exclusive(self, hook: str, fallback: T, *, check: Callable[[T], None] | None = None, **arguments: Any) -> T:
@@ -200,16 +204,6 @@ class Guard:
                 logger.warning("%s", self.failure(hook, plugin, reason))
             return None
 
-    def replicated_states(self) -> dict[str, dict[str, Any]]:
-        """The state of each plugin that keeps one, but for those that declare it different on each rank. Collective."""
-        states: dict[str, dict[str, Any]] = {}
-        for plugin in self.plugins:
-            if hasattr(plugin.instance, "state_dict") and not getattr(plugin.instance, "state_per_rank", False):
-                give = plugin.instance.state_dict
-                states[plugin.name] = self.run("state_dict", plugin.name, give, {}, _is_dictionary)
-        self.agree()
-        return states
-
     def gather(self, value: T) -> list[T]:
         """Every rank's object, on every rank. Collective."""
         values: list[Any] = [value] * self.world_size
@@ -230,24 +224,46 @@ class Guard:
         """
         return flag if self.world_size == 1 else self._agree(torch.tensor(flag, device=self.device))
 
-    def agree_finite(self, grad_norm: Tensor | float, loss_is_finite: Tensor) -> bool:
+    def settle(self) -> None:
+        """`agree`, unless no hook has run since the ranks last agreed. Collective; never called inside of a hook."""
+        if not self._settled:
+            self.agree()
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """The sum over ranks of (n,) float values; raises on every rank if a hook failed on any. Collective.
+
+        It is an agreement for the price of a sum that is taken anyway.
+        """
+        if self.world_size == 1:
+            return values
+        failed = values.new_tensor([self._failure is not None])
+        sums = torch.cat([values, failed])
+        with self._watched("a sum over the ranks"):
+            dist.all_reduce(sums)
+            any_failed = bool(sums[-1])
+        if any_failed:
+            self._raise_everywhere()
+        self._settled = True
+        return sums[:-1]
+
+    def agree_finite(self, grad_norm: Tensor | float, loss_is_finite: Tensor | bool) -> bool:
         """Whether gradient and loss are finite on all ranks; raises if a hook failed on any. Collective.
 
         Args:
             grad_norm: () the global gradient norm before clipping.
-            loss_is_finite: () bool, of this rank's micro-steps.
+            loss_is_finite: () bool, of this rank's micro-steps before the agreement.
         """
         norm = torch.as_tensor(grad_norm, device=self.device)
         infinite = ~(torch.isfinite(norm) & loss_is_finite)
         return not (bool(infinite) if self.world_size == 1 else self._agree(infinite))
 
-    def non_finite(self) -> NonFiniteError:
-        """The error to raise for a NaN or infinite gradient or loss."""
+    def non_finite(self, skippable: bool) -> NonFiniteError:
+        """The error to raise for a NaN or infinite gradient or loss; `skippable` says whether steps can be left out."""
         last = self.last_touched
         return NonFiniteError(
             f"NaN or infinite loss or gradient at step {self.step() + 1}, found before the optimiser's step; "
             + (f"the last hook that touched it: {last}. " if last else "no hook touched it. ")
-            + "Set nonfinite='skip' to leave such steps out, on all ranks alike."
+            + ("Set nonfinite='skip' to leave such steps out, on all ranks alike." if skippable else "")
         )
 
     def _agree(self, flag: Tensor) -> bool:
@@ -259,6 +275,7 @@ class Guard:
             any_failed, any_flag = flags.tolist()
         if any_failed:
             self._raise_everywhere()
+        self._settled = True
         return bool(any_flag)
 
     def _raise_everywhere(self) -> None:
@@ -285,8 +302,3 @@ def _nothing_returned(result: Any) -> None:
         raise TypeError(
             f"returned a {type(result).__name__}, which would be ignored; edit the argument in place and return None"
         )
-
-
-def _is_dictionary(state: Any) -> None:
-    if not isinstance(state, Mapping):
-        raise TypeError(f"returned a {type(state).__name__} instead of a dictionary")

@@ -15,8 +15,16 @@ from trl_ext.engine.guard import Guard
 from trl_ext.errors import PluginError
 
 
+def as_trl_draws(order: list[int], epoch: int) -> list[int]:
+    """TRL's own order of an epoch."""
+    return order
+
+
 class PromptSampler(Sampler[int]):
     """TRL's `RepeatSampler` (groups, generation batches, repeats) over an order that may be chosen anew each epoch.
+
+    TRL's draws its order once a pass from a generator of its own, so that a resumed run would begin with that of the
+    first epoch again, whatever epoch it is in. Here the epoch decides.
 
     Args:
         sampler: TRL's own, whose rows, counts and seed are kept.
@@ -50,11 +58,6 @@ class PromptSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self._places)
-
-
-def as_trl_draws(order: list[int], epoch: int) -> list[int]:
-    """TRL's own order of an epoch. Its sampler would begin a resumed run with that of the first one."""
-    return order
 
 
 @dataclass

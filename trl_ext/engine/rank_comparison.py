@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trl_ext.checkpoints.files import Gather
+from trl_ext.engine.guard import Guard
 from trl_ext.errors import PluginError
 from trl_ext.gradients import local_tensor
 
@@ -37,6 +38,22 @@ def bit_sum(tensor: Tensor) -> Tensor:
     """() int64: the sum of a tensor's words read as integers; equal for equal bits, computed on its device."""
     words = tensor.detach().contiguous().view(-1).view(_WORDS[tensor.element_size()])
     return words.sum(dtype=torch.int64)
+
+
+def replicated_states(guard: Guard) -> dict[str, dict[str, Any]]:
+    """The state of each plugin that keeps one, but for those that declare it different on each rank. Collective."""
+    states: dict[str, dict[str, Any]] = {}
+    for plugin in guard.plugins:
+        if hasattr(plugin.instance, "state_dict") and not getattr(plugin.instance, "state_per_rank", False):
+            give = plugin.instance.state_dict
+            states[plugin.name] = guard.run("state_dict", plugin.name, give, {}, _is_dictionary)
+    guard.agree()
+    return states
+
+
+def _is_dictionary(state: Any) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(f"returned a {type(state).__name__} instead of a dictionary")
 
 
 def compare_ranks(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trl_ext.engine.columns import column_totals, with_columns, without_columns
+from trl_ext.engine.columns import column_totals, over_ranks, with_columns, without_columns
 from trl_ext.engine.context import AccumulationWindow, RunContext
 from trl_ext.engine.losses import label_tokens, per_token_loss, token_record
 from trl_ext.engine.passes import ExtraPasses
@@ -36,8 +36,9 @@ class SampleWeighting:
         It comes before the window's first forward; `streams` are those asked for before the window.
         """
         weighs = self.run.plugins.implements("sample_weights")
+        adds = self.run.plugins.implements("auxiliary_losses")
         # Unmarked samples are refused at start-up if a plugin weighs them, and by auxiliary losses per sample.
-        counts = (weighs or self.run.plugins.implements("auxiliary_losses")) and self.run.samples_marked()
+        counts = (weighs or adds) and self.run.samples_marked()
         if not counts and not self.run.columns:
             return
         batches = [self.prepare(dict(batch)) for batch in window.micro_batches]
@@ -46,7 +47,8 @@ class SampleWeighting:
         if not counts:
             return
         index, samples = sample_index(batches)
-        window.sequences = self.run.sum_over_ranks(torch.tensor(float(samples), device=self.run.device))
+        if adds:
+            window.sequences = self.run.sum_over_ranks(torch.tensor(float(samples), device=self.run.device))
         if not weighs:
             return
         if window.num_items is None:
@@ -62,12 +64,13 @@ class SampleWeighting:
         totals = {name: torch.stack([of_batch[name] for of_batch in of_batches]).sum() for name in of_batches[0]}
         if self.counted_ranks == 1:
             return totals
-        return {name: self.run.sum_over_ranks(total) / self.counted_ranks for name, total in totals.items()}
+        summed = over_ranks(totals, self.run.sum_over_ranks)
+        return {name: total / self.counted_ranks for name, total in summed.items()}
 
     def _ask(self, record: Window, samples: int) -> SampleWeights | None:
         """The owner's weights; ones where only other ranks weigh, None where no rank does."""
         guard = self.run.guard
-        guard.agree()  # a "before" stream's objective may have failed, and the weights may come of collectives
+        guard.settle()  # a "before" stream's selection may have failed, and the weights may come of collectives
         answer = guard.exclusive("sample_weights", None, check=_check(samples), window=record)
         # Whether weights are used must not depend on the rank, or the ranks would divide by different counts.
         if not guard.agree(answer is not None):

@@ -30,9 +30,10 @@ from torch.distributed.tensor import DTensor
 
 from trl_ext.engine.context import AccumulationWindow, RunContext
 from trl_ext.engine.passes import ExtraPasses
-from trl_ext.engine.rank_comparison import compare_ranks
+from trl_ext.engine.rank_comparison import compare_ranks, replicated_states
 from trl_ext.engine.sample_weights import SampleWeighting
 from trl_ext.engine.streams import Stream, stream_gradient
+from trl_ext.engine.zero import flat_shards
 from trl_ext.gradients import GradientView, trainable_parameters
 from trl_ext.records import StreamGradient
 
@@ -51,18 +52,21 @@ class OptimizerStep:
     """What to do on a NaN or infinite loss or gradient: "raise", "skip" or "ignore"."""
     rank_check_steps: int = 0
     """Optimiser steps between comparisons of ranks; 0 for none."""
+    skippable: bool = True
+    """Whether this run could leave out steps (`nonfinite="skip"`)."""
     weighting: SampleWeighting | None = None
     """SFT: asks for the weights of the window's samples."""
     window: AccumulationWindow = field(default_factory=AccumulationWindow)
     skipped: bool = False
     """Whether this step is left out because its loss or gradient was not finite."""
     _before: dict[str, StreamGradient] = field(default_factory=dict)
-    _finite: Tensor | None = None
+    _finite: Tensor | bool = True
     _told_of_shards: bool = False
 
     def take_window(self, micro_batches: Sequence[Any], num_items: Tensor | int | None) -> None:
         """Note the next window. Nothing more: on resume this runs before the random state is restored."""
         self.window.start(micro_batches, num_items)
+        self._finite = True
 
     def micro_step(self, model: nn.Module, train: Callable[[], Tensor]) -> Tensor:
         """Train on the window's next micro-batch: `train` is TRL's training step of the wrapped model."""
@@ -108,12 +112,11 @@ class OptimizerStep:
                 self.run.guard.agree()
             self.run.tally.end_step(skipped=False)
             return
-        assert self._finite is not None, "noted at each micro-step"
         norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         self.skipped = not self.run.guard.agree_finite(norm, self._finite)
         if self.skipped:
             if self.nonfinite == "raise":
-                raise self.run.guard.non_finite()
+                raise self.run.guard.non_finite(self.skippable)
             for parameter in model.parameters():
                 parameter.grad = None  # optimisers leave parameters without a gradient, and their moments, alone
         self.run.tally.end_step(self.skipped)
@@ -130,8 +133,9 @@ class OptimizerStep:
         run, every = self.run, self.rank_check_steps
         if not every or run.world_size == 1 or run.step() % every:
             return
-        parameters = trainable_parameters(self.passes.unwrapped())
-        alone = compare_ranks(parameters, run.guard.replicated_states(), run.guard.gather, run.step())
+        named = trainable_parameters(self.passes.unwrapped())
+        parameters = dict(zip(named, flat_shards(named.values()), strict=True))
+        alone = compare_ranks(parameters, replicated_states(run.guard), run.guard.gather, run.step())
         if alone and not self._told_of_shards:
             self._told_of_shards = True
             logger.warning(
@@ -161,7 +165,6 @@ class OptimizerStep:
 
     def _note(self, loss: Tensor) -> None:
         if self.nonfinite != "ignore":
-            finite = torch.isfinite(loss)
-            self._finite = finite if self.window.done == 0 or self._finite is None else self._finite & finite
+            self._finite = torch.isfinite(loss) & self._finite
         if self.nonfinite == "skip":
             self.run.tally.add_step_loss(loss)

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from trl_ext.engine.columns import column_totals
+from trl_ext.engine.columns import column_totals, over_ranks
 from trl_ext.engine.context import RunContext
 from trl_ext.engine.losses import per_token_loss, token_record
 from trl_ext.engine.passes import ExtraPasses
@@ -141,15 +141,16 @@ def stream_gradient(run: RunContext, passes: ExtraPasses, model: nn.Module, stre
     labels = inputs["labels"][:, 1:] != -100
     tokens = run.sum_over_ranks(labels.sum()).clamp(min=1)
     share = tokens / run.world_size
-    columns = {name: run.sum_over_ranks(total) / run.world_size for name, total in column_totals(inputs).items()}
-    totals = torch.zeros(2, device=tokens.device)
+    totals = over_ranks(column_totals(inputs), run.sum_over_ranks)
+    columns = {name: total / run.world_size for name, total in totals.items()}
+    losses = torch.zeros(2, device=tokens.device)
 
     def loss() -> Tensor:
         with passes.sft_head():  # around the objective too, which may run the model for a reference
             out = passes.forward(model, inputs)
             record = token_record(run, out, inputs, share, columns, stream.request.role)
             total = per_token_loss(run, record).sum()
-        totals.copy_(torch.stack([total.detach(), -out.log_probs.detach().sum()]))
+        losses.copy_(torch.stack([total.detach(), -out.log_probs.detach().sum()]))
         value = total / record.denominator
         if passes.router_aux_loss_coef:
             value = value + passes.router_aux_loss_coef * out.aux_loss
@@ -157,7 +158,7 @@ def stream_gradient(run: RunContext, passes: ExtraPasses, model: nn.Module, stre
 
     with run.guard.named(f"{stream.plugin}.stream {stream.request.role}"):
         gradients = passes.gradient(model, loss, seed)
-    mean_loss, nll = (run.sum_over_ranks(totals) / tokens).tolist()
+    mean_loss, nll = (run.guard.sum_over_ranks(losses) / tokens).tolist()
     return StreamGradient(gradients=gradients, nll=nll, loss=mean_loss, tokens=int(tokens))
 
 

@@ -70,7 +70,7 @@ class SetupContext:
 
     trainer: TrainerKind
     model: nn.Module
-    """The unwrapped model; its parameters are DTensors under FSDP2."""
+    """The unwrapped model; its parameters are DTensors under FSDP2, and empty or whole under ZeRO-3."""
     weights: WeightsView
     names: tuple[str, ...]
     """Names of the trainable parameters, in the order of every view."""
@@ -78,7 +78,7 @@ class SetupContext:
     rank: int
     world_size: int
     sharded: bool
-    """Whether each rank holds a shard of the parameters (FSDP2)."""
+    """Whether each rank holds a shard of the parameters (FSDP2, ZeRO-3)."""
     gradient_accumulation_steps: int
     max_steps: int
     output_dir: str

@@ -59,11 +59,11 @@ class StreamGradient:
 
 @dataclass(frozen=True)
 class WeightsView:
-    """Parameters and buffers of the model, in a fixed order; local shards under FSDP2 (`weights_updated`)."""
+    """Parameters and buffers of the model, in a fixed order; shards under FSDP2 and ZeRO-3 (`weights_updated`)."""
 
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
-    """The trainable parameters; each tied weight once."""
+    """The trainable parameters; each tied weight once. Under ZeRO-3, flat DTensors over the model's memory."""
     buffers: Mapping[str, Tensor]
     sharded: bool
 

@@ -26,6 +26,7 @@ from trl_ext.startup.sharding import sharding_of, sharding_of_loaded
 from trl_ext.startup.stream_data import Matched, match_streams
 from trl_ext.startup.unsupported import refuse_declared
 from trl_ext.startup.versions import check_versions
+from trl_ext.startup.zero import refuse_zero
 
 
 class CheckRefusalError(ConfigurationError):
@@ -105,6 +106,8 @@ def check_loaded(plan: RunPlan, accelerator: Accelerator, model: nn.Module) -> N
         return
     loaded = replace(plan.run, model=model, sharding=sharding_of_loaded(accelerator, model))
     with agreed():
+        if loaded.sharding == "deepspeed":
+            refuse_zero(accelerator.deepspeed_plugin.deepspeed_config, plan.plugins)
         _refuse(loaded, plan.plugins, plan.arguments)
         if loaded.sharding != plan.run.sharding:
             _check(loaded, plan.plugins)

@@ -116,7 +116,7 @@ def _refuse_orders(args: Any, plugins: PluginSet, streaming: bool) -> None:
 
 def _refuse_gradients(run: RunDescription, plugins: PluginSet) -> None:
     uses = [h for h in ("gradients_ready", "sample_weights", "streams", "wrap_optimizer") if plugins.implements(h)]
-    if run.sharding in ("deepspeed", "fsdp1"):
+    if run.sharding == "fsdp1":
         uses += [h for h in ("weights_updated", "deployed_weights") if plugins.implements(h)]
     if not uses:
         return
@@ -124,7 +124,8 @@ def _refuse_gradients(run: RunDescription, plugins: PluginSet) -> None:
     where = f"hook '{uses[0]}' of plugin '{owner}'"
     if run.sharding == "deepspeed":
         raise ConfigurationError(
-            f"{where} does not work under DeepSpeed, which owns gradients, weights and optimiser; use DDP or FSDP2"
+            f"{where} does not work under DeepSpeed, whose ZeRO keeps gradients in buffers of its own and steps inside "
+            "of the backward pass; use FSDP2, which shards as ZeRO-3 does, or DDP"
         )
     if run.sharding == "fsdp1":
         raise ConfigurationError(f"{where} does not work under FSDP1's flat parameters; set fsdp_version: 2")
@@ -138,18 +139,21 @@ def refuse_skipping(args: Any, sharding: Sharding) -> None:
     Raises:
         ConfigurationError: naming what steps on all the same, and the setting to change.
     """
-    if args.nonfinite != "skip":
-        return
+    why = why_not_skipping(args, sharding)
+    if args.nonfinite == "skip" and why is not None:
+        raise ConfigurationError(f"nonfinite='skip' cannot leave out a step, since {why}, or set nonfinite='raise'")
+
+
+def why_not_skipping(args: Any, sharding: Sharding) -> str | None:
+    """What steps on all the same, and the setting to change; None where a step can be left out."""
     optim = getattr(args.optim, "value", args.optim)
     if sharding == "deepspeed":
-        why = "DeepSpeed steps inside of its backward pass; use DDP or FSDP2"
-    elif optim.endswith(("layerwise", "lomo")):
-        why = f"optim='{optim}' updates the weights inside of the backward pass; choose another one"
-    elif optim.startswith("schedule_free"):
-        why = f"optim='{optim}' moves the weights of its average on without a gradient too; choose another one"
-    else:
-        return
-    raise ConfigurationError(f"nonfinite='skip' cannot leave out a step, since {why}, or set nonfinite='raise'")
+        return "DeepSpeed steps inside of its backward pass; use DDP or FSDP2"
+    if optim.endswith(("layerwise", "lomo")):
+        return f"optim='{optim}' updates the weights inside of the backward pass; choose another one"
+    if optim.startswith("schedule_free"):
+        return f"optim='{optim}' moves the weights of its average on without a gradient too; choose another one"
+    return None
 
 
 def refuse_frozen(parameters: Collection[str], peft: bool) -> None:

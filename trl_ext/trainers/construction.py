@@ -24,17 +24,20 @@ from trl_ext.engine.passes import ExtraPasses, sft_head
 from trl_ext.engine.step import OptimizerStep
 from trl_ext.engine.tally import LossTally
 from trl_ext.engine.weight_swaps import WeightSwaps
+from trl_ext.engine.zero import call_before_step, flat_shards, norm_of_partition
 from trl_ext.gradients import trainable_parameters, unwrapped_name
 from trl_ext.jobs import COSTS
-from trl_ext.own_passes import causal_lm
+from trl_ext.own_passes import causal_lm, drop_gathered_weights
 from trl_ext.records import SetupContext, WeightsView
 from trl_ext.startup.plan import RunPlan, check_loaded, plan_run
-from trl_ext.startup.refusals import refuse_copied_groups, refuse_frozen, refuse_wrapped
+from trl_ext.startup.refusals import refuse_copied_groups, refuse_frozen, refuse_wrapped, why_not_skipping
 from trl_ext.startup.report import report_run
 from trl_ext.startup.run_folder import owned_run_folder
+from trl_ext.startup.sharding import sharding_of_loaded
 from trl_ext.startup.stream_data import TextForm, prepare_stream
 from trl_ext.trainers.costs import CostCallback
 from trl_ext.trainers.deployment import DeploymentMixin
+from trl_ext.trainers.preemption import StopWhereAsked
 from trl_ext.trainers.profiling import ProfileCallback
 from trl_ext.trainers.saving import CheckpointMixin
 from trl_ext.trainers.stepping import StepCallback, SteppingMixin
@@ -80,7 +83,9 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         nonfinite = self.args.nonfinite or ("raise" if self.ext_plugins else "ignore")
         every = self.args.rank_check_steps
         self.ext_step = OptimizerStep(self.ext_run, self.ext_passes, self.ext_streams, nonfinite, every)
-        self.ext_swaps = WeightSwaps(self.ext_run, lambda: self.ext_weights, self._ext_forget_generator)
+        sharding = sharding_of_loaded(self.accelerator, self.model)
+        self.ext_step.skippable = why_not_skipping(self.args, sharding) is None
+        self.ext_swaps = WeightSwaps(self.ext_run, lambda: self.ext_weights, self._ext_forget_weights)
         if self.ext_plugins or every:
             self.add_callback(StepCallback(self.ext_step, self.accelerator))
         if self.args.profile:
@@ -89,6 +94,8 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             )
         if costs := os.environ.get(COSTS):
             self.add_callback(CostCallback(Path(costs), lambda: getattr(self, "_total_train_tokens", 0)))
+        if self.ext_plugins and self.args.enable_jit_checkpoint:
+            self.add_callback(StopWhereAsked(self.callback_handler.callbacks, self.ext_run.guard.agree))
 
     def _ext_run_context(self, fused_outputs: tuple[str, ...]) -> RunContext:
         device, world_size = self.accelerator.device, self.accelerator.num_processes
@@ -137,8 +144,9 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         with offload, self.compute_loss_context_manager():
             yield
 
-    def _ext_forget_generator(self) -> None:
-        """Have the weights sent to vLLM again before it samples: they are other ones now."""
+    def _ext_forget_weights(self) -> None:
+        """Other weights are in place now: gather shards anew, and have them sent to vLLM again before it samples."""
+        drop_gathered_weights(self.model)
         if hasattr(self, "_last_loaded_step"):
             self._last_loaded_step = -1
 
@@ -173,6 +181,9 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.is_deepspeed_enabled and (self.ext_plugins or self.ext_step.nonfinite != "ignore"):
+            engine = self.deepspeed
+            call_before_step(engine, lambda: self.ext_step.agree(engine, norm_of_partition(engine)))
         if self.ext_plugins:
             self._ext_setup(max_steps, resume_from_checkpoint)
             if self.accelerator.is_main_process:
@@ -185,9 +196,10 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         refuse_frozen(named, is_peft_model(model))
         if self.ext_streams or self.ext_plugins.implements("sample_weights"):
             refuse_wrapped(self.model_wrapped, named.values())
-        sharded = any(isinstance(p, DTensor) for p in named.values())
+        parameters = flat_shards(named.values())
+        sharded = any(isinstance(p, DTensor) for p in parameters)
         buffers = {unwrapped_name(name): buffer for name, buffer in model.named_buffers()}
-        weights = WeightsView(tuple(named), tuple(named.values()), buffers, sharded)
+        weights = WeightsView(tuple(named), tuple(parameters), buffers, sharded)
         self.ext_weights = weights
         reference = getattr(self, "ref_model", None)
         context = SetupContext(

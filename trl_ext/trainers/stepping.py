@@ -46,6 +46,8 @@ class SteppingMixin(Opened):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.is_deepspeed_enabled:  # it has stepped already, and the ranks have agreed before
+            return norm
         # Infinite gradients are the scaler's own business under fp16: it leaves the step out and takes a smaller scale.
         self.ext_step.agree(model, norm if self.accelerator.scaler is None else 0.0)
         return norm

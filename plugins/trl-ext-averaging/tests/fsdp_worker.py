@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from trajectories import context_of
 from trl_ext_averaging import Bema, Ema, Lawa, Swa, WiseFt
 
+from trl_ext.own_passes import drop_gathered_weights
 from trl_ext.testing import tiny_llama
 
 PLUGINS = [
@@ -50,6 +51,7 @@ class Run:
 
     def look(self) -> list[torch.Tensor]:
         """Logits, then all parameters gathered, with the weights of the moment."""
+        drop_gathered_weights(self.model)  # as the core does where it has put other weights in place
         with torch.no_grad():
             logits = self.model(input_ids=IDS).logits
         return [logits, *(p.full_tensor() if isinstance(p, DTensor) else p.clone() for p in self.model.parameters())]
@@ -84,6 +86,7 @@ def main() -> None:
 
     # Evaluating in between must not leave gathered averages behind for the next step.
     for run in (whole, shards):
+        drop_gathered_weights(run.model)
         run.train(range(4, 6))
     same(shards.look(), whole.look())
 

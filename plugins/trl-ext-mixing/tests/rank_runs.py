@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from branches import SCHEDULE
 from datasets import Dataset
@@ -69,7 +70,7 @@ def resume(folder: Path) -> dict[str, Any]:
 
 
 def main(folder: Path, kind: str) -> dict[str, Any]:
-    """`kind`: ddp, fsdp2 or rows (parallel averaging), hpt, relift, failures, or resume."""
+    """`kind`: ddp, fsdp2 or rows (parallel averaging), hpt, sharded hpt, relift, failures, or resume."""
     path = str(folder / "model")
     if kind in ("failures", "resume"):
         return {"failures": failures, "resume": resume}[kind](folder)
@@ -77,10 +78,12 @@ def main(folder: Path, kind: str) -> dict[str, Any]:
         save_model(tiny_llama(hidden=16), tiny_tokenizer(), path)
     dist.barrier()
     options: dict[str, Any] = {}
-    if kind in ("fsdp2", "rows"):
+    if kind in ("fsdp2", "rows", "sharded hpt"):
         from transformers.distributed import DistributedConfig
 
         options["distributed_config"] = DistributedConfig(fsdp_size=2)
+    if "hpt" in kind or kind == "relift":
+        options["dtype"] = torch.float64
     model = AutoModelForCausalLM.from_pretrained(path, **options)
     seen, rolled = Recorder(), Rolled()
     if kind in ("ddp", "fsdp2"):
@@ -92,8 +95,7 @@ def main(folder: Path, kind: str) -> dict[str, Any]:
         settings = {"stream": demonstrations(12), "data": rows, "max_steps": 1}
     else:
         # Twelve completions in groups of four over two ranks: the second group is on both.
-        plugins = [rolled, HPT() if kind == "hpt" else ReLIFT(buffer_size=2, batch_size=1), seen]
-        model = model.double()
+        plugins = [rolled, HPT() if "hpt" in kind else ReLIFT(buffer_size=2, batch_size=1), seen]
         settings = {
             "per_device_train_batch_size": 6,
             "per_device_eval_batch_size": 6,

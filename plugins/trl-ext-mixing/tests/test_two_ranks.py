@@ -87,8 +87,25 @@ def joined(ranks: list[dict[str, Any]], name: str, step: int) -> list[Any]:
     return [row for rank in ranks for row in rank[name][step]]
 
 
-def test_hpt_is_one_mean_over_both_ranks_also_for_a_group_on_both(tmp_path: Path) -> None:
-    ranks = launch(tmp_path, "hpt")
+@pytest.fixture(scope="module")
+def hpt(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return launch(tmp_path_factory.mktemp("hpt"), "hpt")
+
+
+def test_hpt_on_shards_is_hpt_on_whole_weights(hpt: list[dict[str, Any]], tmp_path: Path) -> None:
+    """Also where one rank has no demonstration: its forward has to be made all the same."""
+    shards = launch(tmp_path, "sharded hpt")
+    whole = [torch.cat(parts) for parts in zip(shards[0]["weights"][-1], shards[1]["weights"][-1], strict=True)]
+    assert all(len(part) < len(both) for part, both in zip(shards[0]["weights"][-1], whole, strict=True))
+    unsolved = [[not rewards[i : i + 4].any() for i in range(0, 12, 4)] for rewards in shards[0]["rewards"]]
+    assert any(any(groups[:2]) != groups[2] for groups in unsolved), "both ranks had demonstrations in each step"
+    # Sums in fp64 in another order, but for Llama's norms, which work in fp32.
+    assert largest_difference(whole, hpt[0]["weights"][-1]) < 1e-6
+    assert largest_difference(hpt[0]["weights"][0], hpt[0]["weights"][-1]) > 1e-3
+
+
+def test_hpt_is_one_mean_over_both_ranks_also_for_a_group_on_both(hpt: list[dict[str, Any]]) -> None:
+    ranks = hpt
     kinds = set()
     for step, rewards in enumerate(ranks[0]["rewards"]):
         solved = [bool(rewards[i : i + 4].any()) for i in range(0, 12, 4)]

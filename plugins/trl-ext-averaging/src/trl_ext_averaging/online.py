@@ -21,7 +21,7 @@ from trl_ext.hookspecs import HOOKS
 from trl_ext.options import Range
 from trl_ext.records import RunDescription, SetupContext, WeightsView
 from trl_ext_averaging.shadows import Copies, CopyKind, Shadows
-from trl_ext_averaging.swapping import Swapper
+from trl_ext_averaging.swapping import swapped
 
 Interval = Annotated[int, Range(ge=1)]
 """Optimiser steps between updates."""
@@ -82,7 +82,6 @@ class OnlineAverage:
         self._began = False
         self._selected: list[int] = []
         self._shadows = Shadows()
-        self._swapper = Swapper()
 
     # What a method defines.
 
@@ -136,7 +135,6 @@ class OnlineAverage:
         self._shadows = Shadows(
             [names[i] for i in self._selected], parameters, self.copy_kinds(), on_host=on_host, follows=self.follows
         )
-        self._swapper = Swapper(context.model, on_host)
         if self.start == 0:
             self._begin(self._theta(context.weights))
 
@@ -204,4 +202,4 @@ class OnlineAverage:
         def write(into: list[Tensor], theta: list[Tensor]) -> None:
             self._shadows.write(into, theta, lambda copies, raw: self.deployed(name, copies, raw))
 
-        return self._swapper.swapped(self._theta(weights), write)
+        return swapped(self._theta(weights), write, in_host_memory=self.device == "cpu")

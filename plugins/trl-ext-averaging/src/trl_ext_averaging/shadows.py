@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trl_ext.errors import CheckpointError
-from trl_ext.gradients import local_tensor
+from trl_ext.gradients import copy_saved, local_tensor
 from trl_ext_averaging.offload import HostStage
 
 Copies = Mapping[str, list[Tensor]]
@@ -109,7 +108,6 @@ class Shadows:
             for name, tensor in zip(self.names, tensors, strict=True)
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], method: str) -> None:
         """Take over saved copies.
 
@@ -125,9 +123,7 @@ class Shadows:
                     f"{method}: the saved copy {copy!r} of {name} {found}, expected {tuple(tensor.shape)}; resume with "
                     "the options that the checkpoint was written with"
                 )
-            if isinstance(tensor, DTensor) and not isinstance(saved, DTensor):  # of a run that was not sharded
-                saved = distribute_tensor(saved, tensor.device_mesh, tensor.placements, src_data_rank=None)
-            tensor.copy_(saved)
+            copy_saved(tensor, saved)
 
 
 def widened(tensors: list[Tensor]) -> list[Tensor]:

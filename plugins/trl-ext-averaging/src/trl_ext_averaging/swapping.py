@@ -6,42 +6,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-
-from trl_ext.own_passes import drop_gathered_weights
+from torch import Tensor
 
 
-class Swapper:
-    """Swaps weights of a model in place.
+@contextmanager
+def swapped(
+    theta: list[Tensor], write: Callable[[list[Tensor], list[Tensor]], None], *, in_host_memory: bool = False
+) -> Iterator[None]:
+    """A context with other weights in the model.
 
     Args:
-        model: the model; under FSDP2 its weights are shards, and those gathered from them are dropped at a swap.
+        theta: the weights in the model; shards where each rank holds some.
+        write: called with these and with the raw weights to compute from; it writes the others into the former.
         in_host_memory: compute the other weights from the copy of the raw ones in host memory.
     """
-
-    def __init__(self, model: nn.Module | None = None, in_host_memory: bool = False) -> None:
-        self._model = model
-        self._in_host_memory = in_host_memory
-
-    @contextmanager
-    def swapped(self, theta: list[Tensor], write: Callable[[list[Tensor], list[Tensor]], None]) -> Iterator[None]:
-        """A context with other weights in the model.
-
-        Args:
-            theta: the weights in the model.
-            write: called with these and with the raw weights to compute from; it writes the others into the former.
-        """
-        raw = [tensor.to("cpu", copy=True) for tensor in theta]  # host memory: a swap costs none on the device
-        try:
-            write(theta, raw if self._in_host_memory else theta)
-            self._drop_gathered()
-            yield
-        finally:
-            with torch.no_grad():
-                for tensor, saved in zip(theta, raw, strict=True):
-                    tensor.copy_(saved)
-            self._drop_gathered()
-
-    def _drop_gathered(self) -> None:
-        if self._model is not None:
-            drop_gathered_weights(self._model)
+    raw = [tensor.to("cpu", copy=True) for tensor in theta]  # host memory: a swap costs none on the device
+    try:
+        write(theta, raw if in_host_memory else theta)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, saved in zip(theta, raw, strict=True):
+                tensor.copy_(saved)

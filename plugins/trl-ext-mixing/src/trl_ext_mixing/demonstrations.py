@@ -133,11 +133,11 @@ class Demonstrations:
         """Loss () float, differentiable: -sum log p over the label tokens of a batch, at temperature 1.
 
         It is a numerator: the caller divides it by the label tokens of all batches and ranks, so that the mean is over
-        tokens and not over demonstrations.
+        tokens and not over demonstrations. Of no demonstrations it is 0, by a forward of a row without labels.
         """
         device = self.context.device
-        width = max(len(d.ids) for d in demonstrations)
-        ids = torch.zeros(len(demonstrations), width, dtype=torch.long)
+        width = max((len(d.ids) for d in demonstrations), default=2)
+        ids = torch.zeros(max(len(demonstrations), 1), width, dtype=torch.long)
         attention, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
         for i, d in enumerate(demonstrations):
             ids[i, : len(d.ids)] = torch.tensor(d.ids)

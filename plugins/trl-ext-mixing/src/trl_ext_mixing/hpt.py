@@ -48,6 +48,7 @@ class HPT(UnsolvedPrompts):
     sft_coefficient: Annotated[float, Range(gt=0)] = 1.0
 
     method: ClassVar[str] = "hpt"
+    in_the_loss: ClassVar[bool] = True
     after: ClassVar[Mapping[str, str]] = AFTER_NEW_ADVANTAGES
     citation: ClassVar[str] = "Lv et al., Towards a Unified View of LLM Post-Training (HPT), arXiv:2509.04419"
     cost: ClassVar[str] = "a forward and a backward of the demonstrations for unsolved prompts"
@@ -81,7 +82,8 @@ class HPT(UnsolvedPrompts):
         is the label tokens of all of the step's demonstrations on all ranks (arXiv:2509.04419, the SFT term)."""
         # Always a term, for logging sums it over ranks; where this rank has no demonstration it is zero.
         value = micro_step.log_probs.sum() * 0
-        if mine := self._demonstrations[self._micro_step :: self._micro_steps]:
+        mine = self._demonstrations[self._micro_step :: self._micro_steps]
+        if mine or self.source.context.sharded:  # the forward gathers weights there, which takes all ranks
             # The core divides by micro-steps and averages over ranks; what is left is one mean over all label tokens.
             scale = self._micro_steps * self.source.context.world_size / self._label_tokens
             # In the dtype of the zero, since the log reduces the term over ranks.

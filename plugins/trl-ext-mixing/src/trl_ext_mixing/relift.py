@@ -52,6 +52,9 @@ class ReLIFT(UnsolvedPrompts):
     lr_ratio: Annotated[float, Range(gt=0)] = 1.0
     max_grad_norm: Annotated[float, Range(ge=0)] | None = None
 
+    unsupported: ClassVar[Mapping[str, str]] = {
+        "fsdp2": "Demonstrations have a backward pass of their own, which sharded parameters do not allow"
+    }
     method: ClassVar[str] = "relift"
     state_version: ClassVar[int] = 1
     citation: ClassVar[str] = "Ma et al., Learning What Reinforcement Learning Can't (ReLIFT), arXiv:2506.07527"

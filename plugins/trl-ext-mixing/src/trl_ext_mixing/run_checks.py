@@ -30,18 +30,21 @@ def refuse_undecided_reward(run: RunDescription, name: str) -> None:
         )
 
 
-def refuse_without_own_forward(run: RunDescription, setting: str, alternative: str = "") -> None:
+def refuse_without_own_forward(
+    run: RunDescription, setting: str, alternative: str = "", *, in_the_loss: bool = False
+) -> None:
     """Raise where demonstrations cannot have a forward and a backward outside of the trainer's.
 
     Args:
         run: as asked for.
         setting: names plugin and option in the message.
         alternative: what else to do where parameters are sharded.
+        in_the_loss: the forward is part of the trainer's loss, and all ranks make it, as FSDP2 allows.
 
     Raises:
         ConfigurationError: sharded parameters, images, or reentrant checkpointing.
     """
-    if run.sharding not in ("none", "ddp"):
+    if run.sharding not in ("none", "ddp") and not (in_the_loss and run.sharding == "fsdp2"):
         raise ConfigurationError(
             f"{setting} runs a forward outside of the trainer's, which sharded parameters ({run.sharding}) do not "
             f"allow; use DDP{alternative}"

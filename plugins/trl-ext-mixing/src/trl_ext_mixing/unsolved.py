@@ -44,9 +44,8 @@ class UnsolvedPrompts:
     trainers: ClassVar[tuple[str, ...]] = ("grpo",)
     provides: ClassVar[tuple[str, ...]] = (MIXING,)
     conflicts: ClassVar[Mapping[str, str]] = ONE_AT_A_TIME
-    unsupported: ClassVar[Mapping[str, str]] = {
-        "fsdp2": "Demonstrations have a forward of their own, which sharded parameters do not allow"
-    }
+    in_the_loss: ClassVar[bool] = False
+    """Whether the demonstrations' forward is part of the trainer's loss on all ranks alike, as FSDP2 allows."""
 
     def __post_init__(self) -> None:
         self.source: Demonstrations
@@ -57,7 +56,7 @@ class UnsolvedPrompts:
     def check(self, run: RunDescription) -> None:
         setting = f"{self.method}: demonstrations={self.demonstrations!r}"
         refuse_undecided_reward(run, self.reward)
-        refuse_without_own_forward(run, setting)
+        refuse_without_own_forward(run, setting, in_the_loss=self.in_the_loss)
         refuse_missing_column(run, self.demonstrations, setting)
         self._template = run.args.chat_template_kwargs or {}
 

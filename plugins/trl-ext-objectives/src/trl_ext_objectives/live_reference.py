@@ -8,9 +8,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from trl_ext_probing.capability.sample_keys import vocabulary_digest
 
-from trl_ext.own_passes import inference_only
+from trl_ext.gradients import copy_saved, local_tensor
+from trl_ext.own_passes import drop_gathered_weights, inference_only
 from trl_ext_objectives.reference import Reference
 
 if TYPE_CHECKING:
@@ -23,6 +25,13 @@ class LiveReference(Reference):
     """A reference that is a forward of a model: of the one in training with other weights, or of its own."""
 
     model: nn.Module | None = None
+
+    def check(self, run: RunDescription) -> None:
+        if run.sharding == "deepspeed":
+            raise ValueError(
+                "a reference that is a forward of a model has not been tried under DeepSpeed; use "
+                "reference='cache:PATH', or train with DDP or FSDP2"
+            )
 
     def setup(self, context: SetupContext) -> None:
         self.model = context.model
@@ -45,7 +54,7 @@ class LiveReference(Reference):
 
 
 class StartModel(LiveReference):
-    """The trainable parameters as they were when the training began."""
+    """The trainable parameters as they were when the training began; each rank keeps its shards under FSDP2."""
 
     def __init__(self) -> None:
         self._parameters: Sequence[nn.Parameter] = ()
@@ -53,10 +62,11 @@ class StartModel(LiveReference):
         self._frozen: list[Tensor] = []
 
     def check(self, run: RunDescription) -> None:
-        if run.sharding not in ("none", "ddp"):
+        super().check(run)
+        if run.sharding == "fsdp1":
             raise ValueError(
-                f"reference='start' holds a whole copy of the parameters, which {run.sharding} splits up; use "
-                "reference='cache:PATH', or reference='base' with PEFT"
+                "reference='start' keeps a copy of each parameter, and FSDP1 flattens them; use FSDP2, or "
+                "reference='cache:PATH'"
             )
 
     def setup(self, context: SetupContext) -> None:
@@ -68,12 +78,16 @@ class StartModel(LiveReference):
         """Take the parameters as they are now."""
         current = [p.detach() for p in self._parameters]
         if self._frozen:
-            torch._foreach_copy_(self._frozen, current)
+            torch._foreach_copy_(list(map(local_tensor, self._frozen)), list(map(local_tensor, current)))
         else:
             self._frozen = [p.clone() for p in current]
 
     @contextmanager
     def active(self) -> Iterator[None]:
+        if any(isinstance(frozen, DTensor) for frozen in self._frozen):
+            with self._shards_active():
+                yield
+            return
         # Swapping `.data` leaves the tensors that the pending backward has saved, and their versions, as they are.
         trained = [p.data for p in self._parameters]
         try:
@@ -84,12 +98,25 @@ class StartModel(LiveReference):
             for parameter, data in zip(self._parameters, trained, strict=True):
                 parameter.data = data
 
+    @contextmanager
+    def _shards_active(self) -> Iterator[None]:
+        """FSDP2 gathers from the shards' own memory, anew for the backward pass too; so they change in place."""
+        shards = [local_tensor(p.detach()) for p in self._parameters]
+        trained = [shard.clone() for shard in shards]
+        try:
+            torch._foreach_copy_(shards, list(map(local_tensor, self._frozen)))
+            drop_gathered_weights(self.ready())
+            yield
+        finally:
+            torch._foreach_copy_(shards, trained)
+            drop_gathered_weights(self.ready())
+
     def state_dict(self) -> dict[str, Any]:
         return {f"reference.{name}": frozen for name, frozen in zip(self._names, self._frozen, strict=True)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, frozen in zip(self._names, self._frozen, strict=True):
-            frozen.copy_(state[f"reference.{name}"])
+            copy_saved(frozen, state[f"reference.{name}"])
 
 
 class AdaptersOff(LiveReference):

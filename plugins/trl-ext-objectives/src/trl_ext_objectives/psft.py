@@ -36,7 +36,8 @@ def psft_loss(log_probs: Tensor, old_log_probs: Tensor, low: float, high: float)
 class PSFT(Objective):
     """Proximal SFT. The model of the last refresh gives p_old, by one extra forward per micro-batch.
 
-    Memory: one copy of the trainable parameters, which is also in each checkpoint.
+    Memory: one copy of the trainable parameters, which is also in each checkpoint. Under FSDP2 each rank keeps its
+    shards of it, and a copy of the trained ones while the extra forward runs.
 
     Args:
         low: How far the ratio may go below 1.
@@ -59,7 +60,7 @@ class PSFT(Objective):
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
-        """Refuse sharded parameters."""
+        """Refuse runs in which a copy of the weights cannot be swapped in."""
         self._old.check(run)
 
     @hookimpl

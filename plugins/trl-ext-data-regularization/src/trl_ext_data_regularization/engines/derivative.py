@@ -30,7 +30,7 @@ def derivative_scores(
         target: P gradients (shards under FSDP2) or None each.
         step: length of the step along t / |t|, relative to the parameters' norm.
         points: 2, or 4 for an error of the fourth order at twice the forwards.
-        moved: called whenever the parameters have changed (`drop_gathered_weights` under FSDP2).
+        moved: called whenever the parameters have changed (`drop_gathered_weights`).
 
     Returns:
         (n,) float64. Zeros where t is zero.
@@ -40,7 +40,8 @@ def derivative_scores(
         return torch.zeros_like(losses())
     where, along = [p for p, _ in pairs], [t.to(p.dtype) for p, t in pairs]
     names = [""] * len(pairs)
-    norm, size = float(GradientView(names, where, along).norm()), float(GradientView(names, where, where).norm())
+    gram = GradientView(names, where, along).grams(GradientView(names, where, where)).sum(0)
+    norm, size = gram.diagonal().sqrt().tolist()
     if norm == 0:
         return torch.zeros_like(losses())
     epsilon = step * max(size, 1.0) / norm
