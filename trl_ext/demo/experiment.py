@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from trl_ext.demo.settings import Settings
-from trl_ext.testing import ModularChain, exact_match, save_model, tiny_llama, tiny_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
 
 def train_base(settings: Mapping[str, Any], folder: str) -> float:
     """Train the base model on right demonstrations and save it; give its held-out exact match in [0, 1]."""
+    from trl_ext.testing import ModularChain, exact_match, save_model, tiny_llama, tiny_tokenizer
+
     s = Settings(**settings)
     task, model = ModularChain(steps=s.chain_steps), tiny_llama(hidden=s.hidden)
     _train(
@@ -43,6 +44,8 @@ def fine_tune(settings: Mapping[str, Any], base: str, folder: str, plugins: list
     demonstrations, which of them are wrong, and their order; runs of one seed share all three.
     """
     from transformers import AutoModelForCausalLM
+
+    from trl_ext.testing import ModularChain, exact_match, tiny_tokenizer
 
     s = Settings(**settings)
     task = ModularChain(steps=s.chain_steps)
@@ -74,6 +77,7 @@ def _train(
     folder: str, model: PreTrainedModel, dataset: Dataset, eval_dataset: Dataset | None = None, **config: Any
 ) -> SFTTrainer:
     from trl_ext import SFTConfig, SFTTrainer
+    from trl_ext.testing import tiny_tokenizer
 
     args = SFTConfig(
         folder,
