@@ -164,7 +164,7 @@ MISTAKES = {
         "there is no folder 'run/checkpoint-3'. Did you mean",
     ),
     "file as folder": (sft(output_dir="data.jsonl"), "output_dir: 'data.jsonl' is a file; name a folder"),
-    "tracker": (sft(report_to="tensorboard"), "report_to: TensorBoard is not installed: pip install tensorboard"),
+    "tracker": (sft(report_to="mlflow"), "report_to: MLflow is not installed: pip install mlflow"),
     "4 bits": (sft(load_in_4bit=True), "bitsandbytes"),
     "vllm": (grpo(use_vllm=True), "pip install trl[vllm]"),
     "generations": (grpo(num_generations=3), "num_generations"),
@@ -207,7 +207,7 @@ MISTAKES = {
     "script's plugins": (["run", "--plugins", "alpha=1", "train.py"], "plugins: 'alpha=1' starts with an option"),
     "inputs of an average": (["average", "absent", "model", "-o", "averaged"], "absent"),
     "probe's options": (["probe", "passk"], "Missing option '--reward'. See trl-ext probe passk --help"),
-    "nothing to validate": (["validate", "--max_steps", "1"], "validate: give --config FILE, or a kind (sft, grpo)"),
+    "nothing to validate": (["validate", "--max_steps", "1"], "validate: give --config FILE, or a kind (sft, grpo, "),
     "validate, file in one word": (["validate", "--config=empty.yaml"], "empty.yaml is empty; expected settings"),
     "kind to validate": (["validate", "stf", "--config", "empty.yaml"], "validate: 'stf' is not one of sft, grpo"),
 }

@@ -186,8 +186,8 @@ def test_with_warn_states_go_on_where_they_fit_and_start_afresh_where_not(checkp
 
 
 def test_the_fingerprint_of_data_is_the_same_in_another_process():
-    code = "from helpers import additions; from trl_ext.checkpoints.fingerprints import data_fingerprint as f; "
-    code += "print(f(additions(9)))"
+    code = "from trl_ext.testing.runs import additions; from trl_ext.checkpoints.fingerprints import data_fingerprint; "
+    code += "print(data_fingerprint(additions(9)))"
     here = Path(__file__).parent
     other = subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True, check=True)
     assert other.stdout.strip().splitlines()[-1] == str(data_fingerprint(additions(9)))

@@ -160,9 +160,8 @@ class Guard:
             **arguments: the hook's arguments.
         """
         terms: dict[str, T] = {}
-        none: Mapping[str, T] = {}
         for plugin, call in self.plugins.calls(hook):
-            given = self.run(hook, plugin, call, none, check, **arguments)
+            given: Mapping[str, T] = self.run(hook, plugin, call, {}, check, **arguments)
             terms |= {f"{plugin}/{name}": term for name, term in given.items()}
         return terms
 
@@ -236,8 +235,7 @@ class Guard:
         """
         if self.world_size == 1:
             return values
-        failed = values.new_tensor([self._failure is not None])
-        sums = torch.cat([values, failed])
+        sums = torch.cat([values, values.new_tensor([self._failure is not None])])
         with self._watched("a sum over the ranks"):
             dist.all_reduce(sums)
             any_failed = bool(sums[-1])
@@ -289,16 +287,14 @@ class Guard:
             shown = [str(other.get(name, "nothing")) for other in ranks]
             if len(set(shown)) > 1 and (hook, name) not in self._silenced:
                 self._silenced.add((hook, name))
-                logger.warning(
+                text = (
                     "hook '%s' gives the ranks different numbers '%s' (%s); that of rank 0 is logged. Reduce it over "
-                    "ranks in the hook",
-                    *(hook, name, ", ".join(shown)),
                 )
+                logger.warning(text + "ranks in the hook", hook, name, ", ".join(shown))
         return ranks[0]
 
 
 def _nothing_returned(result: Any) -> None:
     if result is not None:
-        raise TypeError(
-            f"returned a {type(result).__name__}, which would be ignored; edit the argument in place and return None"
-        )
+        kind = type(result).__name__
+        raise TypeError(f"returned a {kind}, which would be ignored; edit the argument in place and return None")

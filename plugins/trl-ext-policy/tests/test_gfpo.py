@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import oracles
+import policy_oracles as oracles
 import pytest
 import torch
 from trl_ext_policy.gfpo import GFPO

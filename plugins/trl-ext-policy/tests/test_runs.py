@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import oracles
+import policy_oracles as oracles
 import pytest
 from policy_runs import Seen, grpo
 from trl_ext_policy.clip_cov import ClipCov

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import oracles
+import policy_oracles as oracles
 import pytest
 import torch
 from policy_runs import Seen, grpo

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-import oracles
+import policy_oracles as oracles
 import pytest
 import torch
 from policy_runs import Seen, binary_reward, grpo

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import oracles
+import policy_oracles as oracles
 import pytest
 import torch
 from policy_runs import Seen, binary_reward, checksum_reward, grpo, stopping_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 if TYPE_CHECKING:
     from stub_server import Answer, Stub
+
+
+@pytest.fixture(autouse=True, scope="module")
+def names_of_trl() -> Iterator[None]:
+    """Reading the settings of a training puts our classes in TRL's place, which is undone for the next tests."""
+    from trl_ext.cli.patching import PLACES
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, places in PLACES.items():
+            for place in places:
+                module = import_module(place)
+                patch.setattr(module, name, getattr(module, name))
+        yield
 
 
 @pytest.fixture
