@@ -21,7 +21,7 @@ HEADER = """\
 AS = {
     "by-column": '{"name": "by-column", "column": "kind", "objectives": {"sum": "power:alpha=1", "text": "nll"}}',
     "gfpo": "gfpo:k=2",  # the default group of the kit has no more than the default k retains
-    "pass-at-k": "pass-at-k:k=2",  # in a group of the kit the default set is all of it, so that no completion stands out
+    "pass-at-k": "pass-at-k:k=2",  # by default a set is a whole group of the kit, in which none stands out
     "lawa": "lawa:k=2,every=1",  # or there is no snapshot within three steps
     "threshold": "threshold:q=0.004",  # of an untrained model no token is as likely as the default asks
     "wit": "wit:prompt=0,response=0.5",  # a weight of the prompt needs settings of the run
