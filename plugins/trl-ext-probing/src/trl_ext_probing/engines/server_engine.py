@@ -107,8 +107,10 @@ class ServerEngine:
         try:
             while open_requests:
                 done, open_requests = wait(open_requests, return_when=FIRST_COMPLETED)
-                open_requests |= {ask(*request) for request in islice(requests, len(done))}
-                for answer in done:
+                failed = {answer for answer in done if answer.exception() is not None}
+                if not failed:
+                    open_requests |= {ask(*request) for request in islice(requests, len(done))}
+                for answer in (*(done - failed), *failed):
                     yield answer.result()
         finally:
             for answer in open_requests:
