@@ -95,7 +95,7 @@ def test_slow_answers_are_asked_for_again(serve: Callable[..., Stub]) -> None:
         return told(path, body)
 
     stub = serve(answer)
-    assert len(texts(stub.url, n=1, options={"timeout": 0.5, "concurrency": 1})) == 3
+    assert len(texts(stub.url, n=1, options={"timeout": 3, "concurrency": 1})) == 3
     assert len(stub.requests) == 4
     release.set()
 
