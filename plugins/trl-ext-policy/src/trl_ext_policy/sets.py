@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
@@ -19,7 +20,7 @@ from trl_ext_policy.run_checks import refuse_other_sums, refuse_small_groups
 
 
 @dataclass(eq=False, kw_only=True)
-class SetsOfK:
+class SetsOfK(ABC):
     """Base of the methods whose advantages follow from the rewards of a group and k alone.
 
     A completion that no reward function judged has advantage 0 and is not counted among its group's n. Where fewer than
@@ -44,9 +45,9 @@ class SetsOfK:
             raise ValueError(f"k={self.k!r} does not begin and end with whole numbers of completions")
         self._max_steps = 1
 
+    @abstractmethod
     def of_group(self, rewards: Tensor, k: int) -> Tensor:
         """(n,) double: the advantages of a group whose completions have these rewards, (n,) double, n >= k."""
-        raise NotImplementedError
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
