@@ -131,9 +131,10 @@ class TileStatistics:
         if start == 0:
             self._rows = slice(self._seen, self._seen + len(tile))
             self._seen = self._rows.stop
-            self._label = self._label_logits(targets, tile.dtype)
             self._largest = tile.new_full((len(tile), self.top), -torch.inf)
         if RANK in self.outputs:
+            if start == 0:
+                self._label = self._label_logits(targets, tile.dtype)
             local = targets - start
             here = (local >= 0) & (local < tile.shape[1])
             own = tile.gather(1, local.clamp(0, tile.shape[1] - 1).unsqueeze(1)).squeeze(1)
