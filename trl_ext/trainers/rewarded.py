@@ -86,7 +86,6 @@ class RewardedMixin(SamplingMixin):
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         with self.ext_entropy.scoring() if self.ext_entropy else nullcontext():
             output = super()._generate_and_score_completions(inputs)
-        entropy = self._ext_entropy_of(output)
         self.ext_reached.add("_generate_and_score_completions")
         nonfinite = self.ext_step.nonfinite
         rows, rewards = self._ext_scored
@@ -106,7 +105,7 @@ class RewardedMixin(SamplingMixin):
                 columns,
                 finite=nonfinite == "raise",
                 per_token=self.ext_per_token,
-                entropy=entropy,
+                entropy=self._ext_entropy_of(output),
             )
             output["advantages"] = shaped
             self._ext_show_advantages(shaped, output)
