@@ -6,14 +6,14 @@ the two. Nothing of DeepSpeed is imported; what is read of its objects stands in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from trl_ext.errors import ConfigurationError
@@ -75,12 +75,15 @@ def flat_shards(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     Returns:
         As many parameters, of shape (n,).
     """
-    return [_flat_shard(p) if hasattr(p, "ds_tensor") else p for p in parameters]
+    flat = list(parameters)
+    devices = {p.ds_tensor.device.type for p in flat if hasattr(p, "ds_tensor")}
+    meshes = {device: init_device_mesh(device, (dist.get_world_size(),)) for device in devices}
+    return [_flat_shard(p, meshes) if hasattr(p, "ds_tensor") else p for p in flat]
 
 
-def _flat_shard(parameter: nn.Parameter) -> nn.Parameter:
+def _flat_shard(parameter: nn.Parameter, meshes: Mapping[str, DeviceMesh]) -> nn.Parameter:
     part, size = parameter.ds_tensor.data, parameter.ds_numel  # type: ignore[attr-defined]
-    mesh = init_device_mesh(part.device.type, (dist.get_world_size(),))
+    mesh = meshes[part.device.type]
     own = part[: max(0, min(part.numel(), size - dist.get_rank() * part.numel()))]  # the rest is padding
     whole = DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=torch.Size([size]), stride=(1,))
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
