@@ -184,12 +184,10 @@ def by_digits(completions: list[str], **columns: Any) -> list[float]:
     return [sum(c.isdigit() for c in text) / 5 for text in completions]
 
 
-def grpo_everything(folder: Path, world: int) -> Any:
+def greedy_grpo(folder: Path, world: int, **config: Any) -> Any:
     """Greedy decoding, so that completions do not depend on which rank draws them."""
     return make_grpo(
         folder,
-        plugins=[ByPlace(), Everything(4 // world)],
-        streams={role: make() for role, make in STREAMS.items()},
         reward=by_digits,
         model=tiny_model(seed=1),
         max_steps=3,
@@ -199,8 +197,18 @@ def grpo_everything(folder: Path, world: int) -> Any:
         num_generations=4,
         generation_kwargs={"do_sample": False},
         loss_type="dapo",
-        beta=0.05,
         **SGD,
+        **config,
+    )
+
+
+def grpo_everything(folder: Path, world: int) -> Any:
+    return greedy_grpo(
+        folder,
+        world,
+        plugins=[ByPlace(), Everything(4 // world)],
+        streams={role: make() for role, make in STREAMS.items()},
+        beta=0.05,
     )
 
 

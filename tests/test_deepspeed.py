@@ -10,13 +10,13 @@ import pytest
 import torch
 from deepspeed_on_cpu import run_on_cpu, zero
 from helpers import Idle, Plugin, assert_close
-from rank_scenarios import SGD, ByPlace, Everything, by_digits
+from rank_scenarios import SGD, ByPlace, Everything, greedy_grpo
 from safetensors.torch import load_file
 from torch import Tensor
 
 from trl_ext import hookimpl
 from trl_ext.testing.ranks import on_ranks
-from trl_ext.testing.runs import additions, logged, make_grpo, make_sft, tiny_model
+from trl_ext.testing.runs import additions, logged, make_sft
 
 pytestmark = [
     pytest.mark.slow,
@@ -46,23 +46,14 @@ def sft(folder: Path, world: int, **config: Any) -> Any:
 
 
 def grpo(folder: Path, world: int, **config: Any) -> Any:
-    """Greedy decoding, so that completions do not depend on which rank draws them, under the averaged weights."""
-    return make_grpo(
+    """Completions are drawn under the averaged weights."""
+    return greedy_grpo(
         folder,
+        world,
         names=["ema:decay=0.5,sampling=ema"],
         plugins=[ByPlace()],
-        reward=by_digits,
-        model=tiny_model(seed=1),
-        max_steps=3,
-        per_device_train_batch_size=8 // world,
-        gradient_accumulation_steps=2,
-        steps_per_generation=2,
-        num_generations=4,
-        generation_kwargs={"do_sample": False},
-        loss_type="dapo",
         save_strategy="steps",
         save_steps=2,
-        **SGD,
         **config,
     )
 
