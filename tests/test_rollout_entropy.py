@@ -12,7 +12,7 @@ from helpers import Plugin, assert_equal_bits, ending_model
 from trl_ext import hookimpl
 from trl_ext.errors import ConfigurationError
 from trl_ext.records import Rollouts
-from trl_ext.testing.runs import additions, logged, make_grpo, moved, parameters
+from trl_ext.testing.runs import additions, logged, make_grpo, moved, parameters, tiny_model
 from trl_ext.testing.runs import lora as adapter
 
 TEMPERATURE = 0.7
@@ -43,6 +43,23 @@ class Keeps(Plugin):
 
 @dataclass(eq=False)
 class Asks(Keeps):
+    rollout_outputs: ClassVar[tuple[str, ...]] = ("entropy",)
+
+
+@dataclass(eq=False)
+class Reads(Plugin):
+    """Runs no model of its own."""
+
+    seen: bool = False
+
+    @hookimpl
+    def advantages(self, rollouts, advantages):
+        self.seen = rollouts.entropy is not None
+        return advantages
+
+
+@dataclass(eq=False)
+class ReadsEntropy(Reads):
     rollout_outputs: ClassVar[tuple[str, ...]] = ("entropy",)
 
 
@@ -98,6 +115,18 @@ def test_it_costs_one_forward_where_there_are_no_old_log_probs_and_else_none(tmp
         counts.append(sum(rows))
     generated = len(plugin.kept[0][0].completions)
     assert counts[1] - counts[0] == extra * generated
+
+
+def test_the_dropout_of_the_update_is_that_of_a_run_without_it(tmp_path) -> None:
+    trainers = []
+    for i, plugin in enumerate((Reads(), ReadsEntropy())):
+        model = tiny_model(attention_dropout=0.5)
+        trainers.append(make_grpo(tmp_path / str(i), model=model, plugins=[plugin], **SCHEDULES["on policy"]))
+        start = parameters(trainers[-1])
+        trainers[-1].train()
+        assert moved(trainers[-1], start) > 1e-3
+    assert plugin.seen
+    assert_equal_bits(parameters(trainers[1]), parameters(trainers[0]))
 
 
 def test_evaluation_has_it_too(tmp_path) -> None:
