@@ -94,7 +94,5 @@ class _PolicyTap:
     outputs: Any = field(default=None, init=False)
 
     def __call__(self, **inputs: Any) -> Any:
-        outputs = self.model(**inputs)
-        if inputs.get("fused_lm_head"):
-            self.outputs = outputs
-        return outputs
+        self.outputs = self.model(**inputs)
+        return self.outputs
