@@ -13,7 +13,6 @@ from short_runs import TOKENIZER, arguments, model
 from trl_ext_data_regularization.rollout_filter import RolloutFilter
 from trl_ext_data_regularization.token_coefficients import (
     PolicyBatch,
-    group_advantages,
     reward_loss,
     token_policy_gradient,
     train_loss,
@@ -22,6 +21,7 @@ from trl_ext_data_regularization.token_coefficients import (
 import trl_ext
 from trl_ext import hookimpl
 from trl_ext.errors import PluginError
+from trl_ext.groups import group_advantages
 from trl_ext.options import check_options
 from trl_ext.testing import Addition
 
@@ -334,7 +334,10 @@ def test_losses_weigh_tokens_as_trl_does():
     torch.testing.assert_close(train_loss(advantages, mask, "dapo"), torch.tensor([[2.0, 2, 0], [-1, 0, 0]]))
     torch.testing.assert_close(token_policy_gradient(advantages, mask), torch.tensor([[2.0, 2, 0], [-1, 0, 0]]))
     half = 0.5 / (0.5**0.5 + 1e-4)  # of two rewards 0 and 1, over their unbiased standard deviation
-    torch.testing.assert_close(group_advantages(torch.tensor([1.0, 0, 1, 1]), 2), torch.tensor([half, -half, 0, 0]))
+    torch.testing.assert_close(
+        group_advantages(torch.tensor([1.0, 0, 1, 1]), torch.tensor([0, 0, 1, 1]), "group"),
+        torch.tensor([half, -half, 0, 0]),
+    )
 
 
 def test_inputs_put_labels_on_the_tokens_of_the_loss():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from branches import largest_difference
 from mixing_runs import (
     Recorder,
@@ -17,6 +19,8 @@ from mixing_runs import (
 )
 from oracles import combine, completions, demonstration_nll, gradient, model_at, rl_gradient
 from trl_ext_mixing import HPT
+
+from trl_ext.records import MicroStep
 
 
 @pytest.mark.parametrize(("loss_type", "gamma", "accumulation"), [("dapo", 0, 1), ("dapo", 0.25, 2), ("grpo", 0.25, 1)])
@@ -68,3 +72,20 @@ def test_hpt_with_every_prompt_solved_is_plain_grpo_and_asks_for_no_demonstratio
         runs.append(seen)
     assert largest_difference(runs[0].weights[-1], runs[1].weights[-1]) == 0
     assert largest_difference(runs[0].weights[0], runs[0].weights[-1]) > 1e-3
+
+
+@pytest.mark.parametrize("label_tokens", [0.0, 5.0])
+def test_ranks_with_shards_make_a_forward_where_any_has_a_demonstration(label_tokens: float) -> None:
+    """This one has none."""
+    asked = []
+
+    def nll_sum(demonstrations: list[object]) -> torch.Tensor:
+        asked.append(demonstrations)
+        return torch.zeros(())
+
+    plugin = HPT()
+    plugin.source = SimpleNamespace(context=SimpleNamespace(sharded=True, world_size=2), nll_sum=nll_sum)
+    plugin._label_tokens = label_tokens
+    ones = torch.ones(1, 3)
+    assert plugin.auxiliary_losses(MicroStep({}, ones, ones, ones.bool(), 0, 0.0))["sft"].value == 0
+    assert asked == ([[]] if label_tokens else [])

@@ -18,7 +18,7 @@ from trl_ext_probing.commands import capability
 
 from trl_ext import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer, hookimpl
 from trl_ext.errors import ConfigurationError, PluginError
-from trl_ext.records import StreamRequest, TokenRecord
+from trl_ext.records import RunDescription, StreamRequest, TokenRecord
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
 
 datasets.disable_progress_bars()
@@ -293,6 +293,13 @@ def test_objective_shapes_the_sft_stream_of_grpo(plugin: str, tmp_path: Path) ->
 def test_objectives_that_cannot_work_in_grpo_are_refused(plugin: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"grpo|GRPO"):
         grpo(tmp_path, plugin)
+
+
+@pytest.mark.parametrize("plugin", [PSFT(), *(IwSFT(reference=kind) for kind in ("start", "base", "model:PATH"))])
+def test_deepspeed_takes_a_cache_alone(plugin: Any) -> None:
+    run = RunDescription("sft", SFTConfig, "model", ("plugin",), (), (), peft=True, world_size=2, sharding="deepspeed")
+    with pytest.raises(ValueError, match="has not been tried under DeepSpeed; use reference='cache:PATH'"):
+        plugin.check(run)
 
 
 def test_a_live_reference_is_taken_at_temperature_one_whatever_grpo_samples_at(tmp_path: Path) -> None:

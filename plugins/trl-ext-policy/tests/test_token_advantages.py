@@ -92,6 +92,9 @@ def test_gtpo_filters_by_the_entropy_at_the_start_of_training() -> None:
     plugin = GTPO()
     plugin.setup()
     rewards, advantages = judged([1.0, 0.0, 0.0]), torch.tensor([1.0, -0.5, -0.5])
+    plugin.advantages(rolled([[], [], []], [[], [], []], 3, length=1), rewards, advantages)
+    assert plugin.state_dict()["start"] is None  # all were truncated, and masked
+    assert plugin.metrics("train")["filtered_completions"] == 0
     plugin.advantages(rolled([[1, 2], [3], []], [[0.2, 0.4], [0.6], []], 3), rewards, advantages)
     assert plugin.state_dict()["start"] == pytest.approx((0.3 + 0.6) / 2)
     later = rolled([[1, 2], [3], [4]], [[0.8, 0.6], [0.6], [0.9]], 3)

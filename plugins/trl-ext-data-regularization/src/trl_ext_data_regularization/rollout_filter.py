@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trl_ext import hookimpl
+from trl_ext.groups import group_advantages
 from trl_ext.options import Range
 from trl_ext.ranks import on_every_rank
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext
@@ -29,7 +30,6 @@ from trl_ext_data_regularization.ranks import gather_rows, total_over_ranks, wor
 from trl_ext_data_regularization.solvers import Problem, Rule
 from trl_ext_data_regularization.token_coefficients import (
     PolicyBatch,
-    group_advantages,
     reward_loss,
     sizes,
     token_policy_gradient,
@@ -173,7 +173,8 @@ class RolloutFilter:
         places = [(start + i) % count for i in range(self.prompts_per_step)]
         drawn = roll_out(context, self._held_out, places, self.generations, self._args, self.seed + start + 1)
         self._target_rewards.append(drawn.rewards.mean())
-        advantages = group_advantages(drawn.rewards, self.generations)
+        groups = torch.arange(len(drawn.rewards), device=context.device) // self.generations
+        advantages = group_advantages(drawn.rewards, groups, "group")
         coefficients = self._target_coefficients(drawn.rewards, advantages, drawn.mask)
         return PolicyBatch(
             drawn.prompt_ids, drawn.prompt_mask, drawn.completion_ids, drawn.mask, coefficients, drawn.mask

@@ -106,10 +106,3 @@ def reward_loss(rewards: Tensor, mask: Tensor, among: Tensor | None = None) -> T
     spread = every.std(unbiased=False)
     z = torch.where(spread < 1e-6, rewards - 0.5, (rewards - every.mean()) / spread.clamp(min=1e-6))
     return z.unsqueeze(1) * mask.float() / len(every)
-
-
-def group_advantages(rewards: Tensor, group: int) -> Tensor:
-    """(N,) rewards minus their group's mean, over its standard deviation plus 1e-4, as TRL's default."""
-    grouped = rewards.view(-1, group)
-    centred = grouped - grouped.mean(1, keepdim=True)
-    return (centred / (grouped.std(1, keepdim=True) + 1e-4)).flatten() if group > 1 else centred.flatten()

@@ -56,7 +56,7 @@ class HPT(UnsolvedPrompts):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._demonstrations: list[Demonstration] = []
-        self._label_tokens = 1.0
+        self._label_tokens = 0.0
         self._micro_step = 0
         self._micro_steps = 1
         self._per_token = True
@@ -83,7 +83,8 @@ class HPT(UnsolvedPrompts):
         # Always a term, for logging sums it over ranks; where this rank has no demonstration it is zero.
         value = micro_step.log_probs.sum() * 0
         mine = self._demonstrations[self._micro_step :: self._micro_steps]
-        if mine or self.source.context.sharded:  # the forward gathers weights there, which takes all ranks
+        # A forward of sharded weights gathers them, which takes all ranks; all know whether one has a demonstration.
+        if self._label_tokens and (mine or self.source.context.sharded):
             # The core divides by micro-steps and averages over ranks; what is left is one mean over all label tokens.
             scale = self._micro_steps * self.source.context.world_size / self._label_tokens
             # In the dtype of the zero, since the log reduces the term over ranks.
@@ -110,5 +111,5 @@ class HPT(UnsolvedPrompts):
         sizes = mask.sum(dim=1).double() if self._per_token else torch.ones_like(keep, dtype=torch.float64)
         labels = sizes.new_tensor(sum(d.tokens for d in self._demonstrations))
         everything, kept, tokens = self.source.reduce(torch.stack([sizes.sum(), (sizes * keep).sum(), labels])).tolist()
-        self._label_tokens = max(tokens, 1.0)
+        self._label_tokens = tokens
         return float(everything / max(kept, 1.0))

@@ -123,6 +123,7 @@ class AdaptersOff(LiveReference):
     """The PEFT base model."""
 
     def check(self, run: RunDescription) -> None:
+        super().check(run)
         if not run.peft:
             raise ValueError("reference='base' turns PEFT adapters off, and this run has none; use reference='start'")
 

@@ -17,7 +17,7 @@ class AllTokens:
     """N rows of all ranks, in the order of the ranks, and as many positions T as the longest completion has."""
 
     ids: Tensor
-    """(N, T) long."""
+    """(N, T) long; -1 where the mask is False."""
     mask: Tensor
     """(N, T) bool: the tokens that the loss sees."""
     entropy: Tensor
@@ -30,10 +30,13 @@ class AllTokens:
         def mine() -> tuple[Tensor, ...]:
             assert rollouts.entropy is not None, "declared in rollout_outputs"
             mask = rollouts.mask.bool()
-            return rollouts.completion_ids.long(), mask.long(), torch.where(mask, rollouts.entropy.float(), 0)
+            return rollouts.completion_ids.masked_fill(~mask, -1), torch.where(mask, rollouts.entropy.float(), 0)
 
-        ids, mask, entropy = (gather(pad_across_processes(part, dim=1)) for part in on_every_rank(mine))
-        return cls(ids, mask.bool(), entropy)
+        ids, entropy = (
+            gather(pad_across_processes(part, dim=1, pad_index=fill))
+            for part, fill in zip(on_every_rank(mine), (-1, 0), strict=True)
+        )
+        return cls(ids, ids >= 0, entropy)
 
     def mean_entropy(self) -> Tensor:
         """(N,) float: of each completion; 0 where it has no token."""

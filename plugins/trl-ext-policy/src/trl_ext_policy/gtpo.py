@@ -70,7 +70,7 @@ class GTPO:
         given, entropy = all_advantages(advantages), every.mean_entropy()
         groups = zip(*(part.split(rollouts.num_generations) for part in (every.ids, every.mask, given)), strict=True)
         weights = torch.cat([conflict_weights(*group) for group in groups])
-        if rollouts.training and self._start is None:
+        if rollouts.training and self._start is None and every.mask.any():
             self._start = float(entropy[every.mask.any(dim=1)].mean())
         filtered = (entropy > THRESHOLD) & (self._start is not None and self._start < THRESHOLD)
         if rollouts.training:

@@ -36,6 +36,7 @@ class Clipped:
         return -torch.min(bounded * advantages, clipped * advantages)
 
     def acts(self, tokens: PolicyTokens) -> Tensor:
-        """(B, T) bool: the tokens whose ratio is clipped, so that they have no gradient."""
+        """(B, T) bool: the tokens whose ratio is clipped, or bounded by `delta`, so that they have no gradient."""
         ratio = (tokens.log_probs.detach() - tokens.old_log_probs).exp()
-        return ratio.clamp(1 - self.low, 1 + self.high) * tokens.advantages < ratio * tokens.advantages
+        acts = ratio.clamp(1 - self.low, 1 + self.high) * tokens.advantages < ratio * tokens.advantages
+        return acts if self.delta is None else acts | ((ratio > self.delta) & (tokens.advantages < 0))
