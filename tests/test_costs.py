@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import Plugin, assert_equal_bits
+from helpers import Idle, Plugin, assert_equal_bits
 
-from trl_ext import hookimpl
 from trl_ext.jobs import COSTS, Costs, read_costs
 from trl_ext.jobs.costs import append_costs
 from trl_ext.testing.runs import additions, make_grpo, make_sft, parameters
@@ -19,14 +18,6 @@ STEPS = 6
 
 class Interrupted(Exception):
     pass
-
-
-class Idle(Plugin):
-    """Has a hook, and does nothing in it."""
-
-    @hookimpl
-    def weights_updated(self, weights, step):
-        pass
 
 
 def run(folder: Path, plugins: list[Plugin], stop_at: int | None = None, resume: bool = False) -> tuple[dict, int]:
