@@ -386,8 +386,20 @@ def test_plain_trl_resumes_from_our_checkpoints(finished, tmp_path):
 # -- the best model --------------------------------------------------------------------------------------------------
 
 
+BEST: dict[str, Any] = {
+    "learning_rate": 3.0,  # far too large: the first checkpoint is the best
+    "lr_scheduler_type": "constant",
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "nll",
+    "greater_is_better": False,
+}
+
+
 def test_the_best_model_comes_back_with_the_plugins_state_of_that_time(tmp_path):
-    """Far too large a learning rate: the first checkpoint is the best."""
     held_out = {"trainer": {"eval_dataset": additions(4, seed=5)}}
     counter = Counter()
     trainer = make_sft(
@@ -395,15 +407,7 @@ def test_the_best_model_comes_back_with_the_plugins_state_of_that_time(tmp_path)
         names=["ema:decay=0.5"],
         plugins=[counter],
         max_steps=6,
-        learning_rate=3.0,
-        lr_scheduler_type="constant",
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="nll",
-        greater_is_better=False,
+        **BEST,
         **held_out,
     )
     trainer.train()
@@ -431,15 +435,7 @@ def test_a_plugin_that_joined_after_the_best_checkpoint_keeps_what_it_has(tmp_pa
             names=["ema:decay=0.5"],
             plugins=plugins,
             max_steps=steps,
-            learning_rate=3.0,
-            lr_scheduler_type="constant",
-            eval_strategy="steps",
-            eval_steps=2,
-            save_strategy="steps",
-            save_steps=2,
-            load_best_model_at_end=True,
-            metric_for_best_model="nll",
-            greater_is_better=False,
+            **BEST,
             resume_changes="warn",
             trainer={"eval_dataset": additions(4, seed=5)},
         )
