@@ -137,7 +137,9 @@ def test_grpo_resumes_to_the_same_bytes_also_amid_a_generation(tmp_path, case):
         )
 
     whole = tmp_path / "whole" / "run"
-    build(whole).train()
+    trainer = build(whole)
+    trainer.train()
+    args = trainer.args
     expected = file_digests(whole / "checkpoint-6")
     for step in range(1, 6):
         folder = copy_with(whole, tmp_path / str(step), step)
@@ -145,7 +147,8 @@ def test_grpo_resumes_to_the_same_bytes_also_amid_a_generation(tmp_path, case):
         found = file_digests(folder / "checkpoint-6")
         different = {name for name in expected if found.get(name) != expected[name]}
         # The log of the step that generated holds numbers of rewards; one resumed amid it logs them for later steps.
-        assert different <= {"trainer_state.json"}, (step, different)
+        amid = step * args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations)
+        assert different <= ({"trainer_state.json"} if amid else set()), (step, different)
 
 
 def test_state_of_every_kind_comes_back(finished, tmp_path):
@@ -450,23 +453,6 @@ def test_a_plugin_that_joined_after_the_best_checkpoint_keeps_what_it_has(tmp_pa
     shadows = load_file(best / "trl_ext" / "ema" / "state.safetensors")
     ema = second.ext_plugins.plugins[0].instance.state_dict()
     assert all(torch.equal(ema[name], value) for name, value in shadows.items())
-
-
-@pytest.mark.parametrize("step", [2, 3])
-def test_grpo_resumes_in_a_later_epoch_with_the_prompts_of_that_epoch(tmp_path, step):
-    """At its beginning and amid it; TRL's sampler would begin with the first epoch's order again."""
-
-    def build(folder: Path) -> Any:
-        config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "train": additions(4, "prompt_only")}
-        return make_grpo(folder, plugins=[Idle()], saved=tmp_path / "m", **config)
-
-    whole = tmp_path / "whole" / "run"
-    trainer = build(whole)
-    trainer.train()
-    assert trainer.state.epoch == 2
-    folder = copy_with(whole, tmp_path / "part", step)
-    build(folder).train(resume_from_checkpoint=True)
-    assert file_digests(folder / "checkpoint-4") == file_digests(whole / "checkpoint-4")
 
 
 def test_without_an_order_of_a_plugin_grpo_trains_in_trls_over_epochs(tmp_path):
