@@ -12,12 +12,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # `helpers`, which --import-mode
 
 
 def pytest_collection_finish() -> None:
-    """Leave the imports to no collection of garbage: every `train()` has one, longer than its steps among them."""
-    import gc
-
+    """Keep the bars of data sets out of what failing tests show."""
     import datasets
 
-    gc.freeze()
     datasets.disable_progress_bars()
 
 

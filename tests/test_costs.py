@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import Plugin, assert_equal_bits
+from helpers import Idle, Plugin, assert_equal_bits
+from transformers import TrainerCallback
 
-from trl_ext import hookimpl
 from trl_ext.jobs import COSTS, Costs, read_costs
 from trl_ext.jobs.costs import append_costs
 from trl_ext.testing.runs import additions, make_grpo, make_sft, parameters
+from trl_ext.trainers.preemption import StopWhereAsked
 
 SIZE = 2
 STEPS = 6
@@ -19,14 +20,6 @@ STEPS = 6
 
 class Interrupted(Exception):
     pass
-
-
-class Idle(Plugin):
-    """Has a hook, and does nothing in it."""
-
-    @hookimpl
-    def weights_updated(self, weights, step):
-        pass
 
 
 def run(folder: Path, plugins: list[Plugin], stop_at: int | None = None, resume: bool = False) -> tuple[dict, int]:
@@ -70,6 +63,24 @@ def test_tokens_and_steps_are_those_of_the_weights_whatever_was_interrupted(
     assert costs is not None
     assert (costs.steps, costs.tokens) == (STEPS, tokens)
     assert costs.peak_memory > 50 * 2**20, "torch alone takes more"
+
+
+def test_a_checkpoint_that_sigterm_asks_for_finds_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COSTS, str(tmp_path / "costs.jsonl"))
+    trainer = make_sft(tmp_path / "run", plugins=[Idle()], enable_jit_checkpoint=True, logging_steps=5)
+    (stop,) = (found for found in trainer.callback_handler.callbacks if isinstance(found, StopWhereAsked))
+    found = []
+
+    class Asks(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            stop._ask()  # what the handler of the signal comes to, 3 s later
+
+        def on_save(self, args, state, control, **kwargs):
+            found.append(read_costs(tmp_path / "costs.jsonl"))
+
+    trainer.add_callback(Asks())
+    trainer.train()
+    assert [costs and costs.steps for costs in found] == [1]
 
 
 def test_grpo_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

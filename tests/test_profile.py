@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from helpers import Plugin, assert_equal_bits
+from transformers import TrainerCallback
 
 from trl_ext import hookimpl
 from trl_ext.records import StreamRequest
 from trl_ext.testing.runs import additions, make_sft, parameters
+from trl_ext.trainers.profiling import BEFORE
 
 SLEEP = 0.05
 
@@ -39,6 +41,13 @@ def run(folder: Path, steps: int, **config):
     return trainer
 
 
+def milliseconds_shown(capsys: pytest.CaptureFixture[str]) -> float:
+    """What is printed of the slow hook, for each step."""
+    shown = capsys.readouterr().out.split("profile: ")[1].splitlines()
+    (line,) = (line for line in shown if line.startswith("  Slow.gradients_ready: "))
+    return float(line.split()[1])
+
+
 @pytest.mark.parametrize("steps", [6, 2])
 def test_three_steps_are_traced_with_what_each_hook_takes(
     tmp_path: Path, steps: int, capsys: pytest.CaptureFixture[str]
@@ -58,7 +67,21 @@ def test_three_steps_are_traced_with_what_each_hook_takes(
     logged = traced if steps > traced else traced - 1
     assert [len(times) for times in durations.values()] == [traced, traced, logged]
     assert min(durations["gradients_ready"]) >= SLEEP * 1e6  # microseconds
-    shown = capsys.readouterr().out.split("profile: ")[1].splitlines()
-    (line,) = (line for line in shown if line.startswith("  Slow.gradients_ready: "))
-    assert float(line.split()[1]) >= SLEEP * 1e3
+    assert milliseconds_shown(capsys) >= SLEEP * 1e3
     assert profiled.ext_run.guard.named("x").__class__.__name__ == "nullcontext", "no ranges once it is written"
+
+
+class StopsAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_of_a_training_that_ends_early_the_steps_that_were_traced_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first of the three that were to be."""
+    run(tmp_path, 6, profile=True, trainer={"callbacks": [StopsAt(BEFORE + 1)]})
+    assert milliseconds_shown(capsys) >= SLEEP * 1e3

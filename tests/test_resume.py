@@ -137,7 +137,9 @@ def test_grpo_resumes_to_the_same_bytes_also_amid_a_generation(tmp_path, case):
         )
 
     whole = tmp_path / "whole" / "run"
-    build(whole).train()
+    trainer = build(whole)
+    trainer.train()
+    args = trainer.args
     expected = file_digests(whole / "checkpoint-6")
     for step in range(1, 6):
         folder = copy_with(whole, tmp_path / str(step), step)
@@ -145,7 +147,8 @@ def test_grpo_resumes_to_the_same_bytes_also_amid_a_generation(tmp_path, case):
         found = file_digests(folder / "checkpoint-6")
         different = {name for name in expected if found.get(name) != expected[name]}
         # The log of the step that generated holds numbers of rewards; one resumed amid it logs them for later steps.
-        assert different <= {"trainer_state.json"}, (step, different)
+        amid = step * args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations)
+        assert different <= ({"trainer_state.json"} if amid else set()), (step, different)
 
 
 def test_state_of_every_kind_comes_back(finished, tmp_path):
@@ -386,8 +389,20 @@ def test_plain_trl_resumes_from_our_checkpoints(finished, tmp_path):
 # -- the best model --------------------------------------------------------------------------------------------------
 
 
+BEST: dict[str, Any] = {
+    "learning_rate": 3.0,  # far too large: the first checkpoint is the best
+    "lr_scheduler_type": "constant",
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "nll",
+    "greater_is_better": False,
+}
+
+
 def test_the_best_model_comes_back_with_the_plugins_state_of_that_time(tmp_path):
-    """Far too large a learning rate: the first checkpoint is the best."""
     held_out = {"trainer": {"eval_dataset": additions(4, seed=5)}}
     counter = Counter()
     trainer = make_sft(
@@ -395,15 +410,7 @@ def test_the_best_model_comes_back_with_the_plugins_state_of_that_time(tmp_path)
         names=["ema:decay=0.5"],
         plugins=[counter],
         max_steps=6,
-        learning_rate=3.0,
-        lr_scheduler_type="constant",
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="nll",
-        greater_is_better=False,
+        **BEST,
         **held_out,
     )
     trainer.train()
@@ -431,15 +438,7 @@ def test_a_plugin_that_joined_after_the_best_checkpoint_keeps_what_it_has(tmp_pa
             names=["ema:decay=0.5"],
             plugins=plugins,
             max_steps=steps,
-            learning_rate=3.0,
-            lr_scheduler_type="constant",
-            eval_strategy="steps",
-            eval_steps=2,
-            save_strategy="steps",
-            save_steps=2,
-            load_best_model_at_end=True,
-            metric_for_best_model="nll",
-            greater_is_better=False,
+            **BEST,
             resume_changes="warn",
             trainer={"eval_dataset": additions(4, seed=5)},
         )
@@ -454,23 +453,6 @@ def test_a_plugin_that_joined_after_the_best_checkpoint_keeps_what_it_has(tmp_pa
     shadows = load_file(best / "trl_ext" / "ema" / "state.safetensors")
     ema = second.ext_plugins.plugins[0].instance.state_dict()
     assert all(torch.equal(ema[name], value) for name, value in shadows.items())
-
-
-@pytest.mark.parametrize("step", [2, 3])
-def test_grpo_resumes_in_a_later_epoch_with_the_prompts_of_that_epoch(tmp_path, step):
-    """At its beginning and amid it; TRL's sampler would begin with the first epoch's order again."""
-
-    def build(folder: Path) -> Any:
-        config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "train": additions(4, "prompt_only")}
-        return make_grpo(folder, plugins=[Idle()], saved=tmp_path / "m", **config)
-
-    whole = tmp_path / "whole" / "run"
-    trainer = build(whole)
-    trainer.train()
-    assert trainer.state.epoch == 2
-    folder = copy_with(whole, tmp_path / "part", step)
-    build(folder).train(resume_from_checkpoint=True)
-    assert file_digests(folder / "checkpoint-4") == file_digests(whole / "checkpoint-4")
 
 
 def test_without_an_order_of_a_plugin_grpo_trains_in_trls_over_epochs(tmp_path):

@@ -11,7 +11,7 @@ from helpers import Plugin, assert_close, ending_model
 
 from trl_ext import hookimpl
 from trl_ext.errors import PluginError
-from trl_ext.testing.runs import MAKE, additions, moved, parameters, varied_reward
+from trl_ext.testing.runs import MAKE, additions, moved, parameters, start_model, varied_reward
 
 make_rloo = MAKE["rloo"]
 # Plain SGD: what differs by rounding stays of the size of rounding.
@@ -97,10 +97,19 @@ def test_advantages_are_those_of_the_leave_one_out_baseline_and_reach_the_loss(t
 
 
 def test_the_reference_of_the_kl_term_reaches_the_policy_loss(tmp_path):
+    """In the second step, when the weights have moved: full logits of the start model."""
     plugin = Sees()
-    make_rloo(tmp_path / "run", plugins=[plugin], beta=0.1, max_steps=1).train()
-    tokens = plugin.seen[1]
-    torch.testing.assert_close(tokens.reference_log_probs, tokens.log_probs.detach())  # the start model's
+    make_rloo(tmp_path / "run", plugins=[plugin], beta=0.1, max_steps=2).train()
+    (rollouts, _, _), tokens = plugin.seen[2:]
+    ids = torch.cat([rollouts.prompt_ids, rollouts.completion_ids], dim=1)
+    attended = torch.cat([rollouts.prompt_mask, rollouts.mask], dim=1)
+    with torch.no_grad():
+        logits = start_model("rloo")(input_ids=ids, attention_mask=attended).logits
+    labels = rollouts.completion_ids.unsqueeze(2)
+    expected = logits[:, -labels.size(1) - 1 : -1].log_softmax(-1).gather(2, labels).squeeze(2)
+    reached = (tokens.reference_log_probs * tokens.mask).sum(1).sort().values  # TRL shuffles the rows
+    torch.testing.assert_close(reached, (expected * rollouts.mask).sum(1).sort().values)
+    assert not torch.allclose(tokens.reference_log_probs, tokens.log_probs, atol=1e-3)
 
 
 @dataclass(eq=False)

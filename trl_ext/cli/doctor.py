@@ -117,7 +117,7 @@ def _plugins_of_environment() -> tuple[dict[str, str], list[str]]:
         return {}, []
     try:
         specs = parse_specs(os.environ[PLUGINS_VARIABLE])
-        shown = [{key: from_spec(spec).options.get(key, value) for key, value in spec.items()} for spec in specs]
+        shown = [{**spec, **{k: v for k, v in from_spec(spec).options.items() if k in spec}} for spec in specs]
     except ConfigurationError:  # its message may quote the text
         return {PLUGINS_VARIABLE: "..."}, [
             f"{PLUGINS_VARIABLE} cannot be activated; a run without plugins of its own says why"

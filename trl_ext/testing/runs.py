@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,7 @@ def make(
     `config` and, as its `plugins`, `names` go into the config, `trainer` goes to the constructor. The model is also
     saved, into `saved` or beside the run's folder, where TRL loads the reference from there.
     """
+    _freeze_imports()
     torch.manual_seed(0)
     of, library = _KINDS[kind], trl if plain else trl_ext
     ours = {} if plain else {"plugins": list(plugins), "streams": streams}
@@ -165,6 +167,12 @@ def make(
         processing_class=tokenizer(),
         **{**given, **(trainer or {}), **ours},
     )
+
+
+@functools.cache
+def _freeze_imports() -> None:
+    """Leave what TRL's imports have made to no collection of garbage: each training has one, longer than its steps."""
+    gc.freeze()
 
 
 make_sft = functools.partial(make, "sft")

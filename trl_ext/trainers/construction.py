@@ -92,10 +92,10 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             self.add_callback(
                 ProfileCallback(self.ext_run.guard, Path(self.args.output_dir), self.accelerator.process_index)
             )
-        if costs := os.environ.get(COSTS):
-            self.add_callback(CostCallback(Path(costs), lambda: getattr(self, "_total_train_tokens", 0)))
         if self.ext_plugins and self.args.enable_jit_checkpoint:
             self.add_callback(StopWhereAsked(self.callback_handler.callbacks, self.ext_run.guard.agree))
+        if costs := os.environ.get(COSTS):  # after what else may ask for a checkpoint
+            self.add_callback(CostCallback(Path(costs), lambda: getattr(self, "_total_train_tokens", 0)))
 
     def _ext_run_context(self, fused_outputs: tuple[str, ...]) -> RunContext:
         device, world_size = self.accelerator.device, self.accelerator.num_processes

@@ -37,15 +37,15 @@ class ProfileCallback(TrainerCallback):
         self.folder = folder / FOLDER
         self.rank = rank
         self.profiler: profile | None = None
-        self.first = self.steps = 0
+        self.first = self.traced = 0
         self.began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         left = state.max_steps - state.global_step
         before = BEFORE if left >= BEFORE + STEPS else 0
-        self.first, self.steps = state.global_step + before, min(STEPS, left)
+        self.first = state.global_step + before
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-        plan = schedule(wait=0, warmup=before, active=self.steps, repeat=1)
+        plan = schedule(wait=0, warmup=before, active=min(STEPS, left), repeat=1)
         self.profiler = profile(activities=activities, schedule=plan, on_trace_ready=self._write, acc_events=True)
         self.guard.named = lambda name: record_function(PREFIX + name)
         self.profiler.start()
@@ -53,6 +53,7 @@ class ProfileCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.profiler is not None:
+            self.traced = state.global_step - self.first
             self.profiler.step()
             if state.global_step == self.first:
                 self.began = time.perf_counter()
@@ -69,9 +70,9 @@ class ProfileCallback(TrainerCallback):
         path = self.folder / f"trace-rank{self.rank}.json"
         profiler.export_chrome_trace(str(path))
         if self.rank == 0:
-            step = 1e3 * seconds / self.steps
+            step = 1e3 * seconds / self.traced
             head = f"profile: {path}: {step:.2f} ms a step, peak memory so far {peak_memory() / 1e9:.2f} GB"
-            print("\n".join([head, *summary(profiler.events(), self.steps, step)]), flush=True)
+            print("\n".join([head, *summary(profiler.events(), self.traced, step)]), flush=True)
 
 
 def summary(events: Any, steps: int, step: float) -> Iterator[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -133,7 +131,6 @@ class Subject:
             then: what to do with the trainer.
             **settings: of the config; `model`, `train`, `streams` and `trainer` as for `make_sft`.
         """
-        _freeze_imports()
         plugins = [] if plain else [plugin or copy.deepcopy(self.plugin)]
         common = {"per_device_train_batch_size": self.rows, "max_steps": STEPS, **SETTINGS[self.trainer]}
         settings = {**common, **self.config, **settings}
@@ -182,12 +179,6 @@ class Subject:
         """The streams that the plugin asks for and cannot do without."""
         asked = copy.deepcopy(self.plugin).streams() if "streams" in self.hooks else ()
         return [request for request in asked if not request.optional]
-
-
-@functools.cache
-def _freeze_imports() -> None:
-    """Leave what TRL's imports have made to no collection of garbage: each training has one, longer than its steps."""
-    gc.freeze()
 
 
 def _share_streams(trainer: Any) -> None:
