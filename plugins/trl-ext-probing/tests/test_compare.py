@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl_ext_probing.commands import compare
+from trl_ext_probing.comparing.arm_runs import files_in
 from trl_ext_probing.comparing.compare_settings import CompareSettings
 from trl_ext_probing.comparing.comparison import read_comparison
 
@@ -196,6 +197,26 @@ def test_what_is_there_is_used_and_what_changed_is_done_again(
     assert len(list(done.rglob("model.safetensors"))) == len(after) + 4
     compare(config=folder / "asked.yaml", output=done)  # and what was there before is still there
     assert len(list(done.rglob("model.safetensors"))) == len(after) + 4
+
+
+def test_files_are_found_in_any_spelling_and_punctuation_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop sequence of "." is not the working folder, whose content changes with every run."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for name in ("data/rows.jsonl", "mine.py"):
+        Path(name).write_text("1")
+    settings = {
+        "plugins": ["power:file=data/rows.jsonl", "mine.py:f"],
+        "dataset_name": "./data",
+        "stop": [".", ".."],
+    }
+    found = files_in(settings)
+    assert list(found) == ["./data", "data/rows.jsonl", "mine.py"]
+    Path("data/rows.jsonl").write_text("22")
+    changed = {name for name, digest in files_in(settings).items() if digest != found[name]}
+    assert changed == {"./data", "data/rows.jsonl"}
 
 
 # -- interruption ----------------------------------------------------------------------------------------------------

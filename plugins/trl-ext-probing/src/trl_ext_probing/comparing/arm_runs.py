@@ -138,9 +138,13 @@ class Run:
 
 
 def files_in(settings: Any) -> dict[str, str]:
-    """Every file and folder that settings name, in whatever spelling, with a digest of its content."""
+    """Every file and folder that settings name, in whatever spelling, with a digest of its content.
+
+    A full stop or a slash in a text names no folder: the working folder and those above it do not count.
+    """
     parts = {part for text in _texts(settings) for part in (text, *re.split(r"[=,:\s\[\]{}]+", text)) if part}
-    return {part: _content(part) for part in sorted(parts) if "/" in part or "." in part if Path(part).exists()}
+    named = sorted(part for part in parts if ("/" in part or "." in part) and Path(part).exists())
+    return {part: _content(part) for part in named if not Path.cwd().is_relative_to(Path(part).resolve())}
 
 
 def _without_model(settings: Mapping[str, Any]) -> dict[str, Any]:
