@@ -219,6 +219,21 @@ def test_files_are_found_in_any_spelling_and_punctuation_is_none(
     assert changed == {"./data", "data/rows.jsonl"}
 
 
+@pytest.mark.slow
+def test_a_run_stays_that_of_the_data_it_was_trained_on(folder: Path, tmp_path: Path) -> None:
+    """Here a measure changes the data; a person may while a comparison of hours runs."""
+    (tmp_path / "train.jsonl").write_text(text := (folder / "train.jsonl").read_text())
+    change = f"def change(*_):\n    open({str(tmp_path / 'train.jsonl')!r}, 'a').write({text!r})\n    return 1.0\n"
+    (tmp_path / "changing.py").write_text(change)
+    asked = content(folder) | {"arms": {"plain": {}}, "seeds": 1}
+    asked["base"] |= {"dataset_name": str(tmp_path / "train.jsonl")}
+    asked["measures"] = {"one": {"function": f"{tmp_path}/changing.py:change"}}
+    compare(config=write(tmp_path / "asked.yaml", asked), output=tmp_path / "out")
+    (run,) = results(tmp_path / "out")["arms"]["plain"]["runs"]
+    assert (tmp_path / "out" / run["folder"] / "1-sft" / "model").is_dir()
+    assert run["steps"] == 8
+
+
 # -- interruption ----------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,9 @@ class Run:
         arguments = {"measures": wanted, "model": model, "base": base, "folder": folder}
         return Job(f"{self.name}, measures", folder, values_of, arguments, depends_on)
 
-    @property
+    @cached_property
     def _origin(self) -> dict[str, Any]:
-        """All that decides the weights."""
+        """All that decides the weights, as it is at the start: files may change while it is trained."""
         if self.arm is None:
             return {"weights": _weights(self.asked.base_model)}
         settings = [{"trainer": stage.kind, **stage.settings} for stage in self.arm.stages]
