@@ -16,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-DOCS = Path(__file__).parent
+from generated import DOCS, _table
+
 PAGE = DOCS / "compatibility.md"
 ROWS = DOCS / "results" / "raw" / "compatibility.json"
 LIBRARIES = ("trl", "transformers", "accelerate", "peft", "torch", "datasets")
@@ -71,22 +72,22 @@ def page() -> str:
     """The page, from the rows."""
     rows = json.loads(ROWS.read_text())
     heads = ("session", "Python", *LIBRARIES, "passed", "failed", "skipped", "date", "commit")
-    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    notes = []
-    for session, row in rows.items():
-        numbers = (row["passed"], len(row["failed"]), row["skipped"], row["date"], f"`{row['commit']}`")
-        cells = (
+    lines = [
+        (
             f"`{session}`",
             row["python"],
             *(row["versions"][library] for library in LIBRARIES),
-            *map(str, numbers),
+            *(row["passed"], len(row["failed"]), row["skipped"], row["date"], f"`{row['commit']}`"),
         )
-        lines.append(f"| {' | '.join(cells)} |")
-        if row["failed"]:
-            notes.append(f"- `{session}`: " + ", ".join(f"`{name}`" for name in row["failed"]))
-    table = "\n".join(lines)
+        for session, row in rows.items()
+    ]
+    notes = [
+        f"- `{session}`: " + ", ".join(f"`{name}`" for name in row["failed"])
+        for session, row in rows.items()
+        if row["failed"]
+    ]
     failures = "\n\n## What failed\n\n" + "\n".join(notes) if notes else ""
-    return f"{INTRODUCTION}{table}{failures}\n"
+    return f"{INTRODUCTION}{_table(heads, lines)}{failures}\n"
 
 
 def main() -> None:

@@ -29,11 +29,11 @@ def double(number, note=None):
     return {"double": 2 * number, "device": os.environ.get("CUDA_VISIBLE_DEVICES")}
 
 def meet(own, other):
-    """Ends when the other one has begun too."""
+    """Ends when the other one has begun too, and gives its device."""
     Path(own).touch()
     for _ in range(600):
         if Path(other).exists():
-            return True
+            return os.environ["CUDA_VISIBLE_DEVICES"]
         time.sleep(0.05)
     raise TimeoutError(f"{other} never began")
 
@@ -101,7 +101,8 @@ def test_jobs_run_at_the_same_time_and_take_devices_in_turn(tmp_path: Path, work
     ]  # fmt: skip
     outcomes = run_jobs(chains, at_once=2, devices=("5", "7"))
     assert [outcome.error for outcome in outcomes] == [""] * 4
-    assert {o.result["device"] for o in outcomes if isinstance(o.result, dict)} <= {"5", "7"}
+    assert sorted(o.result for o in outcomes if o.job.name.startswith("meet")) == ["5", "7"]
+    assert {o.result["device"] for o in outcomes if o.job.name.startswith("then")} <= {"5", "7"}
 
 
 def test_a_failure_ends_its_chain_alone_and_says_why_in_one_line(tmp_path: Path, works: Any) -> None:

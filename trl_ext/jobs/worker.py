@@ -50,6 +50,8 @@ def main(arguments: list[str]) -> int:
                 child = os.fork()
                 if child == 0:
                     return _become(Path(line), fresh)
+                with contextlib.suppress(PermissionError):  # it has done so itself, and is another program by now
+                    os.setpgid(child, child)  # or `_end` could miss one that has not come so far
                 running[child] = line
         for child in list(running):
             found, status = os.waitpid(child, os.WNOHANG)

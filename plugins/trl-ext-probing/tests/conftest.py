@@ -13,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 if TYPE_CHECKING:
+    from real_server import Served
     from stub_server import Answer, Stub
 
 
@@ -47,3 +48,16 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stub]]:
     for stub in stubs:
         stub.server.shutdown()
         stub.server.server_close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server of transformers that answers."""
+    from real_server import Served
+
+    server = Served(tmp_path_factory.mktemp("served"))
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.kill()

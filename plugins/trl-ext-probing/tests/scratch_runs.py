@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 from trl_ext_probing.from_scratch.arms import Base
 from trl_ext_probing.from_scratch.control_settings import FromScratchSettings
 
-from trl_ext.cli.patching import PLACES
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
 
 SEED = 5
@@ -63,14 +59,3 @@ def prepare(folder: Path) -> FromScratchSettings:
         temperature=1.0,
         max_completion_length=3,
     )
-
-
-@contextmanager
-def own_process() -> Iterator[None]:
-    """Undo afterwards what the command does to its process: our trainers under TRL's names."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, places in PLACES.items():
-            for place in places:
-                module = import_module(place)
-                patch.setattr(module, name, getattr(module, name))
-        yield

@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl_ext_probing.commands import compare
+from trl_ext_probing.comparing.arm_runs import files_in
 from trl_ext_probing.comparing.compare_settings import CompareSettings
 from trl_ext_probing.comparing.comparison import read_comparison
 
@@ -196,6 +197,41 @@ def test_what_is_there_is_used_and_what_changed_is_done_again(
     assert len(list(done.rglob("model.safetensors"))) == len(after) + 4
     compare(config=folder / "asked.yaml", output=done)  # and what was there before is still there
     assert len(list(done.rglob("model.safetensors"))) == len(after) + 4
+
+
+def test_files_are_found_in_any_spelling_and_punctuation_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop sequence of "." is not the working folder, whose content changes with every run."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for name in ("data/rows.jsonl", "mine.py"):
+        Path(name).write_text("1")
+    settings = {
+        "plugins": ["power:file=data/rows.jsonl", "mine.py:f"],
+        "dataset_name": "./data",
+        "stop": [".", ".."],
+    }
+    found = files_in(settings)
+    assert list(found) == ["./data", "data/rows.jsonl", "mine.py"]
+    Path("data/rows.jsonl").write_text("22")
+    changed = {name for name, digest in files_in(settings).items() if digest != found[name]}
+    assert changed == {"./data", "data/rows.jsonl"}
+
+
+@pytest.mark.slow
+def test_a_run_stays_that_of_the_data_it_was_trained_on(folder: Path, tmp_path: Path) -> None:
+    """Here a measure changes the data; a person may while a comparison of hours runs."""
+    (tmp_path / "train.jsonl").write_text(text := (folder / "train.jsonl").read_text())
+    change = f"def change(*_):\n    open({str(tmp_path / 'train.jsonl')!r}, 'a').write({text!r})\n    return 1.0\n"
+    (tmp_path / "changing.py").write_text(change)
+    asked = content(folder) | {"arms": {"plain": {}}, "seeds": 1}
+    asked["base"] |= {"dataset_name": str(tmp_path / "train.jsonl")}
+    asked["measures"] = {"one": {"function": f"{tmp_path}/changing.py:change"}}
+    compare(config=write(tmp_path / "asked.yaml", asked), output=tmp_path / "out")
+    (run,) = results(tmp_path / "out")["arms"]["plain"]["runs"]
+    assert (tmp_path / "out" / run["folder"] / "1-sft" / "model").is_dir()
+    assert run["steps"] == 8
 
 
 # -- interruption ----------------------------------------------------------------------------------------------------

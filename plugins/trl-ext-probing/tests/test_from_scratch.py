@@ -23,7 +23,7 @@ import torch
 import trl
 from interruption import Killed, killed_after, results_of
 from safetensors.torch import load_file
-from scratch_runs import SEED, own_process, prepare, write
+from scratch_runs import SEED, prepare, write
 from transformers import AutoModelForCausalLM
 from trl_ext_probing.from_scratch.arms import Base
 from trl_ext_probing.from_scratch.control import run
@@ -41,12 +41,6 @@ from trl_ext.testing import Addition, exact_match, save_model, tiny_llama, tiny_
 
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 FILES = ("contamination.jsonl", "table.md", "plot.png", "results.json", "rows.csv", "journal.jsonl")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    with own_process():
-        yield
 
 
 @pytest.fixture(scope="module")

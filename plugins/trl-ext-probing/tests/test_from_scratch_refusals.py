@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from scratch_runs import own_process, prepare
+from scratch_runs import prepare
 from transformers import PreTrainedModel
 from trl_ext_probing.answers import exact_text
 from trl_ext_probing.from_scratch.control import run
@@ -19,12 +18,6 @@ from trl_ext_probing.from_scratch.procedure import Procedure
 
 from trl_ext.cli import main
 from trl_ext.errors import ConfigurationError
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process() -> Iterator[None]:
-    with own_process():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from interruption import lines_of, results_of
-from test_engine_real_server import NEEDS_SERVING, Served
+from real_server import NEEDS_SERVING, Served
 
 from trl_ext.testing import save_model, tiny_llama, tiny_tokenizer
 
@@ -106,16 +105,6 @@ def test_journals_are_those_of_one_process_that_nothing_interrupts(
     assert run.journal() == whole.journal()
     assert results_of(run.folder)["models"] == results_of(whole.folder)["models"]
     assert (run.folder / "rows.csv").read_bytes() == (whole.folder / "rows.csv").read_bytes()
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    server = Served(tmp_path_factory.mktemp("served"))
-    try:
-        server.wait()
-        yield server
-    finally:
-        server.kill()
 
 
 @NEEDS_SERVING

@@ -84,6 +84,8 @@ def test_options_are_refused_by_name() -> None:
         with pytest.raises(ConfigurationError, match=f"--device '{device}' cannot be used"):
             find_device(device)
     assert find_device("cpu").type == "cpu"
+    with pytest.raises(ConfigurationError, match="has no chat template"):
+        check_template(object(), "m", "prompt")
 
 
 def test_processes_of_a_launcher_take_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +95,6 @@ def test_processes_of_a_launcher_take_a_device_each(monkeypatch: pytest.MonkeyPa
     assert find_device("meta") == torch.device("meta:1")
     assert find_device("meta:3") == torch.device("meta:3"), "a number is the user's choice"
     assert find_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigurationError, match="has no chat template"):
-        check_template(object(), "m", "prompt")
 
 
 # -- fingerprints ------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -107,9 +107,9 @@ class Run:
         arguments = {"measures": wanted, "model": model, "base": base, "folder": folder}
         return Job(f"{self.name}, measures", folder, values_of, arguments, depends_on)
 
-    @property
+    @cached_property
     def _origin(self) -> dict[str, Any]:
-        """All that decides the weights."""
+        """All that decides the weights, as it is at the start: files may change while it is trained."""
         if self.arm is None:
             return {"weights": _weights(self.asked.base_model)}
         settings = [{"trainer": stage.kind, **stage.settings} for stage in self.arm.stages]
@@ -138,9 +138,13 @@ class Run:
 
 
 def files_in(settings: Any) -> dict[str, str]:
-    """Every file and folder that settings name, in whatever spelling, with a digest of its content."""
+    """Every file and folder that settings name, in whatever spelling, with a digest of its content.
+
+    A full stop or a slash in a text names no folder: the working folder and those above it do not count.
+    """
     parts = {part for text in _texts(settings) for part in (text, *re.split(r"[=,:\s\[\]{}]+", text)) if part}
-    return {part: _content(part) for part in sorted(parts) if "/" in part or "." in part if Path(part).exists()}
+    named = sorted(part for part in parts if ("/" in part or "." in part) and Path(part).exists())
+    return {part: _content(part) for part in named if not Path.cwd().is_relative_to(Path(part).resolve())}
 
 
 def _without_model(settings: Mapping[str, Any]) -> dict[str, Any]:

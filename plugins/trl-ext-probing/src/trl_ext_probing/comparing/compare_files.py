@@ -37,13 +37,16 @@ def write_comparison(
     by_arm = {arm.name: [run for run in trained if run.arm is arm] for arm in asked.arms}
     of_arms = {name: [values.get(run.name) for run in own] for name, own in by_arm.items()}
     metrics = summarize(asked, values.get(base.name, {}), of_arms, settings.confidence)
-    costs = {name: [run.costs for run in own if run.name in values and run.costs] for name, own in by_arm.items()}
+    costs = {
+        name: [cost for run in own if run.name in values and (cost := run.costs) is not None]
+        for name, own in by_arm.items()
+    }
     found = Found(
         settings=settings,
         asked=asked,
         metrics=metrics,
         rates=rates,
-        costs={name: [cost for cost in own if cost is not None] for name, own in costs.items()},
+        costs=costs,
         missing=[run.name for run in trained if run.name not in values],
         commands=[command for run in trained for command in run.commands],
         hardware=_hardware(asked.on_cpu),
@@ -56,7 +59,7 @@ def write_comparison(
     }
     taken = {
         "hardware": found.hardware,
-        "arms": {name: [None if cost is None else asdict(cost) for cost in own] for name, own in costs.items()},
+        "arms": {name: [asdict(cost) for cost in own] for name, own in costs.items()},
     }
     settings.output.mkdir(parents=True, exist_ok=True)
     write(settings.output / "costs.json", json.dumps(taken, indent=1) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -71,16 +71,15 @@ def page(found: Found, picture: Path) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], distinct: Iterable[str] = ()) -> str:
-    marked = set(distinct)
-    lines = [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"]
-    body = [
-        f"<tr{' class=distinct' if cells[0] in marked else ''}>"
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], distinct: Collection[str] = ()) -> str:
+    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join(
+        f"<tr{' class=distinct' if cells[0] in distinct else ''}>"
         + "".join(f'<td data-head="{escape(name)}">{escape(cell)}</td>' for name, cell in zip(head, cells, strict=True))
         + "</tr>"
         for cells in rows
-    ]
-    return f'<div class="wide"><table><thead>{lines[0]}</thead><tbody>{"".join(body)}</tbody></table></div>'
+    )
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _folded(head: str, text: str) -> str:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -41,10 +42,10 @@ def run(settings: CompareSettings) -> None:
     with Journal(settings.output / "lock.jsonl", {}), Pool() as pool:  # the journal: one run at a time
         work = Work(settings, asked, pool)
         work.do()
-        write_comparison(settings, asked, work.runs(), work.values, work.rates)
+        write_comparison(settings, asked, work.runs, work.values, work.rates)
     if work.errors:
         raise ConfigurationError(f"{len(work.errors)} of the runs failed, the first so: {work.errors[0]}")
-    if missing := [run.name for run in work.runs() if run.name not in work.values]:
+    if missing := [run.name for run in work.runs if run.name not in work.values]:
         say(f"not there yet, since the budget is used up: {'; '.join(missing)}. The same command goes on with them")
 
 
@@ -86,10 +87,14 @@ class Work:
             self.until = time.monotonic() + 60 * self.asked.minutes
         if self.asked.tuning is not None:
             self._tune()
-        self._do(self.runs())
+        self._do(self.runs)
 
+    @cached_property
     def runs(self) -> list[Run]:
-        """The model before any training, and the runs that are reported, seed by seed, so that pairs are whole."""
+        """The model before any training, and the runs that are reported, seed by seed, so that pairs are whole.
+
+        They have the learning rates that are chosen by then.
+        """
         every = tuple(self.asked.measures)
         trained = [self._run(arm, seed, every) for seed in self.asked.seeds for arm in self.asked.arms]
         return [Run(self.asked, self.settings.output, None, measures=every), *trained]
