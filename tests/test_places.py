@@ -1,5 +1,6 @@
 """Plugins that a config names by their place: a class in a file, or in a module that Python finds."""
 
+import os
 import sys
 from pathlib import Path
 from textwrap import dedent
@@ -63,8 +64,11 @@ def test_a_class_of_a_module_is_found_where_python_finds_it_and_in_the_working_d
 
 
 def test_the_version_follows_the_source_and_the_identity_does_not(workplace):
+    file = workplace / "focal.py"
     before, info = load_plugin("./focal.py:Focal")
-    (workplace / "focal.py").write_text(SOURCE.replace("2.0", "3.0"))
+    written = file.stat().st_mtime
+    file.write_text(SOURCE.replace("2.0", "3.0"))
+    os.utime(file, (written, written))  # edited within the second, and of the same size
     after, changed = load_plugin("./focal.py:Focal")
     assert (before().gamma, after().gamma) == (2.0, 3.0)
     assert info.version != changed.version

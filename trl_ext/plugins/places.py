@@ -11,8 +11,9 @@ import importlib.util
 import inspect
 import re
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from trl_ext.errors import ConfigurationError, did_you_mean
@@ -61,18 +62,25 @@ def load_module(place: str) -> ModuleType:
     return importlib.import_module(place)
 
 
+class _FromSource(SourceFileLoader):
+    """Never takes the byte code of an earlier run, which Python tells from an edited file by second and size alone."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _execute(file: Path, place: str) -> ModuleType:
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {str(file)!r} in {str(Path.cwd())!r}")
     # The digest keeps apart what differs in signs that a name cannot have: a-b.py and a_b.py.
     name = f"file_{re.sub(r'[^0-9A-Za-z]', '_', file.stem)}_{hashlib.sha256(place.encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, file)
+    loader = _FromSource(name, str(file))
+    spec = importlib.util.spec_from_file_location(name, file, loader=loader)
     assert spec is not None
-    assert spec.loader is not None
     module, before = importlib.util.module_from_spec(spec), sys.modules.get(name)
     sys.modules[name] = module  # where dataclasses look annotations up, and pickle looks for classes
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except BaseException:
         sys.modules.pop(name, None)
         if before is not None:
