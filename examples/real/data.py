@@ -135,6 +135,13 @@ def _questions(make: Maker, draw: random.Random, held_out: bool) -> Iterator[tup
             yield found
 
 
+def drift() -> list[Row]:
+    """General instructions, held out, in an order of which any part has both kinds."""
+    drawn = rows(known, 60, held_out=True, seed=2) + rows(ordering, 100, held_out=True, seed=2)
+    random.Random(0).shuffle(drawn)
+    return drawn
+
+
 def mixture() -> list[Row]:
     """General data of which one row in five is like the target, with the rest unlike it."""
     drawn = rows(two_steps, 320, seed=1) + rows(known, 640, seed=1) + rows(ordering, 320) + rows(notation, 320, seed=1)
@@ -155,6 +162,7 @@ FILES: dict[str, Callable[[], list[Row]]] = {
     "known_test": lambda: rows(known, 60, held_out=True),
     "notation": lambda: rows(notation, 2000),
     "notation_test": lambda: rows(notation, 200, held_out=True),
-    "drift": lambda: rows(known, 60, held_out=True, seed=2) + rows(ordering, 100, held_out=True, seed=2),
+    "ordering_test": lambda: rows(ordering, 100, held_out=True, seed=2),
+    "drift": drift,
 }
 """Name of a file to its rows."""
