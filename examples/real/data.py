@@ -1,4 +1,4 @@
-"""The data of the comparisons: arithmetic in words, a made-up notation, and general instructions, all procedural.
+"""The data of the comparisons: arithmetic in words, a made-up notation, and general instructions, all made here; GSM8K.
 
 Every row is a conversation of two messages, `prompt` and `completion`. `solution` is the right one as text, `answer` is
 what a reward compares with, and `source` says of which kind a row is. The same call gives the same rows, and no
@@ -7,10 +7,12 @@ held-out prompt is trained on.
 
 from __future__ import annotations
 
+import json
 import random
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -114,15 +116,19 @@ def rows(make: Maker, size: int, held_out: bool = False, wrong: float = 0.0, see
     drawn = list(islice(_questions(make, draw, held_out), size))
     shifted = set(draw.sample(range(size), round(wrong * size)))
     return [
-        {
-            "prompt": [{"role": "user", "content": question}],
-            "completion": [{"role": "assistant", "content": drawn[(i + 1) % size][1] if i in shifted else solution}],
-            "solution": solution,
-            "answer": answer,
-            "source": make.__name__,
-        }
+        _row(make.__name__, question, solution, answer, shown=drawn[(i + 1) % size][1] if i in shifted else None)
         for i, (question, solution, answer) in enumerate(drawn)
     ]
+
+
+def _row(source: str, question: str, solution: str, answer: str, shown: str | None = None) -> Row:
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": solution if shown is None else shown}],
+        "solution": solution,
+        "answer": answer,
+        "source": source,
+    }
 
 
 def _questions(make: Maker, draw: random.Random, held_out: bool) -> Iterator[tuple[str, str, str]]:
@@ -147,6 +153,12 @@ def mixture() -> list[Row]:
     drawn = rows(two_steps, 320, seed=1) + rows(known, 640, seed=1) + rows(ordering, 320) + rows(notation, 320, seed=1)
     random.Random(0).shuffle(drawn)
     return drawn
+
+
+def gsm8k(folder: Path, part: str) -> list[Row]:
+    """Rows of `train` or `test` of GSM8K, from the folder of its two files (github.com/openai/grade-school-math)."""
+    read = [json.loads(line) for line in (folder / f"{part}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [_row("gsm8k", row["question"], row["answer"], row["answer"].rpartition("####")[2].strip()) for row in read]
 
 
 FILES: dict[str, Callable[[], list[Row]]] = {

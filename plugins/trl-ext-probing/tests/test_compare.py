@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl_ext_probing.answers import exact_answer
 from trl_ext_probing.commands import compare
 from trl_ext_probing.comparing.arm_runs import files_in
 from trl_ext_probing.comparing.compare_settings import CompareSettings
@@ -410,7 +411,7 @@ def test_the_examples_can_be_read_at_every_size(path: Path) -> None:
         assert asked.minutes is not None
         assert (len(asked.seeds) >= 3) == (size != "smoke")
         if path.parent.name == "real":
-            assert asked.on_cpu == (size != "gpu")
+            assert asked.on_cpu == (size in (None, "smoke"))
 
 
 @pytest.mark.slow
@@ -435,6 +436,22 @@ def test_the_comparisons_on_a_real_model_run_on_a_tiny_one(
     assert found["missing"] == []
     for metric in found["metrics"].values():
         assert all(cell["mean"]["value"] is not None for cell in metric["cells"].values())
+
+
+def test_the_real_comparisons_take_gsm8k_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(next(path.parent for path in EXAMPLES if path.parent.name == "real")))
+    import prepare
+
+    problem = {"question": "Two and two?", "answer": "2 + 2 = <<2+2=4>>4\n#### 4"}
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.jsonl").write_text(json.dumps(problem) + "\n")
+    monkeypatch.setattr(sys, "argv", ["", "--data-only", "--gsm8k", str(tmp_path), "--output", str(tmp_path)])
+    prepare.main()
+    row = json.loads((tmp_path / "data" / "gsm8k_test.jsonl").read_text())
+    assert row["prompt"] == [{"role": "user", "content": problem["question"]}]
+    assert row["completion"] == [{"role": "assistant", "content": problem["answer"]}]
+    assert exact_answer([row["completion"]], [row["answer"]]) == [1.0]
+    assert (tmp_path / "data" / "gsm8k.jsonl").is_file()
 
 
 def test_the_page_needs_nothing_beside_itself(done: Path) -> None:
