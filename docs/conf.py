@@ -18,7 +18,7 @@ extensions = [
     "sphinx_copybutton",
     "generated",
 ]
-exclude_patterns = ["results/raw"]
+exclude_patterns = ["results/raw", "results/real/raw"]
 nitpicky = False  # links between pages are checked by MyST; types in docstrings are often those of TRL and torch
 suppress_warnings = ["myst.xref_ambiguous"]
 
