@@ -24,9 +24,9 @@ THINGS = ("apples", "books", "coins", "pens", "stamps", "shells", "cups", "stone
 
 
 def one_step(draw: random.Random) -> tuple[str, str, str]:
-    """A sum or a difference of two numbers."""
+    """A sum or a difference of two small numbers."""
     person, thing = draw.choice(PEOPLE), draw.choice(THINGS)
-    a, b = draw.randint(5, 60), draw.randint(2, 40)
+    a, b = draw.randint(2, 12), draw.randint(2, 9)
     if draw.random() < 0.5:
         question = f"{person} has {a} {thing} and gets {b} more. How many {thing} does {person} have?"
         return question, f"{a} + {b} = {a + b}\n#### {a + b}", str(a + b)
