@@ -92,9 +92,7 @@ def test_two_ranks_then_three_then_one_end_where_one_rank_does(tmp_path, alone, 
 def test_the_last_step_of_a_pass_is_the_same_only_where_the_rows_divide(tmp_path):
     """Of 20 rows, two are left for the fourth step, which accelerate fills with four others, by the number of ranks."""
     filled = {"dataloader_drop_last": False}
-    one, several = (
-        losses(in_parts(tmp_path / name, "surgery", ranks, None, filled)) for name, ranks in FILLED.items()
-    )
+    one, several = (losses(in_parts(tmp_path / name, "surgery", ranks, None, filled)) for name, ranks in FILLED.items())
     same = [mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5) for mine, theirs in zip(one, several, strict=True)]
     assert same == [True, True, True, False]
 
