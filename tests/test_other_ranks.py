@@ -2,12 +2,13 @@
 
 The global batch stays the same, and so do the order of the data and that of the stream. What differs is the order in
 which fp32 sums are taken: over the rows of a rank, then over ranks. The model has no dropout, whose random numbers
-belong to a rank.
+belong to a rank. Four ranks under FSDP2 hold two replicas of shards (HSDP).
 """
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from workers import other_ranks
 
-from trl_ext.testing.ranks import on_ranks
+from trl_ext.errors import CheckpointError
+from trl_ext.testing.ranks import RanksError, on_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -68,17 +70,20 @@ SHARDINGS: dict[str, dict[str, Any] | None] = {
 
 
 @pytest.mark.parametrize(
-    ("case", "sharding"),
+    ("case", "sharding", "ranks"),
     [
-        ("surgery", "ddp"),
-        ("cone", "ddp"),
-        ("surgery", "fsdp2"),
-        ("derivative", "fsdp2"),  # its choice is discrete: the gap to the next sample is 5 % of the scores at least
-        ("surgery", "fsdp2, sharded files"),
+        ("surgery", "ddp", (2, 3, 1)),
+        ("cone", "ddp", (2, 3, 1)),
+        ("surgery", "fsdp2", (2, 3, 1)),
+        ("replicas", "fsdp2", (4, 3, 1)),
+        # Its choice is discrete: the gap to the next sample is 5 % of the largest score at least.
+        ("derivative", "fsdp2", (2, 3, 1)),
+        ("surgery", "fsdp2, sharded files", (2, 3, 1)),
+        ("replicas", "fsdp2, sharded files", (2, 4, 1)),
     ],
 )
-def test_two_ranks_then_three_then_one_end_where_one_rank_does(tmp_path, alone, case, sharding):
-    found = in_parts(tmp_path, case, (2, 3, 1), SHARDINGS[sharding])
+def test_on_several_ranks_then_others_then_one_a_run_ends_where_one_rank_does(tmp_path, alone, case, sharding, ranks):
+    found = in_parts(tmp_path, case, ranks, SHARDINGS[sharding])
     expected, weights = alone(case)
     assert found["sharded"] == (sharding != "ddp")
     assert found["positions"] == expected["positions"]
@@ -105,3 +110,19 @@ def test_shards_on_the_same_ranks_go_on_to_the_same_bytes(tmp_path, sharding):
     in_parts(tmp_path / "parts", "surgery", (2, 2, 2), SHARDINGS[sharding])
     on_ranks(other_ranks.main, tmp_path / "whole", "surgery", STEPS, SHARDINGS[sharding])
     assert_equal_bits(saved(tmp_path / "parts"), saved(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "message"),
+    [
+        ("ddp", "fsdp2", r"files without shards, and FSDP would look for its own \(FULL_STATE_DICT\)"),
+        ("fsdp2", "ddp", r"files of FSDP \(FULL_STATE_DICT\), and this run has no FSDP"),
+        ("fsdp2, sharded files", "fsdp2", r"looks for FULL_STATE_DICT; set fsdp_state_dict_type: SHARDED_STATE_DICT"),
+    ],
+)
+def test_weights_in_files_of_another_kind_are_refused(tmp_path, written, read, message):
+    in_parts(tmp_path, "surgery", (2,), SHARDINGS[written])
+    with pytest.raises(RanksError) as failed:
+        on_ranks(other_ranks.main, tmp_path, "surgery", 4, SHARDINGS[read])
+    assert isinstance(failed.value.__cause__, CheckpointError)
+    assert re.search(message, str(failed.value.__cause__))

@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from accelerate import ParallelismConfig
 from fsdp2_on_cpu import fsdp2, run_on_cpu
 
 from trl_ext.testing.runs import additions, logged, make_sft, parameters
 
-ROWS = 6
-"""Samples of a step, and of the stream beside it, over all ranks."""
-CASES: dict[str, str] = {
-    "surgery": "gradient-surgery:method=pcgrad,scope=layer,stream_batch_size={}",
-    "cone": "data-regularization:rule=cone,engine=sketch,sketch_size=256,stream_batch_size={}",
-    "derivative": "data-regularization:scope=global,engine=derivative,stream_batch_size={}",
+PROJECTION = "data-regularization:rule=cone,engine=sketch,sketch_size=256,stream_batch_size={}"
+DERIVATIVE = "data-regularization:scope=global,engine=derivative,stream_batch_size={}"
+SURGERY = "gradient-surgery:method=pcgrad,scope=layer,stream_batch_size={}"
+CASES: dict[str, tuple[str, str, int]] = {
+    "surgery": (SURGERY, "general", 6),
+    "cone": (PROJECTION, "target", 6),
+    "derivative": (DERIVATIVE, "target", 6),
+    "replicas": (SURGERY, "general", 12),
 }
-STREAM = {"surgery": "general", "cone": "target", "derivative": "target"}
+"""A plugin with its batch a rank, its stream, and the samples of a step over all ranks, of the stream too."""
 
 
 def main(
@@ -37,15 +40,20 @@ def main(
         sharded: settings of FSDP2; None is DDP.
         config: other settings of the run.
     """
-    share = ROWS // dist.get_world_size()
+    plugin, role, rows = CASES[case]
+    ranks = dist.get_world_size()
+    share, settings = rows // ranks, dict(config or {})
     if sharded is not None:
         run_on_cpu()
+        settings |= fsdp2(**sharded)
+        if ranks == 4:  # two replicas of shards
+            settings["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
     trainer = make_sft(
         folder / "run",
-        names=["ema:decay=0.5", CASES[case].format(share)],
-        streams={STREAM[case]: additions(11, seed=3)},
+        names=["ema:decay=0.5", plugin.format(share)],
+        streams={role: additions(11, seed=3)},
         **{
-            "train": additions(20),  # three whole steps, so that the run is in its second pass in the end
+            "train": additions(3 * rows + 2),  # three whole steps, so that the run is in its second pass in the end
             "dataloader_drop_last": True,  # accelerate would fill the fourth with rows again, by the number of ranks
             "max_steps": last,
             "per_device_train_batch_size": share,
@@ -57,8 +65,7 @@ def main(
             "lr_scheduler_type": "constant",  # the others know how many steps are to come
             "resume_changes": "warn",  # the stream's batch is an option a rank
             "ddp_timeout": 60,
-            **(config or {}),
-            **({} if sharded is None else fsdp2(**sharded)),
+            **settings,
         },
     )
     start = parameters(trainer)
