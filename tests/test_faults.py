@@ -358,8 +358,8 @@ def test_two_plugins_may_share_a_stream(tmp_path):
 
 def test_parallelism_is_refused(tmp_path):
     config = SFTConfig(str(tmp_path), bf16=False, use_cpu=True)
-    config.parallelism_config = ParallelismConfig()
-    with pytest.raises(ConfigurationError, match=r"parallelism_config .*remove it"):
+    config.parallelism_config = ParallelismConfig(tp_size=2)
+    with pytest.raises(ConfigurationError, match=r"parallelism_config with tp_size=2 .*nothing but dp_replicate_size"):
         SFTTrainer(tiny_model(), config, train_dataset=additions(4), plugins=[Idle()])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from transformers.distributed import DistributedConfig
 
 from trl_ext import SFTConfig, SFTTrainer, hookimpl
 from trl_ext.errors import ConfigurationError
-from trl_ext.startup.sharding import sharding_of
-from trl_ext.testing.runs import COMMON, additions, make_sft
+from trl_ext.startup.sharding import refuse_dimensions, sharding_of
+from trl_ext.testing.runs import COMMON, additions, make_sft, tiny_model
 
 
 class Seen(Exception):
@@ -48,10 +49,46 @@ def test_layers_split_over_ranks_are_refused_before_the_model_loads(tmp_path, as
         SFTTrainer("no/such/model", config, train_dataset=additions(4), plugins=[Idle()])
 
 
-def test_parallelism_that_the_launcher_asks_for_is_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", ["tp_size", "cp_size", "sp_size"])
+def test_parallelism_that_the_launcher_asks_for_is_refused(tmp_path, monkeypatch, size):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
-    with pytest.raises(ConfigurationError, match=r"parallelism_config .*or from that of accelerate"):
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{size.upper()}", "2")
+    with pytest.raises(ConfigurationError, match=rf"parallelism_config with {size}=2 .*or in that of accelerate"):
         make_sft(tmp_path, plugins=[Idle()])
+
+
+def test_replicas_of_shards_that_the_launcher_asks_for_are_none_of_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "2")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "4")
+    refuse_dimensions(SimpleNamespace(), tiny_model())
+
+
+OFFLOADED = {
+    "transformers": ({"model_init_kwargs": {"distributed_config": {"fsdp_size": 2, "fsdp_cpu_offload": True}}}, {}),
+    "accelerate": ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}),
+}
+
+
+@pytest.mark.parametrize("asked", OFFLOADED)
+@pytest.mark.parametrize("names", ["ema", "weighted"])
+def test_parameters_in_host_memory_are_refused_where_plugins_touch_them(tmp_path, monkeypatch, asked, names):
+    settings, environment = OFFLOADED[asked]
+    config = SFTConfig(str(tmp_path), **COMMON, **settings, plugins=[names])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match=r"has not been tried .*host memory.*fsdp_cpu_offload\) to False"):
+        SFTTrainer("no/such/model", config, train_dataset=additions(4))
+
+
+@pytest.mark.parametrize("asked", OFFLOADED)
+def test_parameters_in_host_memory_are_no_matter_to_an_objective(tmp_path, monkeypatch, asked):
+    settings, environment = OFFLOADED[asked]
+    config = SFTConfig(str(tmp_path), **COMMON, **settings, plugins=["power"])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError, match="sharding=fsdp2"):  # what `Looks` says, last of all
+        SFTTrainer("no/such/model", config, train_dataset=additions(4), plugins=[Looks()])
 
 
 @pytest.mark.parametrize(

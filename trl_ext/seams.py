@@ -152,6 +152,9 @@ READ: dict[str, str] = {
     "seconds after SIGTERM, on the instance",
     "transformers.trainer_jit_checkpoint:JITCheckpointCallback.set_trainer": "keeps the manager in `jit_manager`",
     "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "names of checkpoint folders",
+    f"{HF}._defer_fsdp_gradient_reduction": "with replicas of shards (HSDP), defers the sum between them alone, by "
+    "`set_requires_all_reduce`, and takes it up again by `set_requires_gradient_sync`",
+    "accelerate.utils.constants:FSDP_MODEL_NAME": "names of FSDP's files of weights in a checkpoint",
     "accelerate.accelerator:Accelerator.get_state_dict": "gathers FSDP2's shards, whatever the state dict type is",
     "accelerate.utils.deepspeed:DeepSpeedEngineWrapper.backward": "calls `engine.backward`, then at a window's last "
     "micro-step `engine.step`, on the instance",

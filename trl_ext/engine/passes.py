@@ -56,9 +56,18 @@ def gradient_sync(model: nn.Module, syncing: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            model.set_requires_gradient_sync(syncing)
+            if _replicates(model):
+                model.set_requires_all_reduce(syncing)
+            else:
+                model.set_requires_gradient_sync(syncing)
     else:
         yield
+
+
+def _replicates(model: nn.Module) -> bool:
+    """Whether transformers has sharded the model for several replicas (HSDP), between which alone it defers sums."""
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    return distributed is not None and distributed.dp_replicate_size > 1
 
 
 @dataclass(frozen=True)

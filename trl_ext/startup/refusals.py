@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trl_ext.engine.fused_head import OFFERED, is_offered
@@ -17,7 +16,7 @@ from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription
 from trl_ext.records.tokens import UNMARKED
-from trl_ext.startup.sharding import Sharding, refuse_dimensions
+from trl_ext.startup.sharding import Sharding, offloads, refuse_dimensions
 
 
 def refuse_unsupported(
@@ -116,8 +115,9 @@ def _refuse_orders(args: Any, plugins: PluginSet, streaming: bool) -> None:
 
 def _refuse_gradients(run: RunDescription, plugins: PluginSet) -> None:
     uses = [h for h in ("gradients_ready", "sample_weights", "streams", "wrap_optimizer") if plugins.implements(h)]
-    if run.sharding == "fsdp1":
-        uses += [h for h in ("weights_updated", "deployed_weights") if plugins.implements(h)]
+    offloaded = run.sharding == "fsdp2" and offloads(run.args, run.model)
+    if run.sharding == "fsdp1" or offloaded:
+        uses += [h for h in ("weights_updated", "deployed_weights", "sampling_weights") if plugins.implements(h)]
     if not uses:
         return
     owner = plugins.calls(uses[0])[0][0]
@@ -129,6 +129,12 @@ def _refuse_gradients(run: RunDescription, plugins: PluginSet) -> None:
         )
     if run.sharding == "fsdp1":
         raise ConfigurationError(f"{where} does not work under FSDP1's flat parameters; set fsdp_version: 2")
+    if offloaded:
+        raise ConfigurationError(
+            f"{where} has not been tried with parameters that FSDP2 keeps in host memory, beside activations on the "
+            "GPU; set cpu_offload of fsdp_config (accelerate: fsdp_offload_params, DistributedConfig: "
+            "fsdp_cpu_offload) to False. On more ranks each holds less, and averages have device=cpu of their own"
+        )
     if run.args.fp16:
         raise ConfigurationError(f"{where} would see gradients scaled for fp16; set bf16=True and fp16=False")
 
@@ -189,18 +195,17 @@ def refuse_copied_groups(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
-def refuse_wrapped(wrapped: nn.Module, parameters: Iterable[Tensor]) -> None:
+def refuse_wrapped(wrapped: nn.Module) -> None:
     """What only the prepared model shows, of runs that swap gradients: those with streams or sample weights.
 
     Args:
         wrapped: the model as accelerate has wrapped it.
-        parameters: those that train.
 
     Raises:
         ConfigurationError: with the setting to change.
     """
-    where = "streams and sample weights swap gradients, which"
     if isinstance(wrapped, DistributedDataParallel) and wrapped.gradient_as_bucket_view:
-        raise ConfigurationError(f"{where} DDP's gradient_as_bucket_view=True corrupts; set it to False")
-    if any(isinstance(p, DTensor) and p.device_mesh.ndim > 1 for p in parameters):
-        raise ConfigurationError(f"{where} is not supported on a mesh of several dimensions (HSDP)")
+        raise ConfigurationError(
+            "streams and sample weights swap gradients, which DDP's gradient_as_bucket_view=True corrupts; set it to "
+            "False"
+        )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
@@ -44,26 +45,39 @@ def sharding_of_loaded(accelerator: Accelerator, model: nn.Module) -> Sharding:
     return "ddp" if accelerator.num_processes > 1 else "none"
 
 
+def offloads(args: Any, model: Any) -> bool:
+    """Whether FSDP2 is to keep parameters and gradients in host memory."""
+    distributed = distributed_config_of(args, model)
+    if distributed is not None and distributed.dp_size > 1:
+        return bool(distributed.fsdp_cpu_offload)
+    if getattr(args, "fsdp", None):
+        return bool((args.fsdp_config or {}).get("cpu_offload"))
+    return _is_set("ACCELERATE_USE_FSDP") and _is_set("FSDP_OFFLOAD_PARAMS")
+
+
 def refuse_dimensions(args: Any, model: Any) -> None:
     """Refuse every way to split more than the batch over ranks.
 
     Raises:
         ConfigurationError: with the setting to change.
     """
-    if getattr(args, "parallelism_config", None) is not None or _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+    asked = getattr(args, "parallelism_config", None)
+    if asked is None and _is_set("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        asked = ParallelismConfig()  # of the launcher's environment
+    if asked is not None and (split := _sizes(asked, ("tp_size", "cp_size", "sp_size"))):
         raise ConfigurationError(
-            "parallelism_config (tensor, context or sequence parallelism) is not supported with plugins: it splits "
-            "the sequence that hooks see; remove it from the config, or from that of accelerate"
+            f"parallelism_config with {split} (tensor, context or sequence parallelism) is not supported with plugins: "
+            "it splits the layers or the sequence that hooks see; keep nothing but dp_replicate_size and dp_shard_size "
+            "in it, or in that of accelerate"
         )
     distributed = distributed_config_of(args, model)
     if distributed is None:
         return
-    sizes = {name: getattr(distributed, name) for name in ("tp_size", "pp_size", "ep_size")}
-    split = [f"{name}={size}" for name, size in sizes.items() if size > 1]
-    if split:
+    if split := _sizes(distributed, ("tp_size", "pp_size", "ep_size")):
         raise ConfigurationError(
-            f"DistributedConfig({', '.join(split)}) splits layers over ranks (tensor, pipeline or expert parallelism), "
-            "which is not supported with plugins: a hook would see parts of tensors; keep nothing but fsdp_size in it"
+            f"DistributedConfig({split}) splits layers over ranks (tensor, pipeline or expert parallelism), which is "
+            "not supported with plugins: a hook would see parts of tensors; keep nothing but fsdp_size and "
+            "dp_replicate_size in it"
         )
 
 
@@ -78,6 +92,11 @@ def distributed_config_of(args: Any, model: Any) -> DistributedConfig | None:
         return DistributedConfig.from_dict(given)
     alone = {name: asked[name] for name in ("tp_size", "tp_plan") if asked.get(name) is not None}
     return DistributedConfig(**alone) if given is None and alone else given
+
+
+def _sizes(config: Any, names: Iterable[str]) -> str:
+    """What is split by more than one of these sizes, as it is set; empty where nothing is."""
+    return ", ".join(f"{name}={size}" for name in names if (size := getattr(config, name)) > 1)
 
 
 def _is_set(variable: str) -> bool:

@@ -195,7 +195,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         named = trainable_parameters(model)
         refuse_frozen(named, is_peft_model(model))
         if self.ext_streams or self.ext_plugins.implements("sample_weights"):
-            refuse_wrapped(self.model_wrapped, named.values())
+            refuse_wrapped(self.model_wrapped)
         parameters = flat_shards(named.values())
         sharded = any(isinstance(p, DTensor) for p in parameters)
         buffers = {unwrapped_name(name): buffer for name, buffer in model.named_buffers()}

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.distributed.tensor import DTensor
 
-from trl_ext.checkpoints import State, completeness, manifest, plugin_state, run_record
+from trl_ext.checkpoints import State, completeness, fsdp_files, manifest, plugin_state, run_record
 from trl_ext.checkpoints.run_record import Changes
 from trl_ext.errors import CheckpointError
 from trl_ext.trainers.positions import PositionMixin
@@ -60,6 +60,7 @@ class ResumingMixin(PositionMixin):
             self._ext_refuse_damage(Path(checkpoint))
         self._ext_changes, self._ext_resumed = Changes(), None
         if checkpoint and self._ext_is_ours(checkpoint):
+            self.ext_of_main(partial(fsdp_files.refuse_other_files, Path(checkpoint), self._ext_fsdp_files()))
             self._ext_changes = self.ext_of_main(partial(self._ext_refuse_changes, Path(checkpoint)))
         return super().train(checkpoint, *args, **kwargs)
 
@@ -67,6 +68,10 @@ class ResumingMixin(PositionMixin):
         """Whether plugins are active, or were when the checkpoint was written."""
         folder = Path(checkpoint, manifest.FOLDER)
         return bool(self.ext_plugins) or bool(self.ext_of_main(folder.is_dir))
+
+    def _ext_fsdp_files(self) -> str | None:
+        """How accelerate's FSDP writes and reads weights in this run; None without it."""
+        return self.accelerator.state.fsdp_plugin.state_dict_type.name if self.is_fsdp_enabled else None
 
     def _ext_newest_checkpoint(self) -> Path:
         """The newest complete checkpoint; incomplete ones are renamed, so that rotation does not count them."""

@@ -98,7 +98,7 @@ def test_without_the_other_distribution_pcgrad_is_advised(tmp_path: Path, monkey
 def test_on_sharded_parameters_a_stream_is_advised_only_to_those_that_take_one() -> None:
     """HPT and ReLIFT take none. That DDP and rows of the stream work where they are advised is in test_two_ranks.py."""
     run: Any = SimpleNamespace(sharding="fsdp2", columns=("prompt", "completion"), args=None)
-    with pytest.raises(ConfigurationError, match=r"\(fsdp2\) do not allow; use DDP$"):
+    with pytest.raises(ConfigurationError, match=r"\(fsdp2\) are gathered .* all ranks make; use DDP$"):
         refuse_without_own_forward(run, "hpt: demonstrations='completion'")
     column = DemonstrationColumn(
         batch_size=8, on_exhausted="cycle", max_length=None, column="completion", setting="chord"

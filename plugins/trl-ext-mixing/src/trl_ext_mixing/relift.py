@@ -53,7 +53,8 @@ class ReLIFT(UnsolvedPrompts):
     max_grad_norm: Annotated[float, Range(ge=0)] | None = None
 
     unsupported: ClassVar[Mapping[str, str]] = {
-        "fsdp2": "Demonstrations have a backward pass of their own, which sharded parameters do not allow"
+        "fsdp2": "Each rank makes as many passes as it has demonstrations, and shards are gathered only in passes that "
+        "all ranks make; hpt, which trains on the demonstrations in the loss, runs under FSDP2"
     }
     method: ClassVar[str] = "relift"
     state_version: ClassVar[int] = 1

@@ -46,8 +46,9 @@ def refuse_without_own_forward(
     """
     if run.sharding not in ("none", "ddp") and not (in_the_loss and run.sharding == "fsdp2"):
         raise ConfigurationError(
-            f"{setting} runs a forward outside of the trainer's, which sharded parameters ({run.sharding}) do not "
-            f"allow; use DDP{alternative}"
+            f"{setting} takes gradients by torch.autograd.grad, in as many passes as a rank has demonstrations, and "
+            f"sharded parameters ({run.sharding}) are gathered and their gradients summed only in passes that all "
+            f"ranks make; use DDP{alternative}"
         )
     if images := sorted({"image", "images"}.intersection(run.columns)):
         raise ConfigurationError(f"{setting}: demonstrations are of text alone, but the data has {images[0]!r}")

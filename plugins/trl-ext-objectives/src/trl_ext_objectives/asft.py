@@ -43,7 +43,8 @@ class ASFT(ReferenceObjective):
         "a forward of the reference, two passes of each LM head, and with reference=start a copy of the weights"
     )
     unsupported: ClassVar[dict[str, str]] = {
-        "fsdp2": "It projects with the LM head itself, of which a rank has a shard"
+        "fsdp2": "It projects with the LM head itself, of which a rank has a shard; psft, which also keeps near the "
+        "start, runs under FSDP2"
     }
     alone = "it reads the hidden states of the model's own forward, which a second objective may run again"
 
