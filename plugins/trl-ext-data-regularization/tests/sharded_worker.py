@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from rank_worker import FailsInBackward, FailsInScoring
 from short_runs import GENERAL, TARGET, TOKENIZER, DataRegularization, arguments, model, parameters, train
+from test_rollout_filter import Before, Witness, only_norms
+from test_rollout_filter import run as run_grpo
 from test_sft import sharpened
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -16,6 +18,7 @@ from transformers.distributed import DistributedConfig
 from trl_ext_data_regularization.engines import Projections, Sketch, Target
 from trl_ext_data_regularization.gradient_surgery import GradientSurgery
 from trl_ext_data_regularization.layers import Layer
+from trl_ext_data_regularization.rollout_filter import RolloutFilter
 
 import trl_ext
 from trl_ext import hookimpl
@@ -123,6 +126,23 @@ def run(case: str, folder: Path, sharded: bool) -> dict[str, Any]:
 
 def main(folder: Path, case: str) -> dict[bool, dict[str, Any]]:
     return {sharded: run(case, folder, sharded) for sharded in (True, False)}
+
+
+def rollouts(folder: Path) -> dict[bool, dict[str, Any]]:
+    """Two steps of GRPO with a filter, sharded and not: parameters, and advantages before and after it."""
+    found = {}
+    for sharded in (True, False):
+        net, before, after = model(layers=1), Before(), Witness()
+        net = only_norms(in_shards(net, folder) if sharded else net)
+        options = {"temperature": 0.9, "per_device_train_batch_size": 8}
+        trainer = run_grpo([before, RolloutFilter(), after], net, **options)
+        found[sharded] = {
+            "parameters": parameters(trainer),
+            "sharded": trainer.ext_weights.sharded,
+            "raw": torch.stack([raw for _, _, raw in before.seen]),
+            "advantages": torch.stack([filtered for _, _, filtered in after.seen]),
+        }
+    return found
 
 
 # -- a run in two parts ----------------------------------------------------------------------------------------------

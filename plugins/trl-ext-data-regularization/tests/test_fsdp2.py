@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from sharded_worker import CASES, COUNTING, FAULTS, LAYERWISE, continued, fault, main, parts
+from sharded_worker import CASES, COUNTING, FAULTS, LAYERWISE, continued, fault, main, parts, rollouts
 
 from trl_ext.testing.ranks import on_ranks
 
@@ -63,6 +63,19 @@ def test_each_rank_keeps_the_samples_that_it_keeps_under_ddp(case):
             layers.append(theirs)
     if LAYERWISE[case][1].get("scope") != "global":
         assert any((weights != weights[:1]).any() for weights in layers), "layers must choose apart"
+
+
+def test_the_same_completions_are_dropped_as_under_ddp(tmp_path):
+    dropped = 0
+    for rank in on_ranks(rollouts, tmp_path):
+        sharded, whole = rank[True], rank[False]
+        assert sharded["sharded"]
+        assert torch.equal(sharded["advantages"] != 0, whole["advantages"] != 0)
+        torch.testing.assert_close(sharded["advantages"], whole["advantages"], rtol=1e-4, atol=1e-5)
+        for name, value in whole["parameters"].items():
+            torch.testing.assert_close(sharded["parameters"][name], value, rtol=1e-4, atol=1e-5)
+        dropped += int(((whole["advantages"] == 0) & (whole["raw"] != 0)).sum())
+    assert dropped > 0
 
 
 def test_a_checkpoint_holds_what_it_holds_under_ddp():

@@ -98,8 +98,8 @@ def refuse_run(plan: Plan, run: RunDescription) -> None:
         )
     if engine == "derivative" and (low := _low_precision(run)):
         raise ValueError(
-            f"engine=derivative takes differences of losses, which bf16 rounds away; set {' and '.join(low)}"
-            ", or use engine=ghost"
+            f"engine=derivative takes differences of losses, which bf16 rounds away; set {' and '.join(low)}, or use "
+            "engine=ghost"
         )
     if plan.from_stream and run.streams != ("general",):
         raise ValueError(f"general=stream works with the one stream 'general', not with {', '.join(run.streams)}")

@@ -98,7 +98,7 @@ class DataRegularization:
     table: bool = False
     report_steps: Annotated[int, Range(ge=0)] = 0
 
-    requires_api: ClassVar[str] = ">=1.1,<2"  # StreamRequest.keep
+    requires_api: ClassVar[str] = ">=1.5,<2"
     trainers: ClassVar[tuple[str, ...]] = ("sft",)
     provides: ClassVar[tuple[str, ...]] = (COMBINES_TARGET,)
     conflicts: ClassVar[Mapping[str, str]] = {COMBINES_TARGET: COMBINED_TWICE}
