@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from rank_worker import FailsInBackward, FailsInScoring
 from short_runs import GENERAL, TARGET, TOKENIZER, DataRegularization, arguments, model, parameters, train
 from test_rollout_filter import Before, Witness, only_norms
@@ -59,6 +60,15 @@ SURGERY = {"general": "train"}
 SGD = {"optim": "sgd", "learning_rate": 0.5, "per_device_train_batch_size": 2}
 TWICE = {"gradient_accumulation_steps": 2}
 NARROW = {"engine": "sketch", "sketch_size": 8}  # narrower than the layers, so that parts are projected
+SUMS = [list(f"{i % 7}+{i % 5}={i % 7 + i % 5}".encode()) for i in range(24)]
+HALF_WITHOUT_LABELS = {
+    "data": Dataset.from_dict(
+        {"input_ids": SUMS, "labels": [row if i % 4 < 2 else [-100] * len(row) for i, row in enumerate(SUMS)]}
+    ),
+    "train_sampling_strategy": "sequential",
+    "max_length": None,
+}
+"""Rows of which the second rank has those without labels."""
 COUNTING = "ghost, accumulated"
 Case = tuple[type, Mapping[str, Any], Mapping[str, Any]]
 LAYERWISE: dict[str, Case] = {
@@ -66,6 +76,7 @@ LAYERWISE: dict[str, Case] = {
     COUNTING: (Watched, {"with_target": True, "table": True}, TWICE),
     "ghost, preconditioned": (Watched, {"precondition": True}, ADAM),
     "ghost, recomputed": (Watched, {"rule": "filter"}, {"activation_checkpointing": True}),
+    "ghost, a rank without labels": (Watched, {}, HALF_WITHOUT_LABELS),
     "ghost, tied": (Watched, {}, {}),
     "ghost by micro-batch": (Watched, {"unit": "micro"}, TWICE),
     "general stream": (Watched, {"general": "stream", "frac": 0.5}, TWICE),
