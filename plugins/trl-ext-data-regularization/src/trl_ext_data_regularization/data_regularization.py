@@ -25,6 +25,7 @@ from trl_ext_data_regularization.engines import Projections, Scores, Target, mak
 from trl_ext_data_regularization.observer import Observer, summary
 from trl_ext_data_regularization.plan import Plan
 from trl_ext_data_regularization.preconditioner import preconditioned, refuse_without_second_moments
+from trl_ext_data_regularization.ranks import in_two_parts
 from trl_ext_data_regularization.relations import COMBINED_TWICE, COMBINES_TARGET
 from trl_ext_data_regularization.selection import Samples, samples_of, samples_of_inputs
 from trl_ext_data_regularization.tapped_model import Inputs, TappedModel
@@ -164,11 +165,7 @@ class DataRegularization:
             choice.settle_target()
             return choice, None if model.one_pass else choice.score(window, model.taps, self._context)
 
-        if self._context.sharded:  # scores come of passes that gather shards
-            choice = on_every_rank(begun)
-            choice, scores = on_every_rank(lambda: scored(choice))
-        else:
-            choice, scores = on_every_rank(lambda: scored(begun()))
+        choice, scores = in_two_parts(begun, scored, collective=self._context.sharded)
         self._observer.window(window)
         if scores is not None:
             choice.choose(scores)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -22,12 +23,11 @@ from torch import Tensor
 from trl_ext import hookimpl
 from trl_ext.groups import group_advantages
 from trl_ext.options import Range
-from trl_ext.ranks import on_every_rank
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext
 from trl_ext_data_regularization.completion_gradients import CompletionGradients
 from trl_ext_data_regularization.engines import Projections
 from trl_ext_data_regularization.fresh_rollouts import HeldOut, roll_out
-from trl_ext_data_regularization.ranks import gather_rows, total_over_ranks, world_size
+from trl_ext_data_regularization.ranks import gather_rows, in_two_parts, total_over_ranks, world_size
 from trl_ext_data_regularization.solvers import Problem, Rule
 from trl_ext_data_regularization.token_coefficients import (
     PolicyBatch,
@@ -135,11 +135,8 @@ class RolloutFilter:
         """(N,) or (N, T): A_i w_i. NaN where a score is not finite: there is no order to drop by."""
         if not rollouts.training:
             return advantages
-        if self._context.sharded:  # the passes gather weights
-            batches = on_every_rank(lambda: self._batches(rollouts, rewards, advantages))
-            g, t = on_every_rank(lambda: self._vectors(batches))
-        else:
-            g, t = on_every_rank(lambda: self._vectors(self._batches(rollouts, rewards, advantages)))
+        batches = partial(self._batches, rollouts, rewards, advantages)
+        g, t = in_two_parts(batches, self._vectors, collective=self._context.sharded)
         size = sizes(rollouts.mask, self._args.loss_type)
         target = total_over_ranks(torch.cat(t)).split([len(part) for part in t])
         scores = torch.stack([vectors @ part for vectors, part in zip(g, target, strict=True)]).sum(0)
