@@ -20,6 +20,19 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def as_sharded(local: Tensor, like: Tensor) -> Tensor:
+    """The reverse of `local_tensor`: this rank's part as a DTensor where `like` is one, sharing memory (new in 1.5)."""
+    if not isinstance(like, DTensor):
+        return local
+    mesh, placements, shape = like.device_mesh, like.placements, like.shape
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=like.stride())
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A DTensor gathered from all ranks, which is collective; any other tensor itself (new in 1.5)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 _WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Attributes under which torch.compile, FSDP1 and activation checkpointing keep the module that they wrap."""
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers import Idle, Plugin
-from rank_scenarios import whole
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
@@ -412,7 +411,7 @@ def run(folder: Path, scenario: Scenario, resume: bool = False) -> dict[str, Any
     found = {
         "error": error,
         "step": trainer.state.global_step,
-        "parameters": {name: whole(p) for name, p in parameters(trainer).items()},
+        "parameters": parameters(trainer),
         "skipped": getattr(plugin, "skipped", None),
         "logs": trainer.state.log_history,
         "complete": newest_complete(folder / "run")[0] if (folder / "run").exists() else None,

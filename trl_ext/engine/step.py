@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from trl_ext.engine.context import AccumulationWindow, RunContext
 from trl_ext.engine.passes import ExtraPasses
@@ -34,7 +33,7 @@ from trl_ext.engine.rank_comparison import compare_ranks, replicated_states
 from trl_ext.engine.sample_weights import SampleWeighting
 from trl_ext.engine.streams import Stream, stream_gradient
 from trl_ext.engine.zero import flat_shards
-from trl_ext.gradients import GradientView, trainable_parameters
+from trl_ext.gradients import GradientView, trainable_parameters, whole_tensor
 from trl_ext.records import StreamGradient
 
 logger = logging.getLogger(__name__)
@@ -112,7 +111,7 @@ class OptimizerStep:
                 self.run.guard.agree()
             self.run.tally.end_step(skipped=False)
             return
-        norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        norm = whole_tensor(grad_norm) if isinstance(grad_norm, Tensor) else grad_norm
         self.skipped = not self.run.guard.agree_finite(norm, self._finite)
         if self.skipped:
             if self.nonfinite == "raise":

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import trl
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 import trl_ext
+from trl_ext.gradients import whole_tensor
 from trl_ext.hookspecs import REWARDED
 from trl_ext.testing.models import save_model, tiny_llama, tiny_reward_model
 from trl_ext.testing.tasks import Addition, Kind
@@ -191,12 +191,7 @@ MAKE: dict[str, Callable[..., Any]] = {kind: functools.partial(make, kind) for k
 def parameters(trainer: Any) -> dict[str, Tensor]:
     """Copies of all parameters, trainable or not; whole ones where each rank holds a shard."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together from its shards. Collective where there are any."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return {name: whole_tensor(p.detach()).clone() for name, p in model.named_parameters()}
 
 
 def moved(trainer: Any, start: Mapping[str, Tensor]) -> float:

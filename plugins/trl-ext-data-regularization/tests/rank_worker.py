@@ -6,18 +6,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from short_runs import GENERAL, TOKENIZER, DataRegularization, model, parameters, train
+from short_runs import GENERAL, DataRegularization, model, parameters, train
 from test_refusals import NanTarget
 from test_rollout_filter import TASK, Before, Witness, noisy_reward, only_norms
 from test_rollout_filter import run as run_grpo
 from test_sft import sharpened
-from transformers import AutoModelForCausalLM
-from transformers.distributed import DistributedConfig
-from trl_ext_data_regularization.gradient_surgery import GradientSurgery
 from trl_ext_data_regularization.rollout_filter import RolloutFilter
 
 from trl_ext import hookimpl
-from trl_ext.testing import save_model
 
 # Per case: the plugin's options. The stream's batch is per rank, so one rank draws twice as many.
 CASES: dict[str, dict[str, Any]] = {
@@ -88,58 +84,6 @@ def reverse() -> dict[str, Any]:
     stream.position = 0
     general = [stream.dataset[i] for i in stream.next_indices()]
     return {"parameters": parameters(trainer), "general": general, "target": list(trainer.train_dataset)}
-
-
-def run_sharded(case: str, folder: Path, sharded: bool) -> dict[str, Any]:
-    """FSDP2 or DDP, on the same data: parameters, logs, and the scores that choices were made of."""
-    cls, options, settings = SHARDED[case]
-    net = sharpened(model(layers=2))
-    if sharded:
-        if dist.get_rank() == 0:
-            save_model(net, TOKENIZER, folder / "model")
-        dist.barrier()
-        config = DistributedConfig(fsdp_size=dist.get_world_size())
-        net = AutoModelForCausalLM.from_pretrained(str(folder / "model"), distributed_config=config)
-    plugin = cls(stream_batch_size=2, **options)
-    trainer = _train(plugin, net, 2, **{"max_steps": 3, **settings})
-    found = {"parameters": parameters(trainer), "logs": trainer.state.log_history}
-    return {**found, "sharded": trainer.ext_weights.sharded, "scores": getattr(plugin, "scores", [])}
-
-
-class Watched(DataRegularization):
-    """Keeps the scores of every step."""
-
-    @hookimpl
-    def setup(self, context: Any) -> None:
-        self.scores: list[torch.Tensor] = []
-        super().setup(context)
-
-    def _begin_step(self, samples: Any, target: Any) -> Any:
-        step = super()._begin_step(samples, target)
-        choose = step.choose
-
-        def watched(scores: Any) -> None:
-            self.scores.append(scores.s)
-            choose(scores)
-
-        step.choose = watched
-        return step
-
-
-# On two ranks both sharded and not: plugin, its options, the run's.
-DERIVATIVE = {"scope": "global", "engine": "derivative", "frac": 0.5}
-ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3}
-SURGERY = {"general": "train"}
-SHARDED: dict[str, tuple[type, dict[str, Any], dict[str, Any]]] = {
-    "topk": (Watched, {**DERIVATIVE, "position_steps": 1}, {}),
-    "topk, accumulated": (Watched, DERIVATIVE, {"gradient_accumulation_steps": 2}),
-    "filter, with target": (Watched, {**DERIVATIVE, "rule": "filter", "frac": 1.0, "with_target": True}, {}),
-    "target": (Watched, {**DERIVATIVE, "rule": "target", "frac": None}, {}),
-    "preconditioned": (Watched, {**DERIVATIVE, "precondition": True}, ADAM),
-    "half-space": (GradientSurgery, SURGERY, {}),
-    "pcgrad by layer": (GradientSurgery, {**SURGERY, "method": "pcgrad", "scope": "layer"}, {}),
-    "pcgrad, preconditioned": (GradientSurgery, {**SURGERY, "method": "pcgrad", "precondition": True}, ADAM),
-}
 
 
 # -- faults ----------------------------------------------------------------------------------------------------------
@@ -247,9 +191,6 @@ def main(folder: Path) -> dict[str, Any]:
     for target_loss in TARGET_LOSSES:
         found[f"filter by {target_loss}"] = filtered(target_loss)
     found["reverse by rank"] = reverse()
-    for name in SHARDED:
-        found[f"fsdp2 {name}"] = run_sharded(name, folder, sharded=True)
-        found[f"ddp {name}"] = run_sharded(name, folder, sharded=False)
     for name in FAULTS:
         found[f"fault in {name}"] = fault(name, folder)
     for name, options in NAN_TARGETS.items():

@@ -10,9 +10,7 @@ from trl_ext_data_regularization.rollout_filter import RolloutFilter
 
 from trl_ext.testing.conformance import conformance
 
-SHARDED = {"fsdp2": "Scores by gradients need whole layers, of which no rank sees any; engine=derivative does without"}
-
-test_data_regularization = pytest.mark.slow(conformance(DataRegularization(), trainer="sft", unsupported=SHARDED))
+test_data_regularization = pytest.mark.slow(conformance(DataRegularization(), trainer="sft"))
 test_gradient_surgery = pytest.mark.slow(conformance(GradientSurgery(stream_batch_size=2), trainer="sft"))
 test_gradient_surgery_grpo = pytest.mark.slow(conformance(GradientSurgery(stream_batch_size=2), trainer="grpo"))
 test_gradient_surgery_dpo = pytest.mark.slow(conformance(GradientSurgery(stream_batch_size=2), trainer="dpo"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tapped_passes import batch_of, losses_of, model_of, sample_gradients, tapped, trainable, whole
-from trl_ext_data_regularization.engines import Direct, Ghost, Projections, Sketch, derivative_scores
+from trl_ext_data_regularization.engines import Direct, Ghost, Projections, Sketch, Target, derivative_scores
 from trl_ext_data_regularization.layers import Batch, Layer, Use
 from trl_ext_data_regularization.selection import samples_of_inputs
 from trl_ext_data_regularization.visitors import ScorePass
@@ -58,9 +58,9 @@ def test_ghost_direct_and_wide_sketch_give_the_inner_products_of_the_gradients(k
     batches = [batch_of(3, 8, seed=1), batch_of(2, 6, seed=2)]
     wide = Projections(size=512, seed=0)  # at least every width: exact
     engines = {
-        "ghost": lambda layers, n: Ghost(layers, t, n, CPU),
-        "direct": lambda layers, n: Direct(layers, t, n, CPU),
-        "sketch": lambda layers, n: Sketch(layers, t, n, CPU, wide),
+        "ghost": lambda layers, n: Ghost(layers, Target(t), n, CPU),
+        "direct": lambda layers, n: Direct(layers, Target(t), n, CPU),
+        "sketch": lambda layers, n: Sketch(layers, Target(t), n, CPU, wide),
     }
     for name, make in engines.items():
         layers, scores = score(model, batches, make)
@@ -122,7 +122,7 @@ def test_scores_for_several_targets_are_the_sum_over_any_split():
     sums = []
     for piece in [target, *parts]:
         t = [g * len(piece["input_ids"]) for g in target_gradient(model, piece)]  # equal lengths: a sum of means
-        sums.append(score(model, [batch], lambda layers, n, t=t: Ghost(layers, t, n, CPU))[1].s)
+        sums.append(score(model, [batch], lambda layers, n, t=t: Ghost(layers, Target(t), n, CPU))[1].s)
     assert_agree(sums[1] + sums[2], sums[0])
 
 
@@ -137,7 +137,7 @@ def test_samples_of_a_packed_row_are_told_apart():
     row["position_ids"] = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
     del row["attention_mask"]
     row["labels"][row["position_ids"] == 0] = -100
-    engine = Ghost(parts.layers, t, 2, CPU)
+    engine = Ghost(parts.layers, Target(t), 2, CPU)
     with parts.taps.active(ScorePass(engine), Batch(index, 2, 0, False)):
         losses_of(model, row).sum().backward()
     parts.taps.remove()
@@ -155,10 +155,10 @@ def test_sketches_are_unbiased_over_seeds():
     model = model_of("lora")
     t = target_gradient(model, batch_of(2, 7, seed=9))
     batch = batch_of(3, 8, seed=1)
-    exact = score(model, [batch], lambda layers, n: Direct(layers, t, n, CPU))[1]
+    exact = score(model, [batch], lambda layers, n: Direct(layers, Target(t), n, CPU))[1]
     seeds = 60
     drawn = [
-        score(model, [batch], lambda layers, n, seed=seed: Sketch(layers, t, n, CPU, Projections(8, seed)))[1]
+        score(model, [batch], lambda layers, n, seed=seed: Sketch(layers, Target(t), n, CPU, Projections(8, seed)))[1]
         for seed in range(seeds)
     ]
     for name in ("s", "K"):
@@ -179,9 +179,9 @@ def test_in_bf16_scores_are_summed_in_fp32(engine, kind):
     t = torch.ones(width) if kind == "scale" else torch.ones(width, width)
     layers, ones = [Layer("layer", 0, None, 1)], torch.ones(tokens, width, dtype=torch.bfloat16)
     made = {
-        "ghost": lambda: Ghost(layers, [t], 1, CPU),
-        "direct": lambda: Direct(layers, [t], 1, CPU),
-        "sketch": lambda: Sketch(layers, [t], 1, CPU, Projections(8, 0)),
+        "ghost": lambda: Ghost(layers, Target([t]), 1, CPU),
+        "direct": lambda: Direct(layers, Target([t]), 1, CPU),
+        "sketch": lambda: Sketch(layers, Target([t]), 1, CPU, Projections(8, 0)),
     }[engine]()
     x = {"linear": ones, "embedding": torch.zeros(tokens, dtype=torch.long), "scale": None}[kind]
     index = torch.zeros(tokens, dtype=torch.long)
@@ -194,7 +194,10 @@ def test_in_bf16_scores_are_summed_in_fp32(engine, kind):
 def test_a_forward_in_bf16_gives_nearly_the_same_scores():
     model, batch = model_of("full"), batch_of(3, 64, seed=1, padding=False)
     t = target_gradient(model, batch_of(2, 7, seed=9))
-    runs = [score(model, [batch], lambda layers, n: Ghost(layers, t, n, CPU), autocast=a)[1].s for a in (False, True)]
+    runs = [
+        score(model, [batch], lambda layers, n: Ghost(layers, Target(t), n, CPU), autocast=a)[1].s
+        for a in (False, True)
+    ]
     assert runs[1].dtype == torch.float32
     error = (runs[1] - runs[0]).abs() / runs[0].abs().amax(1, keepdim=True)
     assert error.mean() <= 0.03  # 2^-8 an operation, and some ten of them one after the other

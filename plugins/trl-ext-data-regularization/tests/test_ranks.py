@@ -1,8 +1,8 @@
-"""Two gloo ranks: one choice over both, equal to one rank's with the same samples; FSDP2; failures on one of them."""
+"""Two gloo ranks: one choice over both, equal to one rank's with the same samples; failures on one of them."""
 
 import pytest
 import torch
-from rank_worker import CASES, EXACT, FAULTS, NAN_TARGETS, SHARDED, TARGET_LOSSES, main, run
+from rank_worker import CASES, EXACT, FAULTS, NAN_TARGETS, TARGET_LOSSES, main, run
 from short_runs import model, parameters
 from test_rollout_filter import gradients_of, only_norms
 from test_sft import Reference, layers_of, sharpened
@@ -80,30 +80,6 @@ def test_each_rank_chooses_from_its_own_batch_of_a_general_stream(on_two_ranks):
     for name, parameter in net.named_parameters():
         found = (parameter.detach() - ranks[0]["parameters"][name]) / 0.5  # the learning rate
         torch.testing.assert_close(found, expected[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-
-
-# -- FSDP2 -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", SHARDED)
-def test_under_fsdp2_training_is_that_of_ddp(case, on_two_ranks):
-    """No rank holds whole weights or a whole t, and the parameters after three steps are those of DDP."""
-    sharded, whole = on_two_ranks[0][f"fsdp2 {case}"], on_two_ranks[0][f"ddp {case}"]
-    assert sharded["sharded"]
-    assert not whole["sharded"]
-    for name, value in whole["parameters"].items():
-        torch.testing.assert_close(
-            sharded["parameters"][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
-    for mine, theirs in zip(sharded["scores"], whole["scores"], strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
-    compared = set()
-    for mine, theirs in zip(sharded["logs"], whole["logs"], strict=True):
-        for key in theirs:
-            if key.startswith(("Watched/", "gradient-surgery/", "loss", "grad_norm")):
-                assert mine[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-3), key
-                compared.add(key)
-    assert compared & {"Watched/update_cosine", "gradient-surgery/cosine"}
 
 
 # -- two ranks fail as one -------------------------------------------------------------------------------------------

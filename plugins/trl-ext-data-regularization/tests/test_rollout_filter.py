@@ -10,6 +10,7 @@ import pytest
 import torch
 import trl
 from short_runs import TOKENIZER, arguments, model
+from torch.distributed.tensor import DTensor
 from trl_ext_data_regularization.rollout_filter import RolloutFilter
 from trl_ext_data_regularization.token_coefficients import (
     PolicyBatch,
@@ -42,7 +43,8 @@ def run(plugins=(), net=None, **options):
         "learning_rate": 1e-2,
         "max_steps": 2,
     }
-    net = copy.deepcopy(model(layers=1) if net is None else net)
+    net = model(layers=1) if net is None else net
+    net = net if any(isinstance(p, DTensor) for p in net.parameters()) else copy.deepcopy(net)
     torch.manual_seed(0)
     plain = not plugins
     args = arguments(trl.GRPOConfig if plain else trl_ext.GRPOConfig, **{**defaults, **options})

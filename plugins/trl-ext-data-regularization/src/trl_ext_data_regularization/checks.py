@@ -86,13 +86,8 @@ def refuse_run(plan: Plan, run: RunDescription) -> None:
         ValueError: naming the setting to change.
     """
     args, rule, engine = run.args, plan.solver, plan.scored_by
-    if run.sharding not in ("none", "ddp") and not (run.sharding == "fsdp2" and engine == "derivative"):
-        raise ValueError(
-            f"under {run.sharding} no rank sees whole layers, which scope={plan.scope},engine={engine} needs; use "
-            f"{','.join(_options_for_fsdp2(plan))} (FSDP2"
-            + "".join(f", {setting}" for setting in _low_precision(run))
-            + "), or DDP"
-        )
+    if run.sharding not in ("none", "ddp", "fsdp2"):
+        raise ValueError(f"under {run.sharding} no rank has the gradient of a layer; use FSDP2 or DDP")
     if run.world_size > 1 and not args.average_tokens_across_devices:
         raise ValueError("samples are weighed over all ranks; set average_tokens_across_devices=True")
     across = run.world_size > 1 and not plan.per_micro_batch and not plan.from_stream
@@ -103,8 +98,8 @@ def refuse_run(plan: Plan, run: RunDescription) -> None:
         )
     if engine == "derivative" and (low := _low_precision(run)):
         raise ValueError(
-            f"engine=derivative takes differences of losses, which bf16 rounds away; set {' and '.join(low)}"
-            + ("" if run.sharding == "fsdp2" else ", or use engine=ghost")
+            f"engine=derivative takes differences of losses, which bf16 rounds away; set {' and '.join(low)}, or use "
+            "engine=ghost"
         )
     if plan.from_stream and run.streams != ("general",):
         raise ValueError(f"general=stream works with the one stream 'general', not with {', '.join(run.streams)}")
@@ -120,22 +115,6 @@ def refuse_run(plan: Plan, run: RunDescription) -> None:
             )
             + ", or use a rule that may drop it (rule=filter)"
         )
-
-
-def _options_for_fsdp2(plan: Plan) -> list[str]:
-    """The options to change for shards: scores by forward passes alone."""
-    changes = ["scope=global", "engine=derivative"]
-    if plan.solver.needs_gram:
-        changes.append("rule=topk")
-    if plan.from_stream:
-        changes.append("general=train")
-    if plan.passes == "one":
-        changes.append("passes=auto")
-    if plan.sketch_size != 64:
-        changes.append("sketch_size=64")
-    if plan.radius != 1:
-        changes.append("radius=1")
-    return changes
 
 
 def _low_precision(run: RunDescription) -> list[str]:

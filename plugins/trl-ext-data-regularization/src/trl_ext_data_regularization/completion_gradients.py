@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trl_ext.own_passes import preserved_random_state
 from trl_ext.records import SetupContext
-from trl_ext_data_regularization.engines import Direct, Projections, Sketch
+from trl_ext_data_regularization.engines import Direct, Projections, Sketch, Target
 from trl_ext_data_regularization.layers import Batch, find_layers
 from trl_ext_data_regularization.taps import Taps
 from trl_ext_data_regularization.token_coefficients import PolicyBatch
@@ -50,7 +50,7 @@ class CompletionGradients:
     def of(self, batches: Sequence[PolicyBatch]) -> list[Tensor]:
         """Per layer (N, D) float, N the rows of all batches: the gradient of -sum_t c_t log pi_t, or its sketch."""
         total, device = sum(map(len, batches)), self._context.device
-        nothing: list[Tensor | None] = [None] * len(self._context.names)  # the target is one of the vectors here
+        nothing = Target([None] * len(self._context.names))  # the target is one of the vectors here
         engine = (
             Direct(self._layers, nothing, total, device)
             if self._engine == "direct"

@@ -21,10 +21,11 @@ from trl_ext.options import Range
 from trl_ext.ranks import on_every_rank
 from trl_ext.records import SampleWeights
 from trl_ext_data_regularization.checks import refuse_contradictions, refuse_run
-from trl_ext_data_regularization.engines import Projections, Scores, make_engine
+from trl_ext_data_regularization.engines import Projections, Scores, Target, make_engine
 from trl_ext_data_regularization.observer import Observer, summary
 from trl_ext_data_regularization.plan import Plan
 from trl_ext_data_regularization.preconditioner import preconditioned, refuse_without_second_moments
+from trl_ext_data_regularization.ranks import in_two_parts
 from trl_ext_data_regularization.relations import COMBINED_TWICE, COMBINES_TARGET
 from trl_ext_data_regularization.selection import Samples, samples_of, samples_of_inputs
 from trl_ext_data_regularization.tapped_model import Inputs, TappedModel
@@ -98,7 +99,7 @@ class DataRegularization:
     table: bool = False
     report_steps: Annotated[int, Range(ge=0)] = 0
 
-    requires_api: ClassVar[str] = ">=1.1,<2"  # StreamRequest.keep
+    requires_api: ClassVar[str] = ">=1.5,<2"
     trainers: ClassVar[tuple[str, ...]] = ("sft",)
     provides: ClassVar[tuple[str, ...]] = (COMBINES_TARGET,)
     conflicts: ClassVar[Mapping[str, str]] = {COMBINES_TARGET: COMBINED_TWICE}
@@ -157,13 +158,14 @@ class DataRegularization:
         return self._weigh(window, self._model)
 
     def _weigh(self, window: Window, model: TappedModel) -> SampleWeights | None:
-        def scored() -> tuple[WindowChoice, Scores | None]:
-            choice = self._begin_step(samples_of(window), list(window.streams["target"].gradients.tensors))
-            if not self._plan.keeps_target:
-                choice.forget_target()
+        def begun() -> WindowChoice:
+            return self._begin_step(samples_of(window), list(window.streams["target"].gradients.tensors))
+
+        def scored(choice: WindowChoice) -> tuple[WindowChoice, Scores | None]:
+            choice.settle_target()
             return choice, None if model.one_pass else choice.score(window, model.taps, self._context)
 
-        choice, scores = on_every_rank(scored)
+        choice, scores = in_two_parts(begun, scored, collective=self._context.sharded)
         self._observer.window(window)
         if scores is not None:
             choice.choose(scores)
@@ -180,15 +182,18 @@ class DataRegularization:
         assert self._model.own is not None
         batch, tokens = samples_of_inputs(inputs)
         self._choice = self._begin_step(Samples((batch,), tokens), self._model.own.take())
+        self._choice.settle_target()
         self._model.taps.visitor, self._model.taps.batch = self._choice.visitor(), batch
         self._observer.general([inputs])
 
-    def _begin_step(self, samples: Samples, target: list[Tensor | None]) -> WindowChoice:
+    def _begin_step(self, samples: Samples, gradients: list[Tensor | None]) -> WindowChoice:
+        """Without a collective; `gradients` are the target's."""
         assert self._optimizer is not None
         assert self._model is not None
+        parameters = self._context.weights.parameters
         if self.precondition:
-            target = preconditioned(self._optimizer, self._context.weights.parameters, target)
-        layers, device = self._model.layers, self._context.device
+            gradients = preconditioned(self._optimizer, parameters, gradients)
+        layers, device, target = self._model.layers, self._context.device, Target(gradients, parameters)
         return WindowChoice(
             plan=self._plan,
             lr=float(self._optimizer.param_groups[0]["lr"]),

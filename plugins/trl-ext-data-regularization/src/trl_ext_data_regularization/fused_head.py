@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl_ext.gradients import whole_tensor
 from trl_ext.own_passes import causal_lm
 from trl_ext_data_regularization.layers import ANY_LAYER, Batch, Use
 from trl_ext_data_regularization.visitors import Visitor
@@ -73,11 +74,8 @@ class HeadTap:
         self._pass = _Pass(self, visitor, batch, kwargs["labels"][:, 1:])
         if not visitor.weighing:
             # The kernel would compute the weight's gradient for nothing, and leave it in `.grad`.
-            head = self.use.module
-            frozen = SimpleNamespace(
-                weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach()
-            )
-            self.base.get_output_embeddings = lambda: frozen
+            # Detached when it is read: FSDP2 gathers the weights only then.
+            self.base.get_output_embeddings = lambda: SimpleNamespace(**_detached(self.use.module))
 
     def _hidden(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._pass is not None:
@@ -108,12 +106,18 @@ class _Pass:
         self.log_probs: Tensor
         self.undo: Tensor | None = None
 
-    def logits(self, rows: Tensor) -> Tensor:
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """(V, H) and (V,) in the hidden states' dtype. Collective where FSDP2 has not gathered them, or no longer."""
+        weight, bias = (
+            None if part is None else whole_tensor(part).to(self.hidden.dtype)
+            for part in _detached(self.tap.use.module).values()
+        )
+        assert weight is not None
+        return weight, bias
+
+    def logits(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(len(rows), V) float of the label positions `rows`, counted over the flattened batch."""
-        head = self.tap.use.module
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
-        weight = head.weight.detach().to(hidden.dtype)
-        bias = None if head.bias is None else head.bias.detach().to(hidden.dtype)
         return nn.functional.linear(hidden, weight, bias).float().div_(self.tap.temperature)
 
     def check(self) -> None:
@@ -121,7 +125,8 @@ class _Pass:
         if self.tap._checked:
             return
         rows = (self.labels != -100).flatten().nonzero().flatten()[:8]
-        mine = torch.log_softmax(self.logits(rows), -1).gather(1, self.labels.flatten()[rows].unsqueeze(1)).squeeze(1)
+        labels = self.labels.flatten()[rows].unsqueeze(1)
+        mine = torch.log_softmax(self.logits(rows, *self.head()), -1).gather(1, labels).squeeze(1)
         theirs = self.log_probs.flatten()[rows]
         # bf16 logits differ by about 2^-8 of their size between two orders of summation.
         if not torch.allclose(mine, theirs, rtol=0.05, atol=0.05):
@@ -133,10 +138,10 @@ class _Pass:
 
     def score(self, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> None:
         """Show the head's tokens to the visitor, tile by tile."""
-        nothing = torch.zeros((), device=self.labels.device)
+        nothing, head = torch.zeros((), device=self.labels.device), self.head()
         for rows in (self.labels != -100).flatten().nonzero().flatten().split(_TILE):
             v = nothing if grad_log_probs is None else grad_log_probs.flatten()[rows].float().unsqueeze(1)
-            log_p = self._log_softmax(rows)
+            log_p = self._log_softmax(rows, *head)
             if grad_entropy is None:
                 # In place: a tile of logits is large, and every pass over it costs.
                 go = log_p.exp_().mul_(-v / self.tap.temperature)
@@ -151,15 +156,20 @@ class _Pass:
             self.visitor.score(self.tap.use, hidden, go.to(hidden.dtype), self.index.flatten()[rows], self.batch)
         del self.hidden, self.log_probs  # the kernel's backward pass, which follows, is where memory is scarcest
 
-    def _log_softmax(self, rows: Tensor) -> Tensor:
+    def _log_softmax(self, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """(len(rows), V) float."""
-        logits = self.logits(rows)
+        logits = self.logits(rows, weight, bias)
         if self.hidden.dtype == torch.float32:
             # The kernel has given the labels' log-probabilities, which say what to subtract.
             label = logits.gather(1, self.labels.flatten()[rows].unsqueeze(1))
             return logits.sub_(label - self.log_probs.flatten()[rows].unsqueeze(1))
         # In lower precision its logits and these are rounded apart, and p would not sum to one.
         return logits.sub_(logits.logsumexp(-1, keepdim=True))
+
+
+def _detached(head: Any) -> dict[str, Tensor | None]:
+    """Weight and bias of a head, as they are at the moment: shards or whole ones under FSDP2."""
+    return {"weight": head.weight.detach(), "bias": None if head.bias is None else head.bias.detach()}
 
 
 class _Scale(torch.autograd.Function):

@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from trl_ext.ranks import on_every_rank
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def in_two_parts(begin: Callable[[], A], go_on: Callable[[A], B], *, collective: bool) -> B:
+    """What `go_on` makes of what `begin` gives, on every rank or on none. Collective.
+
+    Args:
+        begin: works on this rank's data alone.
+        go_on: runs the model.
+        collective: whether that takes all ranks, as with sharded weights: then none starts where one has failed.
+
+    Raises:
+        Exception: as `on_every_rank` does.
+    """
+    if not collective:
+        return on_every_rank(lambda: go_on(begin()))
+    begun = on_every_rank(begin)
+    return on_every_rank(lambda: go_on(begun))
 
 
 def world_size() -> int:

@@ -12,7 +12,9 @@ denominator: its tokens, or 1. The update is then the policy gradient of the kep
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -21,12 +23,11 @@ from torch import Tensor
 from trl_ext import hookimpl
 from trl_ext.groups import group_advantages
 from trl_ext.options import Range
-from trl_ext.ranks import on_every_rank
 from trl_ext.records import Rewards, Rollouts, RunDescription, SetupContext
 from trl_ext_data_regularization.completion_gradients import CompletionGradients
 from trl_ext_data_regularization.engines import Projections
 from trl_ext_data_regularization.fresh_rollouts import HeldOut, roll_out
-from trl_ext_data_regularization.ranks import gather_rows, total_over_ranks, world_size
+from trl_ext_data_regularization.ranks import gather_rows, in_two_parts, total_over_ranks, world_size
 from trl_ext_data_regularization.solvers import Problem, Rule
 from trl_ext_data_regularization.token_coefficients import (
     PolicyBatch,
@@ -76,11 +77,10 @@ class RolloutFilter:
     sketch_size: Annotated[int, Range(ge=1)] = 64
     seed: int = 0
 
-    requires_api: ClassVar[str] = "1"
+    requires_api: ClassVar[str] = ">=1.5,<2"
     trainers: ClassVar[tuple[str, ...]] = ("grpo",)
     citation: ClassVar[str] = "Hu, Liu, Mao and Ma, Dr. Post-Training, arXiv:2605.07063 (policy gradient, IIF)"
     cost: ClassVar[str] = "a gradient of each completion; with target=prompts generation of theirs too"
-    unsupported: ClassVar[dict[str, str]] = {"fsdp2": "Scores need whole layers, of which no rank sees any"}
 
     def __post_init__(self) -> None:
         if self.target == "prompts" and (self.prompts is None or self.reward is None):
@@ -103,8 +103,15 @@ class RolloutFilter:
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
-        if run.sharding not in ("none", "ddp"):
-            raise ValueError(f"under {run.sharding} no rank sees whole layers; use DDP")
+        if run.sharding not in ("none", "ddp", "fsdp2"):
+            raise ValueError(
+                f"under {run.sharding} a completion's gradient cannot be had in each layer; use DDP or FSDP2"
+            )
+        if run.sharding == "fsdp2" and self.target == "prompts":
+            raise ValueError(
+                "target=prompts lets each rank sample by itself, and under fsdp2 a forward takes all ranks; use "
+                "target=rollout, or DDP"
+            )
         self._args = run.args
         if self.target == "prompts":
             assert self.prompts is not None
@@ -128,7 +135,9 @@ class RolloutFilter:
         """(N,) or (N, T): A_i w_i. NaN where a score is not finite: there is no order to drop by."""
         if not rollouts.training:
             return advantages
-        g, t, size = on_every_rank(lambda: self._vectors(rollouts, rewards, advantages))
+        batches = partial(self._batches, rollouts, rewards, advantages)
+        g, t = in_two_parts(batches, self._vectors, collective=self._context.sharded)
+        size = sizes(rollouts.mask, self._args.loss_type)
         target = total_over_ranks(torch.cat(t)).split([len(part) for part in t])
         scores = torch.stack([vectors @ part for vectors, part in zip(g, target, strict=True)]).sum(0)
         every, mine = torch.stack([scores, size], 1), slice(0, len(scores))
@@ -139,22 +148,23 @@ class RolloutFilter:
         self._note(weights, rollouts.step)
         return advantages * (weights if advantages.dim() == 1 else weights.unsqueeze(1))
 
-    def _vectors(
-        self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Per layer (N, D) the completions' gradients and (D,) this rank's part of t; (N,) their sizes."""
-        assert self._gradients is not None
-        loss_type = self._args.loss_type
-        batches = [PolicyBatch.of(rollouts, train_loss(advantages, rollouts.mask, loss_type))]
+    def _batches(self, rollouts: Rollouts, rewards: Rewards, advantages: Tensor) -> list[PolicyBatch]:
+        """The completions of this rank, and those of the target where that takes others or another loss."""
+        batches = [PolicyBatch.of(rollouts, train_loss(advantages, rollouts.mask, self._args.loss_type))]
         if self.target == "prompts":
             batches.append(self._fresh())
         elif self.target_loss != "train-loss":
             own, every = rewards.total[rewards.local], rewards.total
             coefficients = self._target_coefficients(own, advantages, rollouts.mask, every)
             batches.append(PolicyBatch.of(rollouts, coefficients))
+        return batches
+
+    def _vectors(self, batches: Sequence[PolicyBatch]) -> tuple[list[Tensor], list[Tensor]]:
+        """Per layer (N, D) the completions' gradients, and (D,) this rank's part of t. Collective under FSDP2."""
+        assert self._gradients is not None
         vectors = self._gradients.of(batches)
         n, last = len(batches[0]), len(batches[-1])
-        return [v[:n] for v in vectors], [v[-last:].sum(0) for v in vectors], sizes(rollouts.mask, loss_type)
+        return [v[:n] for v in vectors], [v[-last:].sum(0) for v in vectors]
 
     def _target_coefficients(
         self, rewards: Tensor, advantages: Tensor, mask: Tensor, every: Tensor | None = None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trl_ext.gradients import local_tensor
 from trl_ext.records import SetupContext
 from trl_ext_data_regularization.checks import one_pass
 from trl_ext_data_regularization.layers import Batch, Layer, Use, find_layers
@@ -39,8 +40,7 @@ class TappedModel:
         if plan.scored_by != "derivative":
             self.layers, uses = find_layers(context.model, context.names)
         elif any(p.dtype not in (torch.float32, torch.float64) for p in context.weights.parameters):
-            other = "" if context.sharded else ", or use engine=ghost"
-            raise ValueError(f"engine=derivative needs weights in fp32; load the model in fp32{other}")
+            raise ValueError("engine=derivative needs weights in fp32; load the model in fp32, or use engine=ghost")
         self.one_pass = one_pass(plan, self.layers, context)
         self._waiting: list[Batch] = []
         self._afterwards: Callable[[Inputs], None] | None = None
@@ -99,7 +99,7 @@ class OwnGradients:
     """The gradients of the trainer's own passes, which are the target where the general data are a stream.
 
     The core sets `p.grad` aside while it runs the stream, which is when these are needed. References are enough: DDP
-    reduces into the same tensors.
+    reduces into the same tensors, and FSDP2 calls the hooks once it has reduced.
 
     Args:
         parameters: the P trainable parameters.
@@ -117,7 +117,7 @@ class OwnGradients:
         self._tensors, self._listening = [None] * len(self._tensors), True
 
     def take(self) -> list[Tensor | None]:
-        """The P gradients, None where a parameter has none; what is computed from here on is not the trainer's own."""
+        """The P gradients, shards under FSDP2, None where a parameter has none; later ones are not the trainer's."""
         self._listening = False
         return self._tensors
 
@@ -129,6 +129,6 @@ class OwnGradients:
     def _keep(self, i: int) -> Callable[[Tensor], None]:
         def after(parameter: Tensor) -> None:
             if self._listening and parameter.grad is not None:
-                self._tensors[i] = parameter.grad
+                self._tensors[i] = local_tensor(parameter.grad)
 
         return after

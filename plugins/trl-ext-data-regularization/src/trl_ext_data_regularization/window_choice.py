@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial, reduce
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from trl_ext.own_passes import drop_gathered_weights
 from trl_ext.records import SetupContext, Window
 from trl_ext_data_regularization.diagnostics import gram_terms
-from trl_ext_data_regularization.engines import Engine, Scores, derivative_scores
+from trl_ext_data_regularization.engines import Engine, Scores, Target, derivative_scores
 from trl_ext_data_regularization.layers import Batch, Layer
 from trl_ext_data_regularization.plan import Plan
 from trl_ext_data_regularization.ranks import total_over_ranks, world_size
@@ -31,7 +31,7 @@ class WindowChoice:
     """Learning rate of the step, for rule=second-order."""
     layers: Sequence[Layer]
     samples: Samples
-    target: Sequence[Tensor | None]
+    target: Target
     """The target's gradient per parameter, as scores see it."""
     engine: Engine | None
     """None for the derivative engine, and once the whole window has been chosen from."""
@@ -58,20 +58,18 @@ class WindowChoice:
 
     @cached_property
     def squared_target_norms(self) -> Tensor:
-        """(L,) float64 |t|^2 of each layer, or of all."""
-        present = {i: t for i, t in enumerate(self.target) if t is not None}
-        dtype = reduce(torch.promote_types, (t.dtype for t in present.values()), torch.float32)
-        norms = dict(zip(present, torch._foreach_norm(list(present.values()), 2, dtype=dtype), strict=True))
-        zero = self._target_tokens.new_zeros(())
-        square = [norms[i].double() ** 2 if i in norms else zero for i in range(len(self.target))]
+        """(L,) float64 |t|^2 of each layer, or of all. Collective under FSDP2 on the first use."""
+        squares = self.target.squared_norms(self._target_tokens.device)
         if not self.plan.layerwise:
-            return torch.stack(square).sum().unsqueeze(0)
-        return torch.stack([sum((square[i] for i in layer.parameters), zero) for layer in self.layers])
+            return squares.sum().unsqueeze(0)
+        return torch.stack([squares[list(layer.parameters)].sum() for layer in self.layers])
 
-    def forget_target(self) -> None:
-        """Let go of the target's gradient, where scores no longer need it, and keep its norms."""
-        _ = self.squared_target_norms
-        self.target = ()
+    def settle_target(self) -> None:
+        """Before the first pass: take what is collective under FSDP2, and let go of t where nothing else needs it."""
+        if self.plan.scored_by in ("direct", "sketch"):  # whose <g_i, g_j> some rules and metrics compare with |t|^2
+            _ = self.squared_target_norms
+        if not self.plan.keeps_target:
+            self.target = Target(())
 
     # -- two passes --------------------------------------------------------------------------------------------------
 
@@ -81,7 +79,7 @@ class WindowChoice:
             moved = partial(drop_gathered_weights, context.model)
             parameters = context.weights.parameters
             s = derivative_scores(
-                lambda: self._losses(window), parameters, self.target, points=self.plan.points, moved=moved
+                lambda: self._losses(window), parameters, self.target.tensors, points=self.plan.points, moved=moved
             )
             return Scores(s.unsqueeze(0), None)
         for i, batch in enumerate(self.samples.batches):

@@ -6,27 +6,13 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from trl_ext.gradients import GradientView
+from trl_ext.gradients import GradientView, as_sharded
 
 
 def by_parameter(view: GradientView) -> dict[nn.Parameter, Tensor]:
     """The gradients that there are, as `parameter.grad` would hold them: a DTensor for a DTensor, sharing memory."""
-    return {p: _as_grad(p, g) for p, g in zip(view.parameters, view.tensors, strict=True) if g is not None}
-
-
-def _as_grad(parameter: nn.Parameter, local: Tensor) -> Tensor:
-    if not isinstance(parameter, DTensor):
-        return local
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    return {p: as_sharded(g, p) for p, g in zip(view.parameters, view.tensors, strict=True) if g is not None}
 
 
 def clip_as_trl(gradients: Mapping[nn.Parameter, Tensor], max_norm: float) -> None:

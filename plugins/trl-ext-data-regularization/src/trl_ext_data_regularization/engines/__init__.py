@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from trl_ext_data_regularization.engines.derivative import derivative_scores
 from trl_ext_data_regularization.engines.direct import Direct
 from trl_ext_data_regularization.engines.engine import Engine, Scores
 from trl_ext_data_regularization.engines.ghost import Ghost
 from trl_ext_data_regularization.engines.sketch import Projections, Sketch
+from trl_ext_data_regularization.engines.target import Target
 from trl_ext_data_regularization.layers import Layer
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Projections",
     "Scores",
     "Sketch",
+    "Target",
     "derivative_scores",
     "make_engine",
 ]
@@ -27,7 +28,7 @@ __all__ = [
 def make_engine(
     name: str,
     layers: Sequence[Layer],
-    target: Sequence[Tensor | None],
+    target: Target,
     samples: int,
     device: torch.device,
     projections: Projections,
@@ -37,7 +38,7 @@ def make_engine(
     Args:
         name: "ghost", "direct", "sketch" or "derivative".
         layers: all layers of the model.
-        target: the target's gradient per parameter, or None each.
+        target: the target's gradient per parameter.
         samples: number of samples of the window.
         device: where scores are.
         projections: of the sketches, the same for the whole run.

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor
 
 from trl_ext_data_regularization.engines.engine import Engine, Scores, sums, sums_of_products
+from trl_ext_data_regularization.engines.target import Target
 from trl_ext_data_regularization.layers import Batch, Layer, Use
 
 
 class Direct(Engine):
     """G (n, P) in fp32 per layer, until its scores are taken: s = G t, K = G G'. For LoRA and small models."""
 
-    def __init__(
-        self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int, device: torch.device
-    ) -> None:
+    def __init__(self, layers: Sequence[Layer], target: Target, samples: int, device: torch.device) -> None:
         super().__init__(layers, target, samples, device)
         self._weight: dict[int, Tensor] = {}
         self._bias: dict[int, Tensor] = {}
@@ -40,9 +39,9 @@ class Direct(Engine):
             torch.zeros(self.samples, device=self.device),
             torch.zeros(self.samples, self.samples, device=self.device),
         )
-        for store, i in ((self._weight, self.layers[layer].weight), (self._bias, self.layers[layer].bias)):
-            if layer in store and i is not None:
-                G, t = store[layer].flatten(1), self.target[i]
+        for store, t in zip((self._weight, self._bias), self.target_of(layer), strict=False):
+            if layer in store:
+                G = store[layer].flatten(1)
                 s = s if t is None else s + G @ t.float().flatten()
                 K = K + G @ G.t()
         return s, K

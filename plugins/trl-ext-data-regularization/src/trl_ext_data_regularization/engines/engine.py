@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trl_ext_data_regularization.engines.target import Target
 from trl_ext_data_regularization.layers import Batch, Layer, Use
 
 
@@ -31,18 +32,17 @@ class Engine(ABC):
 
     Args:
         layers: all layers of the model.
-        target: the target's gradient per parameter, in the order of the gradient views; None counts as zero.
+        target: the target's gradient per parameter, in the order of the gradient views.
         samples: n.
         device: where scores are.
     """
 
-    def __init__(
-        self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int, device: torch.device
-    ) -> None:
+    def __init__(self, layers: Sequence[Layer], target: Target, samples: int, device: torch.device) -> None:
         self.layers = layers
         self.target = target
         self.samples = samples
         self.device = device
+        self._at_hand: tuple[int, Sequence[Tensor | None]] | None = None
 
     @abstractmethod
     def add(self, use: Use, x: Tensor | None, go: Tensor, index: Tensor, batch: Batch) -> None:
@@ -58,16 +58,18 @@ class Engine(ABC):
 
     @abstractmethod
     def scores(self, layers: Sequence[int]) -> Scores:
-        """The scores of some layers."""
+        """The scores of some layers. Collective under FSDP2."""
 
-    def weight_of(self, layer: int) -> Tensor | None:
-        """The target's gradient of a layer's weight: (O, I), (V, H) for an embedding, (H,) for a scale."""
-        return self.target[self.layers[layer].weight]
+    def target_of(self, layer: int) -> Sequence[Tensor | None]:
+        """The target's gradient of a layer's weight: (O, I), (V, H) for an embedding, (H,) for a scale; and bias: (O,).
 
-    def bias_of(self, use: Use) -> Tensor | None:
-        """(O,) the target's gradient of a Linear's bias, where it has a trainable one."""
-        bias = self.layers[use.layer].bias
-        return None if bias is None or use.kind == "embedding" else self.target[bias]
+        Collective under FSDP2, where it is gathered, and held until another layer asks. So all ranks have to ask for
+        the same layers in the same order, however many tokens they have; backward passes of one model do.
+        """
+        if self._at_hand is None or self._at_hand[0] != layer:
+            self._at_hand = None  # before the next is gathered: one layer at a time is whole
+            self._at_hand = layer, [self.target.whole(i) for i in self.layers[layer].parameters]
+        return self._at_hand[1]
 
     def has_bias(self, use: Use) -> bool:
         """Whether tokens of this use also make up a bias's gradient."""

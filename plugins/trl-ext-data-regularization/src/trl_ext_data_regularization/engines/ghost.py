@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trl_ext_data_regularization.engines.engine import Engine, Scores
+from trl_ext_data_regularization.engines.target import Target
 from trl_ext_data_regularization.layers import Batch, Layer, Use
 
 
@@ -17,9 +18,7 @@ class Ghost(Engine):
     arXiv:2605.07063, "reduced ghost". Products are in the activations' dtype, sums in fp32. Gives no K.
     """
 
-    def __init__(
-        self, layers: Sequence[Layer], target: Sequence[Tensor | None], samples: int, device: torch.device
-    ) -> None:
+    def __init__(self, layers: Sequence[Layer], target: Target, samples: int, device: torch.device) -> None:
         super().__init__(layers, target, samples, device)
         self._s: dict[int, Tensor] = {}
 
@@ -27,11 +26,11 @@ class Ghost(Engine):
         if use.layer not in self._s:
             self._s[use.layer] = go.new_zeros(self.samples, dtype=torch.float32)
         s = self._s[use.layer][batch.window]
-        weight, bias = self.weight_of(use.layer), self.bias_of(use)
+        weight, *bias = self.target_of(use.layer)
         if weight is not None:
             s.index_add_(0, index, _along(use, x, go, weight))
-        if bias is not None:
-            s.index_add_(0, index, go.float() @ bias.float())
+        if self.has_bias(use) and bias[0] is not None:
+            s.index_add_(0, index, go.float() @ bias[0].float())
 
     def scores(self, layers: Sequence[int]) -> Scores:
         nothing = torch.zeros(self.samples, device=self.device)  # where the forward leaves a layer out

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from trl_ext_data_regularization.engines.engine import Engine, Scores, sums, sums_of_products
+from trl_ext_data_regularization.engines.target import Part, Target, summed
 from trl_ext_data_regularization.layers import Batch, Layer, Use
 
 
@@ -25,9 +27,20 @@ class Projections:
         self._signs: dict[tuple[str, int], Tensor] = {}
         self._known: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
-    def apply(self, side: str, values: Tensor) -> Tensor:
-        """(N, d) to (N, min(d, p)). `side` is "out" or "in"."""
-        return values if values.shape[1] <= self.size else values @ self.matrix(side, values.shape[1], values)
+    def apply(self, side: str, values: Tensor, width: int | None = None, start: int = 0) -> Tensor:
+        """(N, d) to (N, min(width, p)).
+
+        Args:
+            side: "out" or "in".
+            values: d of `width` columns; all of them where that is None.
+            width: of the whole; the columns left out count as zero.
+            start: the first of the d columns.
+        """
+        d = values.shape[1]
+        width = d if width is None else width
+        if width <= self.size:
+            return values if d == width else torch.nn.functional.pad(values, (start, width - start - d))
+        return values @ self.matrix(side, width, values)[start : start + d]
 
     def rows(self, side: str, width: int, ids: Tensor) -> Tensor:
         """(N, min(width, p)) float: the projections of the unit vectors `ids` (N,)."""
@@ -65,14 +78,14 @@ class Sketch(Engine):
     def __init__(
         self,
         layers: Sequence[Layer],
-        target: Sequence[Tensor | None],
+        target: Target,
         samples: int,
         device: torch.device,
         projections: Projections,
     ) -> None:
-        super().__init__(layers, (), samples, device)
+        super().__init__(layers, Target(()), samples, device)
         self.projections = projections
-        self._target = {i: self._sketched(gradient) for i, gradient in enumerate(target) if gradient is not None}
+        self._parameters, self._parts = target.parameters, target.parts(self._sketched)
         self._z: dict[int, Tensor] = {}
         self._bias: dict[int, Tensor] = {}
 
@@ -112,12 +125,18 @@ class Sketch(Engine):
         parts = [store[layer] for store in (self._z, self._bias) if layer in store]
         return torch.cat(parts, 1) if parts else torch.zeros(self.samples, 0, device=self.device)
 
-    def _sketched(self, gradient: Tensor) -> Tensor:
+    @cached_property
+    def _target(self) -> dict[int, Tensor]:
+        """(d,) float by parameter: sketches of the target's gradient. Collective under FSDP2 on the first use."""
+        return summed(self._parts, self._parameters)
+
+    def _sketched(self, part: Part) -> Tensor:
         """(d,) float: a parameter's gradient (O, I) or (O,) in the coordinates of the samples' sketches."""
+        gradient, shape, place = part.tensor, part.shape, part.place
         if gradient.dim() == 1:
-            return self.projections.apply("out", gradient.float().unsqueeze(0))[0]
-        left = self.projections.apply("out", gradient.t()).t()
-        return self.projections.apply("in", left).float().flatten()
+            return self.projections.apply("out", gradient.float().unsqueeze(0), shape[0], place[0])[0]
+        left = self.projections.apply("out", gradient.t(), shape[0], place[0]).t()
+        return self.projections.apply("in", left, shape[1], place[1]).float().flatten()
 
     def _accumulate(self, store: dict[int, Tensor], layer: int, values: Tensor, batch: Batch) -> None:
         if layer not in store:
