@@ -80,7 +80,7 @@ def make_model(shape: dict[str, int]) -> Any:
 
 def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folder: Path) -> Any:
     """A trainer of one arm; every arm has the same weights and data."""
-    plugin, lora = ARMS[arm], arm.endswith("LoRA")
+    plugin, lora, output = ARMS[arm], arm.endswith("LoRA"), str(folder / arm)
     common = settings(device, steps, per_device_train_batch_size=shape["batch"], max_length=shape["length"])
     given: dict[str, Any] = {
         "model": make_model(shape),
@@ -89,10 +89,10 @@ def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folde
         "peft_config": LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
     }
     if plugin is None:
-        trainer = trl.SFTTrainer(args=trl.SFTConfig(str(folder / "run"), **common), **given)
+        trainer = trl.SFTTrainer(args=trl.SFTConfig(output, **common), **given)
     else:
         plugins = [plugin.format(folder=folder)]
-        trainer = trl_ext.SFTTrainer(args=trl_ext.SFTConfig(str(folder / "run"), plugins=plugins, **common), **given)
+        trainer = trl_ext.SFTTrainer(args=trl_ext.SFTConfig(output, plugins=plugins, **common), **given)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
