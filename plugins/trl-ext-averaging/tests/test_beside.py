@@ -1,20 +1,18 @@
 """Updates beside the next step: the same numbers as at once, whoever writes to the weights or reads the copies next.
 
-On a CPU a thread that begins late stands in for the GPU's side stream (`thread_lane.py`).
+On a CPU the GPU's side stream is one that reads as late as it may (`late_lane.py`).
 """
 
 from __future__ import annotations
 
 import gc
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from thread_lane import ThreadLane, use_thread_lanes
+from late_lane import LateLane, use_late_lanes
 from tiny_runs import trainer
 from torch import Tensor, nn
 from trajectories import Recorded, context_of, trajectory, view_of
@@ -64,43 +62,42 @@ def test_updates_beside_the_training_change_no_bit(
     method: Any, options: dict[str, Any], slots: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = train(method(**options))
-    lanes = use_thread_lanes(monkeypatch, slots=slots)
+    lanes = use_late_lanes(monkeypatch, slots=slots)
     assert torch.equal(train(method(**options)), expected)
     assert bool(lanes) == method.follows
 
 
 @pytest.fixture
-def weights() -> Tensor:
-    return torch.zeros(3)
+def lane() -> LateLane:
+    return LateLane()
 
 
-@pytest.fixture
-def lane() -> Iterator[ThreadLane]:
-    lane = ThreadLane()
-    yield lane
-    lane.worker.shutdown()
-
-
-def submitted(lane: ThreadLane, weights: Tensor) -> tuple[Beside, list[Tensor]]:
-    """An update that keeps what it reads, a moment from now."""
+def submitted(lane: LateLane, weights: Tensor) -> tuple[Beside, list[Tensor]]:
+    """An update that keeps what it reads, when it is waited for."""
     seen: list[Tensor] = []
     beside = Beside(lane)
     beside.submit([weights], lambda theta: seen.append(theta[0].clone()))
-    assert lane.busy
+    assert not seen
     return beside, seen
 
 
-def test_an_optimiser_waits_until_the_weights_have_been_read(lane: ThreadLane, weights: Tensor) -> None:
-    beside, seen = submitted(lane, weights)
-    parameter = nn.Parameter(weights)
+def stepped() -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    """A parameter of zeros, and an optimiser that takes one from each."""
+    parameter = nn.Parameter(torch.zeros(3))
     parameter.grad = torch.ones(3)
-    torch.optim.SGD([parameter], lr=1.0).step()
-    assert weights.tolist() == [-1, -1, -1]
-    beside.wait()
+    return parameter, torch.optim.SGD([parameter], lr=1.0)
+
+
+def test_an_optimiser_waits_until_the_weights_have_been_read(lane: LateLane) -> None:
+    parameter, optimizer = stepped()
+    _, seen = submitted(lane, parameter.data)
+    optimizer.step()
+    assert parameter.tolist() == [-1, -1, -1]
     assert seen[0].tolist() == [0, 0, 0]
 
 
-def test_a_hook_of_any_plugin_waits_until_the_weights_have_been_read(lane: ThreadLane, weights: Tensor) -> None:
+def test_a_hook_of_any_plugin_waits_until_the_weights_have_been_read(lane: LateLane) -> None:
+    weights = torch.zeros(3)
     beside, seen = submitted(lane, weights)
     wait_for_readers()
     weights.fill_(7)
@@ -108,117 +105,117 @@ def test_a_hook_of_any_plugin_waits_until_the_weights_have_been_read(lane: Threa
     assert seen[0].tolist() == [0, 0, 0]
 
 
-def test_an_error_is_raised_where_the_plugin_waits_and_not_in_the_optimiser(lane: ThreadLane) -> None:
+def test_an_error_is_raised_where_the_plugin_waits_and_not_in_the_optimiser(lane: LateLane) -> None:
     def fail(theta: list[Tensor]) -> None:
         raise ZeroDivisionError
 
-    parameter = nn.Parameter(torch.zeros(3))
+    parameter, optimizer = stepped()
     beside = Beside(lane)
     beside.submit([parameter.data], fail)
-    torch.optim.SGD([parameter], lr=1.0).step()
+    optimizer.step()
     with pytest.raises(ZeroDivisionError):
         beside.wait()
     beside.wait()  # it has been said
 
 
-def test_no_more_updates_are_under_way_than_the_lane_has_slots_for(weights: Tensor) -> None:
-    lane, running = ThreadLane(slots=2), threading.Semaphore(0)
+def test_no_more_updates_are_under_way_than_the_lane_has_slots_for() -> None:
+    lane = LateLane(slots=2)
     beside = Beside(lane)
-    for _ in range(2):
-        beside.submit([weights], lambda theta: running.acquire())  # returns at once, though neither has begun
-    releases = threading.Timer(0.1, running.release)
-    releases.start()
-    beside.submit([weights], lambda theta: None)
-    assert lane.futures[0].done()
-    assert not lane.futures[1].done()
-    running.release()
-    beside.close()
+    for _ in range(3):
+        beside.submit([], lambda theta: None)
+    assert [update.done for update in lane.updates] == [True, False, False]
+    beside.wait()
+    assert all(update.done for update in lane.updates)
 
 
-def test_what_is_closed_or_dropped_leaves_the_optimisers(lane: ThreadLane) -> None:
-    parameter = nn.Parameter(torch.zeros(3))
-    optimizer, asked = torch.optim.SGD([parameter], lr=1.0), []
-    lane.weights_read = lambda: asked.append(None)  # type: ignore[method-assign]
+def test_what_is_closed_or_dropped_leaves_the_optimisers(lane: LateLane) -> None:
+    _, optimizer = stepped()
     kept, dropped = Beside(lane), Beside(lane)
     optimizer.step()
-    assert len(asked) == 2
+    assert lane.asked == 2
     kept.close()
     assert lane.closed
     optimizer.step()
-    assert len(asked) == 3
+    assert lane.asked == 3
     del dropped
     gc.collect()
     optimizer.step()
+    assert lane.asked == 3
     wait_for_readers()
-    assert len(asked) == 4  # `kept` is still here to be asked, and has nothing under way
+    assert lane.asked == 4  # `kept` is still here to be asked, and has nothing under way
 
 
 # -- on a CPU: whole runs --------------------------------------------------------------------------------------------
 
 
-class Pushing:
-    """Writes to the weights in the middle of a step, as a finite difference does, and puts them back."""
+class Shrinking:
+    """Writes to the weights in the middle of a step."""
 
     requires_api: ClassVar[str] = "1"
 
     @hookimpl
     def gradients_ready(self, gradients: GradientView, streams: Any) -> None:
         for parameter in gradients.parameters:
-            saved = parameter.detach().clone()
-            parameter.detach().fill_(100)
-            parameter.detach().copy_(saved)
+            parameter.detach().mul_(0.9)
 
 
-def final(folder: Path, resume: bool = False, **config: Any) -> dict[str, Tensor]:
-    """The average at the end of a run of six steps, which also evaluates it and the raw weights on the way."""
-    made = trainer(folder, ["ema:decay=0.6,compare=true"], eval_strategy="steps", eval_steps=2, **config)
+def average(
+    folder: Path, plugin: str = "ema:decay=0.6,compare=true", resume: bool = False, **config: Any
+) -> list[Tensor]:
+    """The average at the end of a run of six steps, with an evaluation after every second."""
+    made = trainer(folder, [plugin], eval_strategy="steps", eval_steps=2, **config)
     made.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
-    with made.ext_swaps.enter(made.ext_swaps.to_save()):
-        return {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    (ema,) = (plugin.instance for plugin in made.ext_plugins if plugin.name == "ema")
+    return [value.clone() for value in ema.state_dict().values() if isinstance(value, Tensor)]
 
 
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
-    return all(torch.equal(found[name], expected[name]) for name in expected)
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "schedule_free_adamw"])
-def test_a_run_deploys_the_same_average(optim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("plugin", "optim"),
+    [("ema:decay=0.6,compare=true", "adamw_torch"), ("ema:decay=0.6,deploy=raw", "schedule_free_adamw")],
+)
+def test_a_run_ends_with_the_same_average(
+    plugin: str, optim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """To the last bit, also where the optimiser moves the raw weights to evaluate them."""
-    expected = final(tmp_path / "plain", optim=optim)
-    lanes = use_thread_lanes(monkeypatch)
-    assert same(final(tmp_path / "beside", optim=optim), expected)
-    assert len(lanes[0].futures) == 6
-    assert lanes[0].closed
+    expected = average(tmp_path / "plain", plugin, optim=optim)
+    lanes = use_late_lanes(monkeypatch)
+    assert same(average(tmp_path / "beside", plugin, optim=optim), expected)
+    assert len(lanes[0].updates) == 6
+    assert lanes[0].closed  # at the end of the training, after which the best model may be loaded
 
 
 def test_a_run_resumes_with_the_same_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saving = {"save_strategy": "steps", "save_steps": 3}
-    expected = final(tmp_path / "plain", **saving)
-    use_thread_lanes(monkeypatch)
-    assert same(final(tmp_path / "beside", **saving), expected)
-    assert same(final(tmp_path / "beside", resume=True, **saving), expected)
+    expected = average(tmp_path / "plain", **saving)
+    use_late_lanes(monkeypatch)
+    assert same(average(tmp_path / "beside", **saving), expected)
+    assert same(average(tmp_path / "beside", resume=True, **saving), expected)
 
 
-def test_a_hook_that_moves_the_weights_for_a_while_leaves_the_average_alone(
+def test_a_hook_that_writes_to_the_weights_is_not_averaged_before_its_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = final(tmp_path / "plain")
-    use_thread_lanes(monkeypatch, delay=0.2)  # longer than a forward and backward pass
-    assert same(final(tmp_path / "beside", recorder=Pushing()), expected)
+    expected = average(tmp_path / "plain", recorder=Shrinking())
+    use_late_lanes(monkeypatch)
+    assert same(average(tmp_path / "beside", recorder=Shrinking()), expected)
 
 
 def test_an_error_in_an_update_is_the_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: Ema, *args: Any) -> None:
         raise ZeroDivisionError
 
-    use_thread_lanes(monkeypatch)
+    use_late_lanes(monkeypatch)
     monkeypatch.setattr(Ema, "update", broken)
     with pytest.raises(PluginError, match=r"plugin 'ema' .* failed in hook 'weights_updated' at step 2"):
         trainer(tmp_path, ["ema"]).train()
 
 
 def test_a_reference_that_the_next_step_needs_is_never_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    lanes, path = use_thread_lanes(monkeypatch), trajectory(1)
+    lanes, path = use_late_lanes(monkeypatch), trajectory(1)
     model, reference = Recorded(), Recorded()
     model.fill(path[0])
     plugin = Ema(decay=0.5, reference="ema")
