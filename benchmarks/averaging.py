@@ -39,7 +39,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "+ 4 decays": [{"name": "ema", "decay": [0.9, 0.99, 0.999, 0.9999]}],
 }
 PLAIN, AGAIN = list(VARIANTS)[:2]
-PER_TURN = {"cpu": 1, "cuda": 8}
+PER_TURN = {"cpu": 1, "cuda": 8, "tiny": 2}
 SHAPES: dict[str, Shape] = {
     "cpu": {"hidden": 256, "layers": 4, "vocab": 4096, "batch": 16, "length": 256, "dtype": "float32"},
     "cuda": {"hidden": 2048, "layers": 16, "vocab": 32768, "batch": 4, "length": 1024, "dtype": "bfloat16"},
@@ -104,9 +104,8 @@ def measure_memory(variant: str, shape: Shape, device: str) -> int:
         return peak_memory(make_trainer(variant, shape, device, 3, folder).train, device)
 
 
-def measure_times(variants: list[str], shape: Shape, turns: int, device: str) -> dict[str, np.ndarray]:
+def measure_times(variants: list[str], shape: Shape, turns: int, per_turn: int, device: str) -> dict[str, np.ndarray]:
     """Seconds of a step of each variant, by turn, with the updates that it began."""
-    per_turn = PER_TURN[device]
     with tempfile.TemporaryDirectory() as folder:
         trainers = make_trainers(variants, shape, device, turns * per_turn, folder)
 
@@ -139,7 +138,7 @@ def main() -> None:
     if options.measure_memory:
         print(json.dumps(measure_memory(options.measure_memory, shape, options.device)))
         return
-    times = measure_times(variants, shape, options.steps, options.device)
+    times = measure_times(variants, shape, options.steps, PER_TURN[options.size], options.device)
     updates = measure_updates(variants, shape, options.device)
     memory = peaks(
         __file__, options, again(options), variants, lambda variant: measure_memory(variant, shape, options.device)

@@ -165,7 +165,6 @@ class OnlineAverage:
     def deployed_weights(
         self, weights: WeightsView
     ) -> AbstractContextManager[None] | dict[str, AbstractContextManager[None]]:
-        self._shadows.wait()  # also for raw weights: a schedule-free optimiser moves them to evaluate
         first = self.deploy or self.averages()[0]
         if not self.compare:
             return self._swapped(weights, first)
