@@ -31,11 +31,11 @@ part() {
         echo "ended with status $?" >"$parts/$name.failed"
 }
 
-part 85 core --steps 12 --layer-steps 60 --only "no plugins" power compute_loss_func
-part 130 objectives --steps 12 --only "plain nll, again" nll power dft threshold \
+part 80 core --steps 10 --layer-steps 60 --only "no plugins" power compute_loss_func
+part 135 objectives --steps 10 --only "plain nll, again" nll power dft threshold \
     "iw-sft, cached" "iw-sft, start" "asft, start"
-part 95 averaging --steps 8 --only "+ ema" "+ ema, device: cpu"
-part 75 data_regularization --steps 12 --only "two streams" "layer-wise one pass" "layer-wise sketched" half-space
-part 75 mixing --steps 10
+part 75 averaging --steps 8 --only "+ ema" "+ ema, device: cpu"
+part 95 data_regularization --steps 10 --only "two streams" "layer-wise one pass" "layer-wise sketched" half-space
+part 90 mixing --steps 8
 
 "$python" "$here/joined.py" "$output" "$parts"
