@@ -1,6 +1,6 @@
 """What the layer and an objective cost: one run, ratios against plain TRL on the same data and weights.
 
-    python benchmarks/core.py [--device cuda] [--steps 40] [--only label_rank,top20_log_probs]
+    python benchmarks/core.py [--device cuda] [--steps 40] [--only label_rank top20_log_probs]
 
 Arms: plain `trl.SFTTrainer` (nll); `trl_ext.SFTTrainer` without plugins; with `power`; TRL's deprecated
 `compute_loss_func` route with the same loss on full logits; nll that asks the fused head for an output of TRL's or one
@@ -15,21 +15,17 @@ nothing.
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
-import warnings
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import trl
+from arguments import Shape, again, fitting, parameters, parse, parser, report, trained
 from datasets import Dataset
-from measure import hardware, in_own_process, one_thread, peak_memory, ratio, settings, steps_in_turn
-from transformers import PrinterCallback, logging
-from transformers.utils.logging import disable_progress_bar
+from measure import hardware, peak_memory, peaks, ratio, settings, steps_in_turn
+from transformers import PrinterCallback
 
 import trl_ext
 from trl_ext import hookimpl
@@ -39,6 +35,12 @@ from trl_ext.testing import tiny_llama, tiny_tokenizer
 PLAIN, PLAIN_AGAIN = "plain nll", "plain nll, again"
 HEAD = ("log_sum_sq_probs", "label_rank", "top20_log_probs")
 ARMS = (PLAIN, PLAIN_AGAIN, "no plugins", "power", "compute_loss_func", *HEAD)
+SHAPES: dict[str, Shape] = {
+    "cpu": {"vocab": 32_000, "hidden": 128, "layers": 2, "batch": 4, "length": 128},
+    # Qwen2-0.5B's vocabulary, width and depth.
+    "cuda": {"vocab": 151_936, "hidden": 896, "layers": 24, "batch": 8, "length": 2048},
+    "tiny": {"vocab": 300, "hidden": 16, "layers": 1, "batch": 2, "length": 16},
+}
 
 
 @dataclass(eq=False)
@@ -59,7 +61,17 @@ def full_logits_power(outputs: Any, labels: torch.Tensor, num_items_in_batch: An
     return (-torch.expm1(log_probs) * (targets != -100)).sum() / num_items_in_batch
 
 
-def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folder: str) -> Any:
+def make_model(shape: Shape) -> Any:
+    return tiny_llama(shape["vocab"], hidden=shape["hidden"], layers=shape["layers"], max_position_embeddings=2048)
+
+
+def need(shape: Shape, arms: int) -> float:
+    """Bytes of so many arms; full logits and what is made of them take most."""
+    a_token = 28 * shape["vocab"] + 40 * shape["layers"] * shape["hidden"]
+    return trained(parameters(lambda: make_model(shape)), arms) + shape["batch"] * shape["length"] * a_token
+
+
+def make_trainer(arm: str, shape: Shape, steps: int, device: str, folder: str) -> Any:
     """A trainer of one arm; every arm has the same weights and data."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(0, shape["vocab"] - 3, (shape["batch"] * steps, shape["length"]), generator=generator)
@@ -70,7 +82,8 @@ def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folde
         max_length=shape["length"],
         activation_checkpointing=False,
     )
-    model = tiny_llama(shape["vocab"], hidden=shape["hidden"], layers=shape["layers"])
+    with torch.device(device):  # half a billion random numbers take a GPU no time
+        model = make_model(shape)
     given: dict[str, Any] = {
         "model": model,
         "train_dataset": Dataset.from_dict({"input_ids": rows.tolist()}),
@@ -90,75 +103,51 @@ def make_trainer(arm: str, shape: dict[str, int], steps: int, device: str, folde
     return trainer
 
 
-def measure_times(arms: tuple[str, ...], shape: dict[str, int], steps: int, device: str) -> dict[str, np.ndarray]:
+def measure_times(arms: list[str], shape: Shape, steps: int, device: str) -> dict[str, np.ndarray]:
     """Seconds of each arm's steps, in turn."""
     with tempfile.TemporaryDirectory() as folder:
         return steps_in_turn({arm: make_trainer(arm, shape, steps, device, f"{folder}/{arm}") for arm in arms}, device)
 
 
-def measure_memory(arm: str, shape: dict[str, int], steps: int, device: str) -> int:
-    """Peak bytes of an arm's training, in this process."""
+def measure_memory(arm: str, shape: Shape, device: str) -> int:
+    """Peak bytes of an arm's training of three steps, in this process."""
     with tempfile.TemporaryDirectory() as folder:
-        return peak_memory(make_trainer(arm, shape, steps, device, folder).train, device)
+        return peak_memory(make_trainer(arm, shape, 3, device, folder).train, device)
 
 
-def measure_layer(plain: float, device: str) -> dict[str, float]:
+def measure_layer(plain: float, steps: int, device: str) -> dict[str, float]:
     """What the layer takes without plugins, and its share of a `plain` step of so many seconds."""
     nothing = {"vocab": 64, "hidden": 8, "layers": 1, "batch": 1, "length": 8}
-    layer = measure_times((PLAIN, "no plugins"), nothing, 1000, device)
+    layer = measure_times([PLAIN, "no plugins"], nothing, steps, device)
     cost = float(np.median(layer["no plugins"] - layer[PLAIN]))
     print(f"the layer without plugins: {cost * 1e6:.1f} us a step = {cost / plain:.4%} of plain nll")
     return {"us_per_step": cost * 1e6, "share_of_plain_step": cost / plain}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--only", help="arms to measure beside plain nll, with commas; the layer is left out then")
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    parser.add_argument("--shape", help=argparse.SUPPRESS)
-    parser.add_argument("--measure-memory", choices=ARMS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
-    disable_progress_bar()
-    one_thread(options.device)
+    made = parser(__doc__, SHAPES, 40, ARMS)
+    made.add_argument("--layer-steps", type=int, default=1000, help="of the model whose step takes nothing; 0 for none")
+    options = parse(made)
+    arms = [arm for arm in ARMS if not options.only or arm in (PLAIN, PLAIN_AGAIN, *options.only)]
+    shape = fitting(SHAPES[options.size], "batch", lambda shape: need(shape, len(arms)), options.device)
     if options.measure_memory:
-        print(measure_memory(options.measure_memory, json.loads(options.shape), options.steps, options.device))
+        print(measure_memory(options.measure_memory, shape, options.device))
         return
-
-    big = {
-        "vocab": 151_936,
-        "hidden": 896,
-        "layers": 24,
-        "batch": 8,
-        "length": 2048,
-    }  # Qwen2-0.5B's vocabulary and width
-    small = {"vocab": 32_000, "hidden": 128, "layers": 2, "batch": 4, "length": 128}
-    shape = big if options.device == "cuda" else small
-    arms = tuple(arm for arm in ARMS if not options.only or arm in (PLAIN, PLAIN_AGAIN, *options.only.split(",")))
     times = measure_times(arms, shape, options.steps, options.device)
-    plain = times[PLAIN]
-    common = ["--device", options.device, "--shape", json.dumps(shape), "--steps", "3"]
-    memory = {arm: in_own_process(__file__, *common, "--measure-memory", arm) / 2**20 for arm in arms}
-    figures: dict[str, Any] = {"hardware": hardware(options.device), "shape": shape, "arms": {}}
-    print(f"{figures['hardware']}, {shape}")
-    print(f"{'arm':20} {'ms a step':>10} {'time ratio':>21} {'peak MiB':>9} {'memory ratio':>13}")
+    memory = peaks(__file__, options, again(options), arms, lambda arm: measure_memory(arm, shape, options.device))
+    table: dict[str, Any] = {}
+    print(f"{hardware(options.device)}, {shape}\n")
+    print("| arm | ms a step | time ratio | peak MiB | memory ratio |\n|---|---|---|---|---|")
     for arm in arms:
-        row = {
-            "step_ms": np.median(times[arm]) * 1e3,
-            "time_ratio": str(ratio(times[arm], plain)),
-            "peak_mib": memory[arm],
-            "memory_ratio": memory[arm] / memory[PLAIN],
-        }
-        figures["arms"][arm] = row
-        print("{:20} {:10.2f} {:>21} {:9.0f} {:13.3f}".format(arm, *row.values()))
-
-    if not options.only:
-        figures["layer"] = measure_layer(float(np.median(plain)), options.device)
-    if options.output:
-        options.output.write_text(json.dumps(figures, indent=2) + "\n")
+        time, ms, row = ratio(times[arm], times[PLAIN]), 1e3 * float(np.median(times[arm])), ["", ""]
+        table[arm] = {"ms": ms, "ratios": {"plain": asdict(time)}}
+        if memory:
+            table[arm] |= {"peak_mib": memory[arm] / 2**20, "memory_ratio": memory[arm] / memory[PLAIN]}
+            row = [f"{table[arm]['peak_mib']:.0f}", f"{table[arm]['memory_ratio']:.3f}"]
+        print(f"| {arm} | {ms:.2f} | {time} | {' | '.join(row)} |")
+    layer_steps = 0 if options.only else options.layer_steps
+    layer = measure_layer(float(np.median(times[PLAIN])), layer_steps, options.device) if layer_steps else {}
+    report(options, shape, table, layer=layer)
 
 
 if __name__ == "__main__":

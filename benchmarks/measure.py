@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,27 +79,43 @@ class Turns(TrainerCallback):
         baton: shared with the other trainings.
         thread: this training's number.
         optimizer: whether the optimiser's own part counts; without it a step is its forward, backward and clipping.
+        steps: of one turn; the device is waited for at its end alone.
+        settle: called at the end of a turn, to wait for what else the training has begun.
     """
 
-    def __init__(self, device: str, baton: Baton, thread: int, optimizer: bool) -> None:
+    def __init__(
+        self, device: str, baton: Baton, thread: int, optimizer: bool, steps: int, settle: Callable[[], Any]
+    ) -> None:
         self.device, self.baton, self.thread, self.optimizer = device, baton, thread, optimizer
+        self.steps, self.settle, self.done = steps, settle, 0
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._start = seconds_now(self.device)
+        if self.done % self.steps == 0:
+            self._start = seconds_now(self.device)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._without = seconds_now(self.device) - self._start
+        if not self.optimizer:
+            self._without = seconds_now(self.device) - self._start
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.done += 1
+        if self.done % self.steps:
+            return
+        self.settle()
         whole = seconds_now(self.device) - self._start
-        self.seconds.append(whole if self.optimizer else self._without)
+        self.seconds.append(whole / self.steps if self.optimizer else self._without)
         self.baton.hand_on()
         self.baton.wait(self.thread)
 
 
 def steps_in_turn(
-    trainers: Mapping[str, Any], device: str, warm_up: int = 2, without_optimizer: Collection[str] = ()
+    trainers: Mapping[str, Any],
+    device: str,
+    warm_up: int = 2,
+    without_optimizer: Collection[str] = (),
+    per_turn: int = 1,
+    settle: Callable[[str], Any] = lambda arm: None,
 ) -> dict[str, np.ndarray]:
     """Train all together, one step of each in turn, in one process.
 
@@ -108,14 +124,20 @@ def steps_in_turn(
     Args:
         trainers: by arm; all of the same number of steps.
         device: "cpu" or "cuda".
-        warm_up: first steps that do not count.
-        without_optimizer: arms whose steps end before the optimiser's.
+        warm_up: first turns that do not count.
+        without_optimizer: arms whose steps end before the optimiser's; with one step a turn.
+        per_turn: steps of a turn, of which the trainers have a multiple. More than one where a step's work runs on
+            beside the next.
+        settle: called with an arm at the end of its turn, to wait for what else it has begun.
 
     Returns:
-        seconds of each arm's steps, (steps - warm_up,), the same index in the same turn.
+        seconds of a step of each arm, (turns - warm_up,), the same index in the same turn.
     """
     baton = Baton(len(trainers))
-    clocks = {arm: Turns(device, baton, i, arm not in without_optimizer) for i, arm in enumerate(trainers)}
+    clocks = {
+        arm: Turns(device, baton, i, arm not in without_optimizer, per_turn, functools.partial(settle, arm))
+        for i, arm in enumerate(trainers)
+    }
 
     def train(trainer: Any, clock: Turns) -> None:
         baton.wait(clock.thread)
@@ -155,10 +177,13 @@ def ratio(seconds: np.ndarray, base: np.ndarray) -> Ratio:
     return Ratio(float(np.median(ratios)), float(interval.low), float(interval.high))
 
 
-def timed_method(owner: type, name: str, device: str) -> dict[int, list[float]]:
+def timed_method(
+    owner: type, name: str, device: str, settle: Callable[[Any], Any] = lambda self: None
+) -> dict[int, list[float]]:
     """Replace a method by itself with a clock, and give what the seconds of each call go to, by the object's id.
 
-    What a plugin adds to a step is often far below the noise of whole steps.
+    What a plugin adds to a step is often far below the noise of whole steps. `settle` is called with the object before
+    the clock stops, to wait for what the method has begun.
     """
     seconds: dict[int, list[float]] = defaultdict(list)
     method = getattr(owner, name)
@@ -169,6 +194,7 @@ def timed_method(owner: type, name: str, device: str) -> dict[int, list[float]]:
         try:
             return method(self, *args, **kwargs)
         finally:
+            settle(self)
             seconds[id(self)].append(seconds_now(device) - start)
 
     setattr(owner, name, timed)
@@ -203,18 +229,24 @@ def in_own_process(script: str, *arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peaks(script: str, device: str, variants: Iterable[str], measure: Callable[[str], Any]) -> dict[str, Any]:
-    """What `measure` says of each variant, one after the other; on CPU each in a process of its own.
+def peaks(
+    script: str, options: Any, arguments: Sequence[str], arms: Iterable[str], measure: Callable[[str], Any]
+) -> dict[str, Any]:
+    """What `measure` says of each arm, one after the other; on CPU each in a process of its own, unless it is tiny.
 
     Args:
-        script: the benchmark's own path, which takes `--measure-memory VARIANT` and prints what `measure` gives.
-        device: "cpu" or "cuda", whose allocator counts exactly also what a process does after something else.
-        variants: their names.
+        script: the benchmark's own path, which takes `--measure-memory ARM` and prints what `measure` gives.
+        options: with `device`, `size` and `no_memory`; a GPU's allocator counts exactly also after something else.
+        arguments: what the script is started with.
+        arms: their names.
         measure: gives something that JSON can hold.
     """
-    if device == "cuda":
-        return {variant: measure(variant) for variant in variants}
-    return {variant: in_own_process(script, "--device", device, "--measure-memory", variant) for variant in variants}
+    if options.no_memory:
+        return {}
+    if options.device == "cuda" or options.size == "tiny":
+        gc.collect()  # what has been timed needs its memory no more
+        return {arm: measure(arm) for arm in arms}
+    return {arm: in_own_process(script, *arguments, "--measure-memory", arm) for arm in arms}
 
 
 def keep_freed_memory(device: str) -> None:

@@ -11,24 +11,24 @@ the higher of GRPO and SFT, in copies of the weights.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import tempfile
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 import trl
+from arguments import Shape, again, fitting, parameters, parse, parser, report, trained
 from datasets import Dataset
-from measure import hardware, keep_freed_memory, one_thread, peak_memory, peaks, ratio, settings, steps_in_turn
+from measure import hardware, keep_freed_memory, peak_memory, peaks, ratio, settings, steps_in_turn
 
 import trl_ext
 from trl_ext.testing import tiny_llama, tiny_tokenizer
 
 VARIANTS = ("plain GRPO", "plain SFT", "parallel averaging", "gradient averaging")
-SIZES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, Shape] = {
     "cpu": {
         "hidden": 256,
         "layers": 4,
@@ -49,14 +49,36 @@ SIZES: dict[str, dict[str, int]] = {
         "sft_batch": 16,
         "sft_length": 512,
     },
+    "tiny": {
+        "hidden": 16,
+        "layers": 1,
+        "heads": 2,
+        "batch": 8,
+        "prompt": 8,
+        "completion": 4,
+        "sft_batch": 2,
+        "sft_length": 16,
+    },
 }
+GRPO, SFT = VARIANTS[:2]
 
 
-def make_trainer(variant: str, device: str, steps: int, folder: str) -> Any:
+def make_model(shape: Shape) -> Any:
+    return tiny_llama(hidden=shape["hidden"], layers=shape["layers"], num_attention_heads=shape["heads"])
+
+
+def need(shape: Shape, variants: int) -> float:
+    """Bytes of so many variants, one of them with the other branch's moments and gradients, and of activations."""
+    tokens = max(shape["batch"] * (shape["prompt"] + shape["completion"]), shape["sft_batch"] * shape["sft_length"])
+    return (
+        trained(parameters(lambda: make_model(shape)), variants + 2) + tokens * 60 * shape["layers"] * shape["hidden"]
+    )
+
+
+def make_trainer(variant: str, size: Shape, device: str, steps: int, folder: str) -> Any:
     """A trainer of one variant; every variant has the same weights."""
-    size = SIZES[device]
     with torch.device(device):  # a billion random numbers take a GPU no time
-        model = tiny_llama(hidden=size["hidden"], layers=size["layers"], num_attention_heads=size["heads"])
+        model = make_model(size)
     rng = random.Random(0)
 
     def text(length: int) -> str:
@@ -76,11 +98,11 @@ def make_trainer(variant: str, device: str, steps: int, folder: str) -> Any:
         "generation_kwargs": {"min_new_tokens": size["completion"]},
     }
     tokenizer = tiny_tokenizer()
-    if variant == "plain SFT":
+    if variant == SFT:
         config = trl.SFTConfig(folder, per_device_train_batch_size=size["sft_batch"], **both)
         return trl.SFTTrainer(model, args=config, train_dataset=solutions, processing_class=tokenizer)
     given: dict[str, Any] = {"reward_funcs": reward, "train_dataset": prompts, "processing_class": tokenizer}
-    if variant == "plain GRPO":
+    if variant == GRPO:
         return trl.GRPOTrainer(model, args=trl.GRPOConfig(folder, **grpo), **given)
     mode = "updates" if variant == "parallel averaging" else "gradients"
     plugin = {"name": "parallel-averaging", "mode": mode, "batch_size": size["sft_batch"]}
@@ -88,50 +110,45 @@ def make_trainer(variant: str, device: str, steps: int, folder: str) -> Any:
     return trl_ext.GRPOTrainer(model, args=config, streams={"sft": solutions}, **given)
 
 
-def measure_memory(variant: str, device: str) -> list[int]:
-    """Peak bytes of three steps, and the bytes of the weights."""
+def measure_memory(variant: str, shape: Shape, device: str) -> int:
+    """Peak bytes of three steps."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(variant, device, 3, folder)
-        copy = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-        return [peak_memory(trainer.train, device), copy]
+        return peak_memory(make_trainer(variant, shape, device, 3, folder).train, device)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--steps", type=int, default=62, help="of each variant; the first two do not count")
-    parser.add_argument("--system-malloc", action="store_true", help="on CPU: let glibc give freed memory back")
-    parser.add_argument("--no-gradients", action="store_true", help="leave out mode=gradients")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--measure-memory", choices=VARIANTS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    made = parser(__doc__, SHAPES, 62, VARIANTS)
+    made.add_argument("--system-malloc", action="store_true", help="on CPU: let glibc give freed memory back")
+    options = parse(made)
     if not options.system_malloc:
         keep_freed_memory(options.device)
-    one_thread(options.device)
+    variants = [name for name in VARIANTS if not options.only or name in (GRPO, SFT, *options.only)]
+    shape = fitting(SHAPES[options.size], "layers", lambda shape: need(shape, len(variants)), options.device)
     if options.measure_memory:
-        print(json.dumps(measure_memory(options.measure_memory, options.device)))
+        print(json.dumps(measure_memory(options.measure_memory, shape, options.device)))
         return
-    variants = VARIANTS[:-1] if options.no_gradients else VARIANTS
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
-            variant: make_trainer(variant, options.device, options.steps, f"{folder}/{variant}") for variant in variants
+            variant: make_trainer(variant, shape, options.device, options.steps, f"{folder}/{variant}")
+            for variant in variants
         }
-        seconds = steps_in_turn(trainers, options.device)
+        times = steps_in_turn(trainers, options.device)
         del trainers
-    memory = peaks(__file__, options.device, variants, lambda variant: measure_memory(variant, options.device))
+    memory = peaks(
+        __file__, options, again(options), variants, lambda variant: measure_memory(variant, shape, options.device)
+    )
 
-    copy, apart = memory["plain GRPO"][1], max(memory[variant][0] for variant in ("plain GRPO", "plain SFT"))
-    print(f"{hardware(options.device)}; {copy / 4e6:.1f} M parameters in fp32, {SIZES[options.device]}")
+    copy = 4 * parameters(lambda: make_model(shape))
+    print(f"{hardware(options.device)}; {copy / 4e6:.1f} M parameters in fp32, {shape}")
     print(f"{options.steps} steps of each\n")
     print("| variant | ms a step | / (GRPO + SFT) | memory above both, copies of the weights |\n|---|---|---|---|")
-    table = {}
+    table: dict[str, Any] = {}
     for variant in variants:
-        copies, ms = (memory[variant][0] - apart) / copy, 1e3 * float(np.median(seconds[variant]))
-        share = str(ratio(seconds[variant], seconds["plain GRPO"] + seconds["plain SFT"]))
-        table[variant] = {"ms": ms, "ratio": share, "memory": copies}
-        print(f"| {variant} | {ms:.1f} | {share} | {copies:.2f} |")
-    if options.json:
-        options.json.write_text(json.dumps({"hardware": hardware(options.device), **table}, indent=2) + "\n")
+        time, ms = ratio(times[variant], times[GRPO] + times[SFT]), 1e3 * float(np.median(times[variant]))
+        copies = (memory[variant] - max(memory[GRPO], memory[SFT])) / copy if memory else None
+        table[variant] = {"ms": ms, "ratios": {"GRPO + SFT": asdict(time)}, "copies": copies}
+        print(f"| {variant} | {ms:.1f} | {time} | {'' if copies is None else f'{copies:.2f}'} |")
+    report(options, shape, table, parameters=copy // 4)
 
 
 if __name__ == "__main__":

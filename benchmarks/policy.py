@@ -23,10 +23,10 @@ import torch
 import trl
 from datasets import Dataset
 from measure import hardware, keep_freed_memory, one_thread, ratio, settings, steps_in_turn
-from mixing import SIZES
+from mixing import SHAPES, make_model
 
 import trl_ext
-from trl_ext.testing import tiny_llama, tiny_tokenizer
+from trl_ext.testing import tiny_tokenizer
 
 PLAIN = "plain GRPO"
 METHODS = {
@@ -50,10 +50,10 @@ def make_trainer(arm: str, device: str, steps: int, folder: str) -> Any:
         steps: optimiser steps.
         folder: to write into.
     """
-    size, rng = SIZES[device], random.Random(0)
+    size, rng = SHAPES[device], random.Random(0)
     torch.manual_seed(0)
     with torch.device(device):
-        model = tiny_llama(hidden=size["hidden"], layers=size["layers"], num_attention_heads=size["heads"])
+        model = make_model(size)
     prompts = [{"prompt": "".join(rng.choices("abcdefgh ", k=size["prompt"]))} for _ in range(256)]
 
     def reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -91,7 +91,7 @@ def main() -> None:
         arms = [PLAIN, *METHODS]
         trainers = {arm: make_trainer(arm, options.device, options.steps, f"{folder}/{arm}") for arm in arms}
         seconds = steps_in_turn(trainers, options.device)
-    print(f"{hardware(options.device)}; {SIZES[options.device]}, {options.steps} steps of each\n")
+    print(f"{hardware(options.device)}; {SHAPES[options.device]}, {options.steps} steps of each\n")
     print("| arm | ms a step | / plain GRPO |\n|---|---|---|")
     table = {}
     for arm in arms:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -55,3 +56,30 @@ def drop_gathered_weights(model: nn.Module) -> None:
     gathered: list[Any] = [p for p in model.parameters() if hasattr(p, "ds_status") and p.ds_status.name == "AVAILABLE"]
     if gathered:
         gathered[0].partition(gathered)
+
+
+class Reader(Protocol):
+    """Reads the weights beside the training: on a stream of its own, or in a thread."""
+
+    def weights_read(self) -> None:
+        """Let what the training does next wait until the weights have been read."""
+
+
+_READERS: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+
+def read_beside(reader: Reader) -> None:
+    """Have `reader.weights_read` called before the hooks of plugins, any of which may write to the weights.
+
+    For its own updates an optimiser has a hook of torch's (`register_optimizer_step_pre_hook`).
+
+    Args:
+        reader: held weakly, and asked for as long as it lives.
+    """
+    _READERS.add(reader)
+
+
+def wait_for_readers() -> None:
+    """Let what comes next wait until nobody reads the weights beside it any more. Plugins need not call it."""
+    for reader in tuple(_READERS):
+        reader.weights_read()

@@ -19,6 +19,7 @@ from trl_ext.engine.unmodified import Unmodified
 from trl_ext.engine.watchdog import watched
 from trl_ext.errors import NonFiniteError, OnAllRanksError, PluginError
 from trl_ext.hookspecs import HOOKS
+from trl_ext.own_passes import wait_for_readers
 from trl_ext.plugins.plugin_set import PluginSet
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Guard:
         if hook in HOOKS and HOOKS[hook].touches_update:
             self.last_touched = f"{plugin}.{hook}"
         unmodified = Unmodified(arguments)
+        wait_for_readers()  # it may write to the weights
         try:
             place = f"hook '{hook}' of plugin {self._origin[plugin]} at step {self.step() + 1}"
             with self._watched(place), self.named(f"{plugin}.{hook}"):

@@ -144,7 +144,7 @@ def test_working_in_chunks_changes_nothing(method, options, dtype, monkeypatch):
     whole = result(method(**options), path, dtype=dtype)
     sizes = []
 
-    def small_chunks(*columns, cut=shadows.chunks):
+    def small_chunks(*columns, limit, cut=shadows.chunks):
         for group in cut(*columns, limit=4):  # cuts the matrix of 6 and separates it from the vector of 4
             sizes.append(sum(tensor.numel() for tensor in group[0]))
             yield group

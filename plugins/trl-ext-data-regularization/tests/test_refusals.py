@@ -362,6 +362,34 @@ def test_one_sample_is_kept_or_dropped_by_filter():
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
+class PastTheHead:
+    """A loss of the hidden states, without the head's log-probabilities."""
+
+    requires_api = "1"
+
+    @hookimpl
+    def setup(self, context):
+        context.model.base_model.register_forward_hook(self.keep)
+
+    def keep(self, module, args, output):
+        self.hidden = output.last_hidden_state
+
+    @hookimpl
+    def per_token_loss(self, tokens):
+        return self.hidden[:, :-1].square().mean(-1)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_loss_that_goes_past_the_scored_head_is_refused_and_the_advice_works(scope):
+    with pytest.raises((PluginError, RuntimeError), match=r"the loss goes past them .*; freeze it"):
+        train(DataRegularization(scope=scope), beside=[PastTheHead()])
+    derivative = DataRegularization(scope="global", engine="derivative", rule="topk", general="train")
+    frozen = model()
+    frozen.lm_head.requires_grad_(False)
+    for plugin, net in ((derivative, None), (DataRegularization(scope=scope), frozen)):
+        assert train(plugin, net, beside=[PastTheHead()]).state.global_step == 3
+
+
 @pytest.mark.parametrize("architecture", ["gemma", "opt"])
 def test_modules_that_do_more_than_torchs_own_are_refused(architecture):
     """Gemma's embedding scales, OPT's positions take an offset: a tap for torch's own would train another net."""

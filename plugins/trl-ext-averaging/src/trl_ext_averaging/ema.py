@@ -90,6 +90,10 @@ class Ema(OnlineAverage):
             self._reference = self._reference_tensors(context)
             self.copies_changed()
 
+    @property
+    def awaited(self) -> bool:
+        return bool(self.reference)
+
     @torch.no_grad()
     def copies_changed(self) -> None:
         if self._reference and self._began:

@@ -39,8 +39,8 @@ class OnlineAverage:
         start: optimiser steps before averaging begins; until then the raw weights are deployed.
         every: optimiser steps between updates, counted from `start`. A step that was skipped is not averaged.
         parameters: regular expression; only the trainable parameters whose name it matches are averaged.
-        device: "model" keeps the copies beside the weights; "cpu" keeps them in host memory and, on CUDA, copies the
-            weights on a side stream while the next step computes.
+        device: "model" keeps the copies beside the weights; "cpu" keeps them in host memory. On CUDA updates run
+            beside the next step: on a side stream, or from pinned copies of the weights in a thread.
         deploy: what evaluation and the final model use: "raw" or the name of an average; the first average if empty.
         compare: also evaluate the raw weights and all other averages, as `eval_<name>_loss` and so on.
         sampling: where the trainer draws completions: the name of the average to draw them from in training; the
@@ -61,7 +61,7 @@ class OnlineAverage:
     method: ClassVar[str]
     follows: ClassVar[bool] = True
     """Whether the copies are updated after `start`."""
-    requires_api: ClassVar[str] = ">=1.1,<2"  # sampling_weights
+    requires_api: ClassVar[str] = ">=1.5,<2"  # end
     cost: ClassVar[str] = "a copy of the weights for each average, and well under 1 % of a step"
     state_version: ClassVar[int] = 1
     provides: ClassVar[tuple[str, ...]] = ("weight-average",)
@@ -104,6 +104,11 @@ class OnlineAverage:
         """Called after the copies have been written on the weights' device: at the start, updated, or loaded."""
 
     @property
+    def awaited(self) -> bool:
+        """Whether the next step needs what `copies_changed` does, so that no update can run beside it."""
+        return False
+
+    @property
     def ready(self) -> bool:
         """Whether there is an average to deploy."""
         return self._began
@@ -133,7 +138,11 @@ class OnlineAverage:
         parameters, on_host = [context.weights.parameters[i] for i in self._selected], self.device == "cpu"
         self._shadows.close()
         self._shadows = Shadows(
-            [names[i] for i in self._selected], parameters, self.copy_kinds(), on_host=on_host, follows=self.follows
+            [names[i] for i in self._selected],
+            parameters,
+            self.copy_kinds(),
+            on_host=on_host,
+            beside=self.follows and not self.awaited,
         )
         if self.start == 0:
             self._begin(self._theta(context.weights))
@@ -145,7 +154,7 @@ class OnlineAverage:
             self._begin(self._theta(weights))
         elif self.follows and step > self.start and (step - self.start) % self.every == 0 and not skipped:
             self._updates += 1
-            updates = self._updates  # as of now: an offloaded update runs later
+            updates = self._updates  # as of now: an update in a thread runs later
             self._shadows.update(
                 self._theta(weights),
                 lambda copies, theta: self.update(copies, theta, updates, step),
@@ -165,6 +174,10 @@ class OnlineAverage:
     @hookimpl
     def sampling_weights(self, weights: WeightsView) -> AbstractContextManager[None] | None:
         return self._swapped(weights, self.sampling) if self.sampling else None
+
+    @hookimpl
+    def end(self, weights: WeightsView, step: int) -> None:
+        self._shadows.close()  # the best model may be loaded into the weights next
 
     # State.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trl_ext.errors import CheckpointError
 from trl_ext.gradients import copy_saved, local_tensor
-from trl_ext_averaging.offload import HostStage
+from trl_ext_averaging.beside import Beside, lane_for
 
 Copies = Mapping[str, list[Tensor]]
 CopyKind = Literal["wide", "exact"]
@@ -25,8 +25,8 @@ Update = Callable[[Copies, list[Tensor]], None]
 Read = Callable[[Copies, list[Tensor]], Sequence[Tensor]]
 """Gives the weights to deploy from copies and weights, and changes neither."""
 
-CHUNK = 1 << 24
-"""Elements handled at a time: the fp32 scratch for low-precision weights stays at 64 MiB."""
+CHUNK, CHUNK_ON_HOST = 1 << 24, 1 << 20
+"""Elements handled at a time: the fp32 scratch for low-precision weights stays at 64 MiB, and on CPU in the cache."""
 
 
 class Shadows:
@@ -37,7 +37,7 @@ class Shadows:
         parameters: the parameters themselves, in the same order; DTensors where they are sharded.
         kinds: name to kind of each copy.
         on_host: keep the copies in host memory.
-        follows: whether the copies are updated again after `begin`.
+        beside: whether the copies are updated again after `begin`, and may be so beside the next step.
     """
 
     def __init__(
@@ -47,16 +47,17 @@ class Shadows:
         kinds: Mapping[str, CopyKind] | None = None,
         *,
         on_host: bool = False,
-        follows: bool = True,
+        beside: bool = False,
     ) -> None:
         self.names = tuple(names)
         weights = [parameter.detach() for parameter in parameters]
         self._saved = {copy: [_empty(w, kind, on_host) for w in weights] for copy, kind in (kinds or {}).items()}
         self.copies = {copy: [local_tensor(tensor) for tensor in tensors] for copy, tensors in self._saved.items()}
         """What is computed with: this rank's shards, in the memory of what is saved."""
-        theta = [local_tensor(weight) for weight in weights]
-        offloads = on_host and follows and any(tensor.is_cuda for tensor in theta)
-        self._stage = HostStage(theta) if offloads else None
+        own = [tensor for tensors in self.copies.values() for tensor in tensors]
+        self._limit = CHUNK_ON_HOST if own and own[0].device.type == "cpu" else CHUNK
+        lane = lane_for([local_tensor(weight) for weight in weights], own, on_host=on_host) if beside else None
+        self._beside = None if lane is None else Beside(lane)
 
     @torch.no_grad()
     def begin(self, theta: list[Tensor]) -> None:
@@ -67,37 +68,38 @@ class Shadows:
                 copy.copy_(tensor)
 
     def update(self, theta: list[Tensor], change: Update, done: Callable[[], None]) -> None:
-        """Update the copies with these weights and call `done`: now, or in a thread where the copies are offloaded."""
+        """Update the copies with these weights and call `done`: now, or beside the next step where there is a lane."""
 
         def run(theta: list[Tensor]) -> None:
             with torch.no_grad():
-                for raw, *copies in chunks(theta, *self.copies.values()):
+                for raw, *copies in chunks(theta, *self.copies.values(), limit=self._limit):
                     change(dict(zip(self.copies, copies, strict=True)), widened(raw))
                 done()
 
-        if self._stage is not None:
-            self._stage.submit(theta, run)
-        else:
+        if self._beside is None:
             run(theta)
+        else:
+            self._beside.submit(theta, run)
 
     @torch.no_grad()
     def write(self, into: list[Tensor], theta: list[Tensor], read: Read) -> None:
         """Write what `read` makes of the copies and of the weights `theta` into other tensors."""
         self.wait()
-        for targets, raw, *copies in chunks(into, theta, *self.copies.values()):
+        for targets, raw, *copies in chunks(into, theta, *self.copies.values(), limit=self._limit):
             values = read(dict(zip(self.copies, copies, strict=True)), widened(raw))
             for target, value in zip(targets, values, strict=True):
                 target.copy_(value)
 
     def wait(self) -> None:
-        """Wait for an update that is under way, and raise what it raised."""
-        if self._stage is not None:
-            self._stage.wait()
+        """Wait for updates that are under way, and raise what they raised."""
+        if self._beside is not None:
+            self._beside.wait()
 
     def close(self) -> None:
-        """Finish, and leave the thread."""
-        if self._stage is not None:
-            self._stage.close()
+        """Finish, and update at once from here on."""
+        beside, self._beside = self._beside, None
+        if beside is not None:
+            beside.close()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The copies, under `<copy>/<parameter>`; DTensors where the parameters are."""
@@ -135,7 +137,7 @@ def widened(tensors: list[Tensor]) -> list[Tensor]:
     return wide
 
 
-def chunks(*columns: Sequence[Tensor], limit: int = CHUNK) -> Iterator[list[list[Tensor]]]:
+def chunks(*columns: Sequence[Tensor], limit: int) -> Iterator[list[list[Tensor]]]:
     """Cut parallel lists of tensors into groups of at most `limit` elements, as views.
 
     Args:

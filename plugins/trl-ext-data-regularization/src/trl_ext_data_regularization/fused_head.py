@@ -105,6 +105,8 @@ class _Pass:
         self.hidden: Tensor
         self.log_probs: Tensor
         self.undo: Tensor | None = None
+        self.differentiated = False
+        """Whether the backward pass has come through the head's log-probabilities."""
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """(V, H) and (V,) in the hidden states' dtype. Collective where FSDP2 has not gathered them, or no longer."""
@@ -184,6 +186,7 @@ class _Scale(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor | None, ve: Tensor | None) -> tuple[Tensor | None, ...]:
         current: _Pass = ctx.current
+        current.differentiated = True
         if current.visitor.scoring:
             current.score(v, ve)
         choice = current.visitor.choice(current.tap.use, current.batch)
@@ -206,7 +209,13 @@ class _Undo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        undo = ctx.current.undo
+        current: _Pass = ctx.current
+        if not current.differentiated:
+            raise RuntimeError(
+                f"the head '{current.tap.use.name}' is scored under TRL's fused log-probabilities alone, and the loss "
+                f"goes past them to the hidden states, as that of asft does; {ANY_LAYER}"
+            )
+        undo = current.undo
         if undo is None:
             return grad, None
         last = torch.ones_like(undo[:, :1])  # the last position predicts nothing

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class ASFT(ReferenceObjective):
     """Anchored SFT: DFT, kept near a reference.
 
-    Costs one forward of the reference's backbone, and two more passes of each LM head over the label tokens.
+    Costs one forward of the reference, and one of the model's LM head.
 
     Args:
         reference: `start`, `base` or `model:PATH`; a cache holds no distributions.
@@ -40,7 +40,7 @@ class ASFT(ReferenceObjective):
 
     citation: ClassVar[str] = "Anchored Supervised Fine-Tuning, arXiv 2509.23753"
     cost: ClassVar[str] = (
-        "a forward of the reference, two passes of each LM head, and with reference=start a copy of the weights"
+        "a forward of the reference, one of the LM head, and with reference=start a copy of the weights"
     )
     unsupported: ClassVar[dict[str, str]] = {
         "fsdp2": "It projects with the LM head itself, of which a rank has a shard; psft, which also keeps near the "
@@ -66,8 +66,7 @@ class ASFT(ReferenceObjective):
 
         The core's denominator, for both terms, is all label tokens of the window.
         """
-        dft = -tokens.probs.detach() * tokens.log_probs
-        return dft + self.now("beta", tokens) * self._divergence.per_token(tokens)
+        return self._divergence.added_to_nll(tokens, tokens.probs.detach(), self.now("beta", tokens))
 
     @hookimpl
     def check(self, run: RunDescription) -> None:

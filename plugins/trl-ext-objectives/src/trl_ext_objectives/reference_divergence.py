@@ -1,4 +1,4 @@
-"""`KL(p_ref || p)` over the whole vocabulary at each label position, without building logits."""
+"""A loss that looks at a model's and a reference's distributions over the whole vocabulary, without building logits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from trl_ext.own_passes import inference_only
 from trl_ext_objectives.backbone import BackboneTap, refuse_rescaled_logits, refuse_unreadable_states
 from trl_ext_objectives.live_reference import LiveReference
+from trl_ext_objectives.two_heads import Head, nll_and_kl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,31 +19,11 @@ if TYPE_CHECKING:
 _NOT_OF_BACKBONE = ("labels", "fused_lm_head", "output_router_logits", "use_cache")
 
 
-def tiled_kl(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None
-) -> Tensor:
-    """`KL(p_ref || p)` of the next-token distributions, in nats, by TRL's tiled kernel; the gradient flows to p.
-
-    Args:
-        hidden: (N, H) hidden states.
-        weight: (V, H) of the LM head.
-        bias: (V,) of the LM head, or None.
-        ref_hidden: (N, H_ref) of the reference, whose head is `ref_weight` and `ref_bias`.
-
-    Returns:
-        (N,) float32.
-    """
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-    forward_kl = 0.0
-    divergence, _ = ChunkedDivergenceFunction.apply(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, forward_kl)
-    return cast("Tensor", divergence)
-
-
 class ReferenceDivergence:
     """Runs the reference's backbone on each micro-batch and compares its distributions with the model's.
 
-    It costs one forward of the reference's backbone, and two more passes of each LM head over the label tokens.
+    It costs one forward of the reference, its LM head over the label tokens alone, and one more forward of the model's
+    LM head: the backward pass of TRL's is left out, since nothing depends on its log-probabilities.
 
     Args:
         reference: The model to compare with.
@@ -67,20 +48,25 @@ class ReferenceDivergence:
         own = self._reference.ready() is context.model
         self._ref_tap = self._tap if own else BackboneTap(self._reference.ready())
 
-    def per_token(self, tokens: TokenRecord) -> Tensor:
-        """(B, T) in nats, of the dtype of `log_probs`; 0 where the mask is False."""
+    def added_to_nll(self, tokens: TokenRecord, nll_weights: Tensor, kl_weight: float) -> Tensor:
+        """`nll_weights NLL + kl_weight KL(p_ref || p)`: (B, T) in nats, of the dtype of `log_probs`, 0 without a label.
+
+        Args:
+            tokens: the micro-batch.
+            nll_weights: (B, T) float, at least 0; gets no gradient.
+            kl_weight: at least 0.
+        """
         if self._tap is None or self._ref_tap is None:
             raise RuntimeError("the reference is taken when training starts; call train() before evaluate()")
-        hidden = self._tap.take()[tokens.mask]
-        ref_hidden, ref_weight, ref_bias = self._of_reference(tokens, self._tap, self._ref_tap)
-        weight, bias = self._tap.head()
+        mask = tokens.mask
+        model = Head(self._tap.take()[mask], *self._tap.head())
+        reference = self._of_reference(tokens, self._tap, self._ref_tap)
+        labels = tokens.inputs["labels"][:, 1:][mask]
         with self._tap.autocast():
-            kl = tiled_kl(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-        return torch.zeros_like(tokens.log_probs).masked_scatter(tokens.mask, kl.to(tokens.log_probs.dtype))
+            loss = nll_and_kl(model, reference, labels, nll_weights[mask], kl_weight)
+        return torch.zeros_like(tokens.log_probs).masked_scatter(mask, loss.to(tokens.log_probs.dtype))
 
-    def _of_reference(
-        self, tokens: TokenRecord, tap: BackboneTap, ref_tap: BackboneTap
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _of_reference(self, tokens: TokenRecord, tap: BackboneTap, ref_tap: BackboneTap) -> Head:
         """Hidden states (N, H_ref) of the label positions under the reference, and its LM head."""
         inputs: dict[str, Any] = {k: v for k, v in tokens.inputs.items() if k not in _NOT_OF_BACKBONE}
         with self._reference.active():
@@ -88,4 +74,4 @@ class ReferenceDivergence:
                 ref_tap.backbone(**inputs, use_cache=False)
             # Detached inside: outside, the parameter holds the trained weight again.
             weight, bias = ref_tap.head()
-            return ref_tap.take()[tokens.mask], weight.detach(), None if bias is None else bias.detach()
+            return Head(ref_tap.take()[tokens.mask], weight.detach(), None if bias is None else bias.detach())
