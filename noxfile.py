@@ -1,4 +1,4 @@
-"""Sessions on the versions that the metadata allows: `nox -s tests lowest torch`, `nox -s canary`, `nox -s lint types`.
+"""Sessions on the versions that the metadata allows: `nox -s tests lowest`, `nox -s canary`, `nox -s lint types`.
 
 A session that runs the tests adds its row to docs/compatibility.md.
 """
@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent
 PLUGINS = sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 EDITABLE = [argument for path in PLUGINS for argument in ("-e", str(path))]
 FAST = ("-m", "not slow and not gpu", "-n", "2", "--dist", "worksteal")
+OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # as in the Makefile
 
 nox.options.sessions = ["tests", "lowest", "lint", "types"]
 nox.options.default_venv_backend = "venv"
@@ -47,17 +48,21 @@ def run_tests(session: nox.Session, *pins: str, go_on: bool = False) -> None:
     report = Path(session.create_tmp()) / "junit.xml"
     command = ("python", "-m", "pytest", *FAST, f"--junitxml={report}", *session.posargs)
     failed = 1  # pytest's exit status
-    session.run(*command, env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, success_codes=[0, failed])
+    session.run(*command, env=OFFLINE, success_codes=[0, failed])
     session.run("python", "docs/compatibility.py", "add", session.name, str(report))
     if not go_on and re.search(r'(failures|errors)="[1-9]', report.read_text()):
         session.error(f"tests failed; see {report}")
 
 
-@nox.session(python=["3.11", "3.12", "3.13"])
-@nox.parametrize("trl", ["trl==1.16.0", "trl>=1.16,<2"], ids=["lowest-trl", "newest-trl"])
-def tests(session: nox.Session, trl: str) -> None:
-    """Run the fast tests on the lowest and the newest supported TRL, all else as new as it resolves."""
-    run_tests(session, trl, pinned_torch())
+@nox.session
+@nox.parametrize(
+    "python,torch",
+    [("3.11", pinned_torch()), ("3.12", "torch==2.14.1"), ("3.13", "torch==2.15.0")],
+    ids=["pinned-torch", "torch-2.14", "torch-2.15"],
+)
+def tests(session: nox.Session, torch: str) -> None:
+    """Run the fast tests on each Python with a torch of its own, all else as new as it resolves."""
+    run_tests(session, torch)
 
 
 @nox.session(python="3.11")
@@ -66,14 +71,7 @@ def lowest(session: nox.Session) -> None:
     run_tests(session, *lower_bounds(), pinned_torch())
 
 
-@nox.session(python="3.11")
-@nox.parametrize("torch", ["torch==2.14.1", "torch==2.15.0"], ids=["2.14", "2.15"])
-def torch(session: nox.Session, torch: str) -> None:
-    """Run the fast tests on later releases of torch, all else as new as it resolves."""
-    run_tests(session, torch)
-
-
-@nox.session(python="3.11")
+@nox.session(python="3.13")
 def canary(session: nox.Session) -> None:
     """Run the fast tests on the newest of everything, pre-releases too, and show which seams moved."""
     run_tests(session, "--pre", "--upgrade", go_on=True)
@@ -86,7 +84,7 @@ def deepspeed(session: nox.Session) -> None:
     """Run ZeRO on two CPU ranks; DeepSpeed is in no other environment, and is built without its compiled operators."""
     session.install("-c", "constraints.txt", "-e", ".[dev]", *EDITABLE)
     session.install("deepspeed>=0.19,<0.20", env={"DS_BUILD_OPS": "0"})  # what is read of it is none of its interface
-    env = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = {"DS_ACCELERATOR": "cpu", **OFFLINE}
     session.run("python", "-m", "pytest", "tests/test_deepspeed.py", *session.posargs, env=env)
 
 
