@@ -72,10 +72,26 @@ def test_a_session_s_row_counts_what_pytest_reports(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(DOCS)
     import compatibility
 
-    report = tmp_path / "junit.xml"
-    report.write_text(
-        '<testsuites><testsuite tests="5" skipped="1"><testcase classname="tests.test_a" name="x">'
-        '<failure/></testcase><testcase classname="tests.test_b" name="y"><error/></testcase><testcase name="z"/>'
-        "</testsuite></testsuites>"
-    )
-    assert compatibility.outcome(report) == {"passed": 2, "skipped": 1, "failed": ["test_a::x", "test_b::y"]}
+    def report(name, *cases):
+        path = tmp_path / f"{name}.xml"
+        opening = f'<testsuites><testsuite tests="{len(cases)}" skipped="{sum("skipped" in case for case in cases)}">'
+        path.write_text(f"{opening}{''.join(cases)}</testsuite></testsuites>")
+        return path
+
+    case = '<testcase classname="{}" name="{}">{}</testcase>'.format
+    fails, errs = case("tests.test_a", "x[1]", "<failure/>"), case("tests.test_b.TestKit", "y", "<error/>")
+    whole = report("whole", fails, errs, case("tests.test_c", "z", ""), case("tests.test_c", "w", "<skipped/>"))
+    assert compatibility.outcome(whole) == {
+        "passed": 1,
+        "skipped": 1,
+        "failed": ["TestKit::y", "test_a::x[1]"],
+        "passed alone": [],
+    }
+    assert compatibility.node_ids(whole) == ["tests/test_a.py::x[1]", "tests/test_b.py::TestKit::y"]
+    alone = report("alone", case("tests.test_a", "x[1]", ""), errs)
+    assert compatibility.outcome(whole, alone) == {
+        "passed": 2,
+        "skipped": 1,
+        "failed": ["TestKit::y"],
+        "passed alone": ["test_a::x[1]"],
+    }
