@@ -25,7 +25,9 @@ from trl_ext.hookspecs import HOOKS, HookSpecs, Kind
 from trl_ext.records import TRAINERS, trainer_name
 
 RECIPES = sorted(
-    path for path in (ROOT / "examples").rglob("*.yaml") if "model_name_or_path" in yaml.safe_load(path.read_text())
+    path
+    for path in (ROOT / "examples").rglob("*.yaml")
+    if "model_name_or_path" in yaml.safe_load(path.read_text()) and path.parent.name != "real"  # not a hub's model
 )
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from trl_ext import hookimpl
-from trl_ext.gradients import GradientView
+from trl_ext.gradients import GradientView, whole_tensor
 from trl_ext.testing import save_model
-from trl_ext.testing.runs import make_sft, tiny_model, tokenizer, whole
+from trl_ext.testing.runs import make_sft, tiny_model, tokenizer
 
 DECAY, MICRO_STEPS = 0.5, 3
 WAYS: dict[str, tuple[DistributedConfig | None, dict[str, Any]]] = {
@@ -55,7 +55,7 @@ class Witness(Plugin):
     @hookimpl
     def setup(self, context):
         self.model, self.parameters = context.model, context.weights.parameters
-        self.average = [whole(p.detach()).double() for p in self.parameters]
+        self.average = [whole_tensor(p.detach()).double() for p in self.parameters]
 
     @hookimpl
     def auxiliary_losses(self):
@@ -85,7 +85,7 @@ class Witness(Plugin):
 
     @hookimpl
     def weights_updated(self, weights):
-        now = [whole(p.detach()).double() for p in weights.parameters]
+        now = [whole_tensor(p.detach()).double() for p in weights.parameters]
         self.average = [DECAY * mean + (1 - DECAY) * p for mean, p in zip(self.average, now, strict=True)]
 
     def _gathered(self, view: GradientView) -> Tensor:

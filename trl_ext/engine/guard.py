@@ -290,9 +290,9 @@ class Guard:
             if len(set(shown)) > 1 and (hook, name) not in self._silenced:
                 self._silenced.add((hook, name))
                 text = (
-                    "hook '%s' gives the ranks different numbers '%s' (%s); that of rank 0 is logged. Reduce it over "
+                    "hook '%s' gives the ranks different numbers '%s' (%s); rank 0's is logged: reduce it in the hook"
                 )
-                logger.warning(text + "ranks in the hook", hook, name, ", ".join(shown))
+                logger.warning(text, hook, name, ", ".join(shown))
         return ranks[0]
 
 

@@ -131,9 +131,9 @@ class Scored(RolloutFilter):
     """Keeps the scores of the first generation batch."""
 
     def _vectors(self, *arguments):
-        g, t, size = super()._vectors(*arguments)
+        g, t = super()._vectors(*arguments)
         self.scores = sum(vectors @ part for vectors, part in zip(g, t, strict=True))
-        return g, t, size
+        return g, t
 
 
 def test_sketched_scores_agree_with_direct_ones():
