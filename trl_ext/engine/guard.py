@@ -290,7 +290,7 @@ class Guard:
             if len(set(shown)) > 1 and (hook, name) not in self._silenced:
                 self._silenced.add((hook, name))
                 text = (
-                    "hook '%s' gives the ranks different numbers '%s' (%s); rank 0's is logged: reduce it in the hook"
+                    "hook '%s' gives ranks different numbers '%s' (%s); rank 0's is logged: reduce it in the hook"
                 )
                 logger.warning(text, hook, name, ", ".join(shown))
         return ranks[0]
