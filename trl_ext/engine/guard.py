@@ -289,9 +289,7 @@ class Guard:
             shown = [str(other.get(name, "nothing")) for other in ranks]
             if len(set(shown)) > 1 and (hook, name) not in self._silenced:
                 self._silenced.add((hook, name))
-                text = (
-                    "hook '%s' gives ranks different numbers '%s' (%s); rank 0's is logged: reduce it in the hook"
-                )
+                text = "hook '%s' gives ranks different numbers '%s' (%s); rank 0's is logged: reduce it in the hook"
                 logger.warning(text, hook, name, ", ".join(shown))
         return ranks[0]
 
