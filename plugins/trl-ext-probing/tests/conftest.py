@@ -46,8 +46,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stub]]:
 
     yield start
     for stub in stubs:
-        stub.server.shutdown()
-        stub.server.server_close()
+        stub.close()
 
 
 @pytest.fixture(scope="module")

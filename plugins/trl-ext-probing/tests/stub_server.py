@@ -52,6 +52,11 @@ class Stub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
+    def close(self) -> None:
+        """Stop; nothing listens at the port from now on, since no thread waits at its socket any longer."""
+        self.server.shutdown()
+        self.server.server_close()
+
 
 def told(path: str, body: dict[str, Any], _: int = 0) -> Answer:
     """What a good server says: here the seed, in words."""
