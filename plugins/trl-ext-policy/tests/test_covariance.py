@@ -118,18 +118,21 @@ def test_clip_cov_drops_some_tokens_of_the_band(seed: int) -> None:
     assert len(dropped) == min(len(band), max(1, int(0.1 * len(covariance))))
 
 
-def test_clip_cov_leaves_tokens_alone_that_delta_bounds() -> None:
-    """They have no gradient already; here all others may be drawn."""
+@pytest.mark.parametrize("delta", [1.3, 1.1])
+def test_clip_cov_leaves_tokens_alone_that_delta_bounds(delta: float) -> None:
+    """They have no gradient already; here all others may be drawn. Below 1 + high, delta bounds gains too."""
     record = tokens(0)
     plugin = ClipCov(share=1.0, low=-9.0, high=9.0)
-    plugin._clipped = Clipped(delta=1.3)
+    plugin._clipped = Clipped(delta=delta)
     loss = plugin.policy_loss(record)
-    bounded = 0
+    bounded = set()
     for i, t, _, ratio, advantage in listed(record):
-        expected = clipped_by_hand(ratio, advantage, 0.2, 0.2, delta=1.3)
-        bounded += ratio > 1.3 and advantage < 0
-        assert float(loss[i, t].detach()) == pytest.approx(0 if expected == -ratio * advantage else expected, rel=1e-9)
-    assert bounded
+        expected = clipped_by_hand(ratio, advantage, 0.2, 0.2, delta=delta)
+        free = expected == -ratio * advantage
+        assert float(loss[i, t].detach()) == pytest.approx(0 if free else expected, rel=1e-9)
+        if not free and delta < ratio:
+            bounded.add(advantage > 0)
+    assert bounded == {True, False}
 
 
 def test_clip_cov_draws_anew_each_time() -> None:

@@ -30,13 +30,14 @@ class Clipped:
 
     def loss(self, tokens: PolicyTokens, advantages: Tensor) -> Tensor:
         """Loss (B, T) of each token; TRL's `loss_type` divides it by its own denominator."""
-        ratio = (tokens.log_probs - tokens.old_log_probs).exp()
-        clipped = ratio.clamp(1 - self.low, 1 + self.high)
-        bounded = ratio if self.delta is None else ratio.clamp(max=self.delta)
-        return -torch.min(bounded * advantages, clipped * advantages)
+        return -self._gain((tokens.log_probs - tokens.old_log_probs).exp(), advantages)
 
     def acts(self, tokens: PolicyTokens) -> Tensor:
         """(B, T) bool: the tokens whose ratio is clipped, or bounded by `delta`, so that they have no gradient."""
         ratio = (tokens.log_probs.detach() - tokens.old_log_probs).exp()
-        acts = ratio.clamp(1 - self.low, 1 + self.high) * tokens.advantages < ratio * tokens.advantages
-        return acts if self.delta is None else acts | ((ratio > self.delta) & (tokens.advantages < 0))
+        return self._gain(ratio, tokens.advantages) != ratio * tokens.advantages
+
+    def _gain(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        clipped = ratio.clamp(1 - self.low, 1 + self.high)
+        bounded = ratio if self.delta is None else ratio.clamp(max=self.delta)
+        return torch.min(bounded * advantages, clipped * advantages)
