@@ -330,9 +330,9 @@ def test_refused_at_start_up(tmp_path, case):
 
 
 @pytest.mark.parametrize("plugin", [Edits(), Weighs(), Wants()], ids=["gradients", "weights", "streams"])
-def test_fp16_is_refused_where_gradients_are_seen(tmp_path, plugin):
+def test_fp16_is_refused_where_gradients_are_seen(tmp_path, monkeypatch, plugin):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     config = SFTConfig(str(tmp_path), **COMMON)
-    config.fp16 = True  # transformers itself refuses it on CPU
     streams = {"general": additions(8)} if isinstance(plugin, Wants) else None
     with pytest.raises(ConfigurationError, match="gradients scaled for fp16; set bf16=True and fp16=False"):
         SFTTrainer(tiny_model(), config, train_dataset=additions(4), plugins=[plugin], streams=streams)

@@ -20,11 +20,11 @@ class Seen(Exception):
 
 
 class Looks(Plugin):
-    """Refuses every run, with the sharding that it is told."""
+    """Refuses every run, with the sharding and the settings of precision that it is told."""
 
     @hookimpl
     def check(self, run):
-        raise Seen(f"sharding={run.sharding}")
+        raise Seen(f"sharding={run.sharding}, low precision: {', '.join(run.low_precision) or 'no'};")
 
 
 @pytest.mark.parametrize("given", [DistributedConfig(fsdp_size=2), {"fsdp_size": 2}], ids=["object", "mapping"])
@@ -67,6 +67,7 @@ def test_replicas_of_shards_that_the_launcher_asks_for_are_none_of_it(monkeypatc
 OFFLOADED = {
     "transformers": ({"model_init_kwargs": {"distributed_config": {"fsdp_size": 2, "fsdp_cpu_offload": True}}}, {}),
     "accelerate": ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}),
+    "both": ({"fsdp": True, "fsdp_config": {"cpu_offload": False}}, {"FSDP_OFFLOAD_PARAMS": "true"}),
 }
 
 
@@ -110,3 +111,36 @@ def test_the_launchers_environment_is_read_as_accelerate_reads_it(tmp_path, monk
 def test_a_distributed_config_of_one_rank_shards_nothing(tmp_path):
     args = SFTConfig(str(tmp_path), **COMMON, model_init_kwargs={"distributed_config": DistributedConfig()})
     assert sharding_of(args, "no/such/model") == "none"
+
+
+LOWERED = {
+    "nothing": ({}, {}, "no"),
+    "the launcher that says no": ({}, {"ACCELERATE_MIXED_PRECISION": "no"}, "no"),
+    "the config": ({"bf16": True}, {}, "bf16=False"),
+    "the launcher": ({}, {"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed_precision of accelerate's launcher to 'no'"),
+    "transformers": (
+        {"model_init_kwargs": {"distributed_config": {"fsdp_size": 2, "fsdp_mixed_precision": True}}},
+        {},
+        "fsdp_mixed_precision=False",
+    ),
+}
+
+
+@pytest.mark.parametrize("by", LOWERED)
+def test_low_precision_is_seen_whoever_asks_for_it(tmp_path, monkeypatch, by):
+    settings, environment, told = LOWERED[by]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    config = SFTConfig(str(tmp_path), **COMMON | settings)
+    with pytest.raises(ConfigurationError, match=f"low precision: {told}"):
+        SFTTrainer("no/such/model", config, train_dataset=additions(4), plugins=[Looks()])
+
+
+class NeedsFp32(Idle):
+    unsupported = {"bf16_autocast": "It takes differences of losses."}
+
+
+def test_a_launchers_bf16_is_refused_to_a_plugin_that_does_not_support_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigurationError, match="set mixed_precision of accelerate's launcher to 'no'"):
+        make_sft(tmp_path, plugins=[NeedsFp32()])

@@ -44,6 +44,9 @@ class RunDescription:
     sharding: Literal["none", "ddp", "fsdp1", "fsdp2", "deepspeed"]
     rewards: tuple[str, ...] = ()
     """GRPO, RLOO: names of the reward functions; empty where they are not known beforehand (new in 1.2)."""
+    low_precision: tuple[str, ...] = ()
+    """What to set for passes that compute in the weights' own number format, such as `bf16=False`; empty where they do
+    already (new in 1.5)."""
 
 
 def _nowhere(*_: Any) -> None:

@@ -21,6 +21,7 @@ from trl_ext.plugins.plugin_set import PluginSet
 from trl_ext.records import RunDescription, StreamRequest, TrainerKind, trainer_name
 from trl_ext.startup.agreement import agreed
 from trl_ext.startup.columns import Columns, refuse_columns, wanted_columns
+from trl_ext.startup.precision import low_precision_settings
 from trl_ext.startup.refusals import refuse_skipping, refuse_unsupported
 from trl_ext.startup.sharding import sharding_of, sharding_of_loaded
 from trl_ext.startup.stream_data import Matched, match_streams
@@ -150,6 +151,7 @@ def _description(
         world_size=config.world_size,
         sharding=sharding_of(config, model),
         rewards=_reward_names(arguments),
+        low_precision=low_precision_settings(config, model),
     )
 
 

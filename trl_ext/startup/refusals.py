@@ -135,7 +135,7 @@ def _refuse_gradients(run: RunDescription, plugins: PluginSet) -> None:
             "GPU; set cpu_offload of fsdp_config (accelerate: fsdp_offload_params, DistributedConfig: "
             "fsdp_cpu_offload) to False. On more ranks each holds less, and averages have device=cpu of their own"
         )
-    if run.args.fp16:
+    if run.args.mixed_precision == "fp16":  # of the config or the launcher
         raise ConfigurationError(f"{where} would see gradients scaled for fp16; set bf16=True and fp16=False")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from accelerate import Accelerator, ParallelismConfig
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
@@ -50,9 +51,11 @@ def offloads(args: Any, model: Any) -> bool:
     distributed = distributed_config_of(args, model)
     if distributed is not None and distributed.dp_size > 1:
         return bool(distributed.fsdp_cpu_offload)
-    if getattr(args, "fsdp", None):
-        return bool((args.fsdp_config or {}).get("cpu_offload"))
-    return _is_set("ACCELERATE_USE_FSDP") and _is_set("FSDP_OFFLOAD_PARAMS")
+    fsdp = getattr(args, "fsdp", None)
+    if not fsdp and not _is_set("ACCELERATE_USE_FSDP"):
+        return False
+    # The launcher's word counts where the config does not ask for it, cpu_offload=False included.
+    return bool(fsdp and (args.fsdp_config or {}).get("cpu_offload")) or parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
 
 
 def refuse_dimensions(args: Any, model: Any) -> None:

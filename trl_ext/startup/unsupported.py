@@ -17,19 +17,22 @@ def _bf16_weights(run: RunDescription) -> bool:
     return isinstance(run.model, nn.Module) and any(p.dtype == torch.bfloat16 for p in run.model.parameters())
 
 
-SETTINGS: dict[str, tuple[Callable[[RunDescription], bool], str]] = {
-    "peft": (lambda run: run.peft, "leave out the adapter"),
-    "bf16_autocast": (lambda run: bool(run.args.bf16), "set bf16=False"),
-    "bf16_weights": (_bf16_weights, "load the model in float32"),
-    "activation_checkpointing": (
-        lambda run: bool(run.args.activation_checkpointing),
-        "set activation_checkpointing=False",
-    ),
-    "packing": (lambda run: bool(getattr(run.args, "packing", False)), "set packing=False"),
-    "padding_free": (lambda run: bool(getattr(run.args, "padding_free", False)), "set padding_free=False"),
-    "fsdp2": (lambda run: run.sharding == "fsdp2", "train with DDP"),
+def _switch(name: str) -> Callable[[RunDescription], str]:
+    """Of a setting that the config of every trainer has, or that of some."""
+    return lambda run: f"set {name}=False" if getattr(run.args, name, False) else ""
+
+
+SETTINGS: dict[str, Callable[[RunDescription], str]] = {
+    "peft": lambda run: "leave out the adapter" if run.peft else "",
+    "bf16_autocast": lambda run: f"set {' and '.join(run.low_precision)}" if run.low_precision else "",
+    "bf16_weights": lambda run: "load the model in float32" if _bf16_weights(run) else "",
+    "activation_checkpointing": _switch("activation_checkpointing"),
+    "packing": _switch("packing"),
+    "padding_free": _switch("padding_free"),
+    "fsdp2": lambda run: "train with DDP" if run.sharding == "fsdp2" else "",
 }
-"""By its name: whether a run has the setting, and how to do without. The conformance kit has a case of each name."""
+"""By its name: how a run that has the setting does without it; empty where it has none. The conformance kit has a case
+of each name."""
 
 
 def refuse_declared(run: RunDescription, plugins: PluginSet) -> None:
@@ -40,8 +43,8 @@ def refuse_declared(run: RunDescription, plugins: PluginSet) -> None:
     """
     for plugin in plugins:
         for setting, reason in plugin.declared.unsupported.items():
-            if setting in SETTINGS and SETTINGS[setting][0](run):
+            if setting in SETTINGS and (way_out := SETTINGS[setting](run)):
                 raise ConfigurationError(
-                    f"plugin {plugin} does not support {setting}: {reason.rstrip('.')}; {SETTINGS[setting][1]}, or "
+                    f"plugin {plugin} does not support {setting}: {reason.rstrip('.')}; {way_out}, or "
                     f"remove {plugin.line}"
                 )

@@ -51,16 +51,19 @@ def test_options_that_contradict_one_another(options, reason):
         check_options(DataRegularization(**options))
 
 
-def description(sharding="none", world=1, streams=("target",), **args):
+def description(sharding="none", world=1, streams=("target",), low_precision=(), **args):
     defaults = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 1,
         "average_tokens_across_devices": True,
-        "bf16": False,
+        "bf16_full_eval": False,
         "packing": False,
     }
     namespace = type("Args", (), {**defaults, **args})
-    return RunDescription("sft", namespace, None, ("data-regularization",), streams, (), False, world, sharding)
+    plugins = ("data-regularization",)
+    return RunDescription(
+        "sft", namespace, None, plugins, streams, (), False, world, sharding, low_precision=low_precision
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +73,7 @@ def description(sharding="none", world=1, streams=("target",), **args):
         ({"scope": "global", "engine": "derivative"}, description("fsdp1", 2), "under fsdp1"),
         ({}, description("ddp", 2, average_tokens_across_devices=False), "average_tokens_across_devices=True"),
         ({"rule": "cone"}, description("ddp", 2), "engine=sketch"),
-        ({"scope": "global", "engine": "derivative"}, description(bf16=True), "bf16"),
+        ({"scope": "global", "engine": "derivative"}, description(low_precision=("bf16=False",)), "bf16"),
         ({"general": "stream"}, description(streams=("general", "sft")), "one stream"),
         ({}, description(per_device_train_batch_size=1), "one sample"),
         ({"unit": "micro"}, description(per_device_train_batch_size=1, gradient_accumulation_steps=8), "one sample"),
@@ -91,7 +94,7 @@ def test_runs_that_cannot_work(options, run, reason):
         ({"rule": "ball", "engine": "sketch", "radius": 2.0}, description("fsdp2", 2)),
         ({"rule": "cone", "unit": "micro"}, description("fsdp2", 2)),
         ({"general": "stream"}, description("fsdp2", 2, streams=("general",))),
-        ({}, description("fsdp2", 2, bf16=True)),
+        ({}, description("fsdp2", 2, low_precision=("bf16=False",))),
     ],
 )
 def test_runs_that_can(options, run):
@@ -126,10 +129,10 @@ ADVICE = [
     ({"report_steps": 2}, {}, "set table=true", {"table": True}, {}),
     ({}, FSDP1, "use FSDP2 or DDP", {}, FSDP2),
     ({}, FSDP1, "or DDP", {}, DDP),
-    (DERIVATIVE, {**FSDP2, "bf16": True}, "set bf16=False", {}, {"bf16": False}),
+    (DERIVATIVE, {**FSDP2, "low_precision": ("bf16=False",)}, "set bf16=False", {}, {"low_precision": ()}),
     (DERIVATIVE, {**FSDP2, "bf16_full_eval": True}, "set bf16_full_eval=False", {}, {"bf16_full_eval": False}),
-    (DERIVATIVE, {**FSDP2, "bf16": True}, "or use engine=ghost", {"engine": "ghost"}, {}),
-    (DERIVATIVE, {"bf16": True}, "or use engine=ghost", {"engine": "ghost"}, {}),
+    (DERIVATIVE, {**FSDP2, "low_precision": ("bf16=False",)}, "or use engine=ghost", {"engine": "ghost"}, {}),
+    (DERIVATIVE, {"low_precision": ("bf16=False",)}, "or use engine=ghost", {"engine": "ghost"}, {}),
     ({"rule": "cone"}, FSDP2, "use engine=sketch", {"engine": "sketch"}, {}),
     ({"rule": "cone"}, FSDP2, "or unit=micro", {"unit": "micro"}, {}),
     ({}, {**DDP, "average_tokens_across_devices": False}, "=True", {}, {"average_tokens_across_devices": True}),

@@ -96,10 +96,11 @@ def refuse_run(plan: Plan, run: RunDescription) -> None:
             f"rule={rule.name} over {run.world_size} ranks needs inner products between ranks, and engine=direct keeps "
             "gradients local; use engine=sketch, or unit=micro"
         )
-    if engine == "derivative" and (low := _low_precision(run)):
+    low = [*run.low_precision, *(["bf16_full_eval=False"] if args.bf16_full_eval else [])]
+    if engine == "derivative" and low:
         raise ValueError(
-            f"engine=derivative takes differences of losses, which bf16 rounds away; set {' and '.join(low)}, or use "
-            "engine=ghost"
+            "engine=derivative takes differences of losses, which bf16 and fp16 round away; "
+            f"set {' and '.join(low)}, or use engine=ghost"
         )
     if plan.from_stream and run.streams != ("general",):
         raise ValueError(f"general=stream works with the one stream 'general', not with {', '.join(run.streams)}")
@@ -115,11 +116,6 @@ def refuse_run(plan: Plan, run: RunDescription) -> None:
             )
             + ", or use a rule that may drop it (rule=filter)"
         )
-
-
-def _low_precision(run: RunDescription) -> list[str]:
-    """The settings to change for weights and losses in fp32."""
-    return [f"{name}=False" for name in ("bf16", "bf16_full_eval") if getattr(run.args, name, False)]
 
 
 def _samples(plan: Plan, run: RunDescription) -> int:
