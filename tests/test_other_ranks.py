@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.utils import merge_fsdp_weights
 from helpers import assert_close, assert_equal_bits
 from safetensors.torch import load_file
 from torch import Tensor
@@ -126,3 +127,13 @@ def test_weights_in_files_of_another_kind_are_refused(tmp_path, written, read, m
         on_ranks(other_ranks.main, tmp_path, "surgery", 4, SHARDINGS[read])
     assert isinstance(failed.value.__cause__, CheckpointError)
     assert re.search(message, str(failed.value.__cause__))
+
+
+def test_shards_can_be_merged_as_the_refusal_says(tmp_path):
+    """Into the weights that the run has saved whole at its end, by their names."""
+    in_parts(tmp_path, "surgery", (2,), SHARDINGS["fsdp2, sharded files"])
+    (shards,) = tmp_path.rglob("pytorch_model_fsdp_0")
+    merge_fsdp_weights(str(shards), str(tmp_path / "merged"))
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    raw = load_file(tmp_path / "final" / "raw" / "model.safetensors")
+    assert_equal_bits({name: merged[name] for name in raw}, raw)

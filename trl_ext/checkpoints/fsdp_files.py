@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate.utils.constants import FSDP_MODEL_NAME
@@ -20,21 +21,36 @@ def refuse_other_files(checkpoint: Path, reads: str | None) -> None:
         CheckpointError: with the setting to change.
     """
     written = _written_as(checkpoint)
-    if written == reads:
+    if reads in written or (reads is None and not written):
         return
+    kinds = " and ".join(written)
     if reads is None:
         change = "this run has no FSDP, which alone reads them; launch it with FSDP, also on one rank"
-    elif written is None:
+    elif not written:
         change = f"FSDP would look for its own ({reads}); launch this run without FSDP"
     else:
-        change = f"this run looks for {reads}; set fsdp_state_dict_type: {written}"
+        change = f"this run looks for {reads}; set fsdp_state_dict_type: {next(iter(written))}"
     raise CheckpointError(
-        f"{checkpoint} has its weights in {f'files of FSDP ({written})' if written else 'files without shards'}, and "
-        f"{change}. Or start afresh from its weights: model_name_or_path: {checkpoint}"
+        f"{checkpoint} has its weights in {f'files of FSDP ({kinds})' if written else 'files without shards'}, and "
+        f"{change}{_other_way(checkpoint, written)}"
     )
 
 
-def _written_as(checkpoint: Path) -> str | None:
-    if (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file():
-        return "FULL_STATE_DICT"
-    return "SHARDED_STATE_DICT" if (checkpoint / f"{FSDP_MODEL_NAME}_0").is_dir() else None
+def _written_as(checkpoint: Path) -> dict[str, Path]:
+    """The weights that FSDP has written into the folder, by the `state_dict_type` of the run that wrote them."""
+    places = {
+        "FULL_STATE_DICT": checkpoint / f"{FSDP_MODEL_NAME}.bin",
+        "SHARDED_STATE_DICT": checkpoint / f"{FSDP_MODEL_NAME}_0",
+        "LOCAL_STATE_DICT": checkpoint / f"{FSDP_MODEL_NAME}_rank0.bin",
+    }
+    return {kind: path for kind, path in places.items() if path.exists()}
+
+
+def _other_way(checkpoint: Path, written: Mapping[str, Path]) -> str:
+    """How to start afresh from these weights; beside shards, transformers writes none that a run could load."""
+    if not written or any(checkpoint.glob("*.safetensors")):
+        return f". Or start afresh from its weights: model_name_or_path: {checkpoint}"
+    if "SHARDED_STATE_DICT" in written:
+        merge = f"accelerate merge-weights {written['SHARDED_STATE_DICT']} FOLDER"
+        return f". Or start afresh from its weights, which '{merge}' puts into one file, beside the model's config.json"
+    return ""
