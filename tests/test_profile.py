@@ -85,3 +85,20 @@ def test_of_a_training_that_ends_early_the_steps_that_were_traced_count(
     """The first of the three that were to be."""
     run(tmp_path, 6, profile=True, trainer={"callbacks": [StopsAt(BEFORE + 1)]})
     assert milliseconds_shown(capsys) >= SLEEP * 1e3
+
+
+@pytest.mark.parametrize("last", range(1, BEFORE + 1))
+def test_of_a_training_that_ends_before_a_step_to_trace_nothing_is_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, last: int
+) -> None:
+    trainer = run(tmp_path, 6, profile=True, trainer={"callbacks": [StopsAt(last)]})
+    assert "profile: no step was traced" in caplog.text
+    assert not (tmp_path / "profile").exists()
+    assert trainer.ext_run.guard.named("x").__class__.__name__ == "nullcontext"
+
+
+def test_a_training_that_is_resumed_at_its_end_traces_nothing(tmp_path: Path) -> None:
+    run(tmp_path, 2, save_steps=2, save_strategy="steps")
+    trainer = make_sft(tmp_path, plugins=[Slow()], streams={"general": additions(8)}, max_steps=2, profile=True)
+    trainer.train(resume_from_checkpoint=True)
+    assert not (tmp_path / "profile").exists()

@@ -9,6 +9,7 @@ ends, whoever asked has ended, however that was, and the jobs are ended too: nob
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import select
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> int:
     os.dup2(2, 1)  # what an import prints is no reply
     for module in arguments:
         import_module(module)
+    gc.freeze()  # collections of a fork pass over what is loaded here
     fresh = not arguments or _has_accelerator()
     running: dict[int, str] = {}
     rest = b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from transformers import TrainerCallback
 
 from trl_ext.engine.guard import Guard
 from trl_ext.trainers.costs import peak_memory
+
+logger = logging.getLogger(__name__)
 
 STEPS = 3
 """Steps that are traced."""
@@ -42,6 +45,8 @@ class ProfileCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         left = state.max_steps - state.global_step
+        if left < 1:  # resumed at its end
+            return
         before = BEFORE if left >= BEFORE + STEPS else 0
         self.first = state.global_step + before
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
@@ -61,11 +66,20 @@ class ProfileCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.profiler is not None:
             self.profiler.stop()  # which writes, where there were fewer steps than were to be traced
+        if self.profiler is not None:  # there were none
+            self._leave()
+
+    def _leave(self) -> None:
+        self.profiler = None
+        del self.guard.named
+        if self.traced < 1:
+            logger.warning("profile: no step was traced; the training ended within its first %d steps", BEFORE)
 
     def _write(self, profiler: profile) -> None:
         seconds = time.perf_counter() - self.began
-        self.profiler = None
-        del self.guard.named
+        self._leave()
+        if self.traced < 1:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"trace-rank{self.rank}.json"
         profiler.export_chrome_trace(str(path))
