@@ -16,7 +16,7 @@ nothing.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import torch
 import trl
 from arguments import Shape, again, fitting, parameters, parse, parser, report, trained
 from datasets import Dataset
-from measure import hardware, peak_memory, peaks, ratio, settings, steps_in_turn
+from measure import against_plain, hardware, peak_memory, peaks, settings, steps_in_turn
 from transformers import PrinterCallback
 
 import trl_ext
@@ -139,12 +139,8 @@ def main() -> None:
     print(f"{hardware(options.device)}, {shape}\n")
     print("| arm | ms a step | time ratio | peak MiB | memory ratio |\n|---|---|---|---|---|")
     for arm in arms:
-        time, ms, row = ratio(times[arm], times[PLAIN]), 1e3 * float(np.median(times[arm])), ["", ""]
-        table[arm] = {"ms": ms, "ratios": {"plain": asdict(time)}}
-        if memory:
-            table[arm] |= {"peak_mib": memory[arm] / 2**20, "memory_ratio": memory[arm] / memory[PLAIN]}
-            row = [f"{table[arm]['peak_mib']:.0f}", f"{table[arm]['memory_ratio']:.3f}"]
-        print(f"| {arm} | {ms:.2f} | {time} | {' | '.join(row)} |")
+        table[arm], row = against_plain(arm, PLAIN, times, memory)
+        print(row)
     layer_steps = 0 if options.only else options.layer_steps
     layer = measure_layer(float(np.median(times[PLAIN])), layer_steps, options.device) if layer_steps else {}
     report(options, shape, table, layer=layer)

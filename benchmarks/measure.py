@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Semaphore
 from typing import Any
@@ -175,6 +175,26 @@ def ratio(seconds: np.ndarray, base: np.ndarray) -> Ratio:
     ratios = seconds / base
     interval = quantile_test(ratios, q=1, p=0.5).confidence_interval()
     return Ratio(float(np.median(ratios)), float(interval.low), float(interval.high))
+
+
+def against_plain(
+    arm: str, plain: str, times: Mapping[str, np.ndarray], memory: Mapping[str, int]
+) -> tuple[dict[str, Any], str]:
+    """An arm's entry for the report and its row of the table: ms a step, their ratio, MiB at the peak, their ratio.
+
+    Args:
+        arm: its name.
+        plain: that of the arm whose time and memory count as 1.
+        times: seconds of a step of each arm, (turns,).
+        memory: bytes at the peak of each arm; none where it was not measured.
+    """
+    time, ms = ratio(times[arm], times[plain]), 1e3 * float(np.median(times[arm]))
+    entry: dict[str, Any] = {"ms": ms, "ratios": {"plain": asdict(time)}}
+    cells = [arm, f"{ms:.2f}", str(time), "", ""]
+    if memory:
+        entry |= {"peak_mib": memory[arm] / 2**20, "memory_ratio": memory[arm] / memory[plain]}
+        cells[3:] = f"{entry['peak_mib']:.0f}", f"{entry['memory_ratio']:.3f}"
+    return entry, f"| {' | '.join(cells)} |"
 
 
 def timed_method(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 import trl
 from arguments import Shape, again, fitting, parameters, parse, parser, report, trained
 from datasets import Dataset
-from measure import hardware, peak_memory, peaks, ratio, settings, steps_in_turn
+from measure import against_plain, hardware, peak_memory, peaks, settings, steps_in_turn
 from peft import LoraConfig
 from transformers import PrinterCallback
 from trl_ext_probing.capability.log_prob_cache import write_cache
@@ -134,12 +133,8 @@ def main() -> None:
     print("| objective | ms a step | time | peak MiB | memory |\n|---|---|---|---|---|")
     for arm in arms:
         plain = PLAIN_LORA if arm.endswith("LoRA") and PLAIN_LORA in arms else PLAIN
-        time, ms, row = ratio(times[arm], times[plain]), 1e3 * float(np.median(times[arm])), ["", ""]
-        table[arm] = {"ms": ms, "ratios": {"plain": asdict(time)}}
-        if memory:
-            table[arm] |= {"peak_mib": memory[arm] / 2**20, "memory_ratio": memory[arm] / memory[plain]}
-            row = [f"{table[arm]['peak_mib']:.0f}", f"{table[arm]['memory_ratio']:.3f}"]
-        print(f"| {arm} | {ms:.1f} | {time} | {' | '.join(row)} |")
+        table[arm], row = against_plain(arm, plain, times, memory)
+        print(row)
     report(options, shape, table)
 
 
