@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from accelerate import Accelerator, ParallelismConfig
-from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
@@ -55,7 +54,7 @@ def offloads(args: Any, model: Any) -> bool:
     if not fsdp and not _is_set("ACCELERATE_USE_FSDP"):
         return False
     # The launcher's word counts where the config does not ask for it, cpu_offload=False included.
-    return bool(fsdp and (args.fsdp_config or {}).get("cpu_offload")) or parse_flag_from_env("FSDP_OFFLOAD_PARAMS")
+    return bool(fsdp and (args.fsdp_config or {}).get("cpu_offload")) or _is_set("FSDP_OFFLOAD_PARAMS")
 
 
 def refuse_dimensions(args: Any, model: Any) -> None:
