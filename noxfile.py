@@ -1,4 +1,4 @@
-"""Sessions on the versions that the metadata allows: `nox -s tests lowest`, `nox -s canary`, `nox -s lint types`.
+"""Sessions on the versions that the metadata allows: `nox -s tests lowest`, `nox -s below canary`, `nox -s lint types`.
 
 A session that runs the tests adds its row to docs/compatibility.md.
 """
@@ -43,9 +43,11 @@ def pinned_torch() -> str:
     return next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
 
 
-def run_tests(session: nox.Session, *pins: str, go_on: bool = False) -> None:
+def run_tests(session: nox.Session, *pins: str, forced: tuple[str, ...] = (), go_on: bool = False) -> None:
     """Run the fast tests on what resolves with the pins, what fails once more alone, and note the outcome."""
     session.install("-e", ".[dev]", *EDITABLE, *pins)
+    if forced:
+        session.install("--no-deps", *forced)
     folder = Path(session.create_tmp())
     report, alone = folder / "junit.xml", folder / "alone.xml"
     pytest = partial(session.run, "python", "-m", "pytest", env=OFFLINE, success_codes=[0, 1])  # 1: tests failed
@@ -79,6 +81,12 @@ def lowest(session: nox.Session) -> None:
     on the path, it takes a minute.
     """
     run_tests(session, *lower_bounds(), pinned_torch())
+
+
+@nox.session(python="3.11")
+def below(session: nox.Session) -> None:
+    """Run the fast tests on the last transformers below its bound, which shows what the bound keeps out."""
+    run_tests(session, pinned_torch(), forced=("transformers==5.22.2",), go_on=True)
 
 
 @nox.session(python="3.13")
