@@ -18,7 +18,7 @@ from trl_ext.jobs import Job, Outcome, Pool
 from trl_ext.jobs.job import LOG
 
 WORKS = '''
-import json, os, subprocess, sys, time
+import atexit, json, os, signal, subprocess, sys, time, traceback
 from pathlib import Path
 
 def double(number, note=None):
@@ -42,6 +42,26 @@ def fail():
 
 def leave(code):
     sys.exit(code)
+
+def fail_noisily(last):
+    """As an interpreter does whose libraries have something to say at its end."""
+    print("trl-ext: 3 of 8, 2.1/s", file=sys.stderr)
+    atexit.register(print, "nanobind: leaked 4 instances!\\nSee https://nanobind.readthedocs.io", file=sys.stderr)
+    if last == "killed":
+        print("step 7", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        raise KeyError("first")
+    except KeyError as error:
+        if last == "error":
+            raise ValueError("then\\nand more") from error
+        if last == "rank":
+            for line in ("Traceback (most recent call last):", "  File x", "OSError: full"):
+                print("[rank1]:", line, file=sys.stderr)
+        if last == "command":
+            traceback.print_exc()
+            print("trl-ext: no file x.yaml", file=sys.stderr)
+        sys.exit(2)
 
 def linger(mark):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -118,6 +138,26 @@ def test_a_failure_ends_its_chain_alone_and_says_why_in_one_line(tmp_path: Path,
     assert outcomes["good"].result["double"] == 4
     # A failed job is started again.
     assert [outcome.job.name for outcome in run_jobs(chains[:1])] == ["bad"]
+
+
+REASONS = {
+    "error": "error ended with exit code 1: ValueError: then",
+    "rank": "rank ended with exit code 2: OSError: full",
+    "command": "command ended with exit code 2: no file x.yaml",
+    "killed": "killed was killed by signal 9: step 7",
+}
+
+
+def test_the_reason_is_the_error_and_not_what_libraries_print_at_the_end(tmp_path: Path, works: Any) -> None:
+    chains = [[job(tmp_path / last, works.fail_noisily, last=last)] for last in REASONS]
+    found = {outcome.job.name: outcome.error for outcome in run_jobs(chains)}
+    assert {last: error.partition(f" ({tmp_path}")[0] for last, error in found.items()} == REASONS
+
+
+def test_the_reason_is_that_of_the_last_attempt(tmp_path: Path, works: Any) -> None:
+    run_jobs([[job(tmp_path / "again", works.fail)]])
+    (outcome,) = run_jobs([[job(tmp_path / "again", works.leave, code=3)]])
+    assert "exit code 3: it printed nothing" in outcome.error
 
 
 def test_after_the_time_is_up_no_job_starts_and_finished_ones_are_still_told(tmp_path: Path, works: Any) -> None:

@@ -96,6 +96,23 @@ def test_a_change_of_source_or_signature_changes_the_fingerprint(monkeypatch):
     assert fingerprint(f"{seams.HF}._get_grad_norm") != before
 
 
+def test_a_kernel_has_the_same_fingerprint_where_triton_compiles_it(monkeypatch):
+    class Compiled:
+        """What Triton puts in the place of a function; it has no source of its own."""
+
+        def __init__(self, fn):
+            self.fn = fn
+
+        def __call__(self):
+            raise RuntimeError("cannot be called outside of a kernel")
+
+    kernel = "trl.kernels.chunked_logprob:_forward_kernel"
+    before = fingerprint(kernel)
+    found = seams.resolve(kernel)
+    monkeypatch.setattr(kernel.replace(":", "."), Compiled(getattr(found, "fn", found)))
+    assert fingerprint(kernel) == before
+
+
 # -- all of them are listed ------------------------------------------------------------------------------------------
 
 

@@ -255,6 +255,7 @@ def fingerprint(seam: str) -> str:
     """
     found = resolve(seam)
     if callable(found):
+        found = getattr(found, "fn", found)  # where Triton is there, it compiles TRL's kernels
         found = inspect.unwrap(found)  # TRL times some methods with a decorator
         text = f"{_signature(found)}\n{dedent(inspect.getsource(found))}"
     else:

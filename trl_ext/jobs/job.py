@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from trl_ext.errors import ConfigurationError
 
 JOB, FINISHED, LOG = "job.json", "finished.json", "log.txt"
 """What is asked for, with what it depends on; what it came to; what it printed, over all its attempts."""
+
+_SAID = "trl-ext: "
+"""Before what a command says about itself."""
+_RANK = re.compile(r"^\[rank\d+\]: ?")
+"""What torchrun puts before the lines of a rank's traceback."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,16 +73,23 @@ class Job:
             "environment": environment,
             "threads": threads,
             "depends_on": self.depends_on,
+            "log_before": len(self._log()),  # bytes of earlier attempts
         }
         write_json(self.folder / JOB, asked)
         return self.folder / JOB
 
     def failure(self, code: int) -> str:
-        """Why it failed, in one line: the last one of its log."""
-        lines = (self.folder / LOG).read_text(errors="replace").split("\n") if (self.folder / LOG).is_file() else []
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        return f"{self.name} {how}: {last.removeprefix('trl-ext: ')} ({self.folder / LOG})"
+        """Why the attempt failed, in one line of its log."""
+        log = self._log()[_read(self.folder / JOB)["log_before"] :].decode(errors="replace")
+        lines = [_RANK.sub("", line) for line in log.splitlines() if line.strip()] or ["it printed nothing"]
+        if code < 0:
+            how, why = f"was killed by signal {-code}", lines[-1]
+        else:
+            how, why = f"ended with exit code {code}", _error(lines) or lines[-1]
+        return f"{self.name} {how}: {why.strip().removeprefix(_SAID)} ({self.folder / LOG})"
+
+    def _log(self) -> bytes:
+        return (self.folder / LOG).read_bytes() if (self.folder / LOG).is_file() else b""
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,17 @@ def write_json(path: Path, content: Any) -> None:
     unfinished = path.with_name(f".{path.name}")
     unfinished.write_text(json.dumps(content, indent=1, default=str) + "\n")
     os.replace(unfinished, path)
+
+
+def _error(lines: Iterable[str]) -> str | None:
+    """That of the last traceback, or what a command has said after it; libraries print more while a process ends."""
+    error, inside = None, False
+    for line in lines:
+        if line.startswith("Traceback ("):
+            inside = True
+        elif line.startswith(_SAID) or (inside and not line[0].isspace()):
+            error, inside = line, False
+    return error
 
 
 def _read(path: Path) -> Any:
