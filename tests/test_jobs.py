@@ -58,6 +58,8 @@ def fail_noisily(last):
         if last == "rank":
             for line in ("Traceback (most recent call last):", "  File x", "OSError: full"):
                 print("[rank1]:", line, file=sys.stderr)
+        if last == "exit":
+            sys.exit("no model")
         if last == "command":
             traceback.print_exc()
             print("trl-ext: no file x.yaml", file=sys.stderr)
@@ -142,6 +144,7 @@ def test_a_failure_ends_its_chain_alone_and_says_why_in_one_line(tmp_path: Path,
 
 REASONS = {
     "error": "error ended with exit code 1: ValueError: then",
+    "exit": "exit ended with exit code 1: no model",
     "rank": "rank ended with exit code 2: OSError: full",
     "command": "command ended with exit code 2: no file x.yaml",
     "killed": "killed was killed by signal 9: step 7",

@@ -13,10 +13,11 @@ from typing import Any
 
 from trl_ext.errors import ConfigurationError
 
-JOB, FINISHED, LOG = "job.json", "finished.json", "log.txt"
-"""What is asked for, with what it depends on; what it came to; what it printed, over all its attempts."""
+JOB, FINISHED, FAILED, LOG = "job.json", "finished.json", "failed.json", "log.txt"
+"""What is asked for, with what it depends on; what it came to; how long the log was when its function failed; what it
+printed, over all its attempts."""
 
-_SAID = "trl-ext: "
+SAID = "trl-ext: "
 """Before what a command says about itself."""
 _RANK = re.compile(r"^\[rank\d+\]: ?")
 """What torchrun puts before the lines of a rank's traceback."""
@@ -75,18 +76,20 @@ class Job:
             "depends_on": self.depends_on,
             "log_before": len(self._log()),  # bytes of earlier attempts
         }
+        (self.folder / FAILED).unlink(missing_ok=True)
         write_json(self.folder / JOB, asked)
         return self.folder / JOB
 
     def failure(self, code: int) -> str:
         """Why the attempt failed, in one line of its log."""
-        log = self._log()[_read(self.folder / JOB)["log_before"] :].decode(errors="replace")
+        failed = _read(self.folder / FAILED) or {"log": None}  # what libraries print as the process ends comes after it
+        log = self._log()[_read(self.folder / JOB)["log_before"] : failed["log"]].decode(errors="replace")
         lines = [_RANK.sub("", line) for line in log.splitlines() if line.strip()] or ["it printed nothing"]
         if code < 0:
             how, why = f"was killed by signal {-code}", lines[-1]
         else:
             how, why = f"ended with exit code {code}", _error(lines) or lines[-1]
-        return f"{self.name} {how}: {why.strip().removeprefix(_SAID)} ({self.folder / LOG})"
+        return f"{self.name} {how}: {why.strip().removeprefix(SAID)} ({self.folder / LOG})"
 
     def _log(self) -> bytes:
         return (self.folder / LOG).read_bytes() if (self.folder / LOG).is_file() else b""
@@ -113,12 +116,12 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def _error(lines: Iterable[str]) -> str | None:
-    """That of the last traceback, or what a command has said after it; libraries print more while a process ends."""
+    """That of the last traceback, or what a command has said after it: it may have been a process of its own."""
     error, inside = None, False
     for line in lines:
         if line.startswith("Traceback ("):
             inside = True
-        elif line.startswith(_SAID) or (inside and not line[0].isspace()):
+        elif line.startswith(SAID) or (inside and not line[0].isspace()):
             error, inside = line, False
     return error
 

@@ -16,11 +16,12 @@ import select
 import signal
 import sys
 import time
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from trl_ext.jobs.job import FINISHED, LOG, write_json
+from trl_ext.jobs.job import FAILED, FINISHED, LOG, SAID, write_json
 
 POLL = 0.05
 """Seconds between two looks at the jobs."""
@@ -76,10 +77,26 @@ def work(path: Path) -> int:
     for part in name.split("."):
         function = getattr(function, part)
     started = time.perf_counter()
-    result = function(**asked["arguments"])
+    try:
+        result = function(**asked["arguments"])
+    except SystemExit as error:
+        return _failed(path, f"{SAID}{error.code}" if isinstance(error.code, str) else error.code)
+    except Exception:
+        return _failed(path, traceback.format_exc())
     seconds = time.perf_counter() - started
     write_json(path.with_name(FINISHED), {"result": result, "seconds": seconds})
     return 0
+
+
+def _failed(path: Path, reason: str | int | None) -> int:
+    """Note where the log ends for the function; libraries may print more as the process ends. Gives the exit code."""
+    if isinstance(reason, str):
+        print(reason, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    log = path.with_name(LOG)
+    write_json(path.with_name(FAILED), {"log": log.stat().st_size})
+    return reason if isinstance(reason, int) else int(reason is not None)
 
 
 def _become(path: Path, fresh: bool) -> int:
