@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,23 @@ def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 
     monkeypatch.setattr(two_heads, "_pass", counted)
     return passes
+
+
+def test_a_second_pass_does_not_keep_the_gradients_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a head is as large as its weight, in fp32."""
+    made: list[weakref.ref[Tensor]] = []
+    inner: Callable[..., Any] = two_heads._pass
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        assert all(gradient() is None for gradient in made)
+        loss, gradients = inner(*args, **kwargs)
+        made.extend(weakref.ref(gradient) for gradient in gradients)
+        return loss, gradients
+
+    monkeypatch.setattr(two_heads, "_pass", noted)
+    own, other, labels, nll_weights = draw()
+    trained(own, other, labels, nll_weights, 0.4, upstream=nll_weights.flip(0))
+    assert len(made) == 6
 
 
 class Uneven:

@@ -124,7 +124,7 @@ class OnlineAverage:
                 f"sampling={self.sampling!r} is for trainers that draw completions ({', '.join(drawing)}), and this is "
                 f"{run.trainer}; remove it"
             )
-        # LOMO writes to the weights in the backward pass, and is no optimiser of torch's that could be held up.
+        # LOMO writes to the weights in the backward pass, in no step of an optimiser that could be held up.
         self._written_in_backward = str(getattr(run.args.optim, "value", run.args.optim)).endswith("lomo")
 
     @hookimpl
