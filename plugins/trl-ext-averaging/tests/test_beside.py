@@ -19,10 +19,11 @@ from trajectories import Recorded, context_of, trajectory, view_of
 from trl_ext_averaging import Bema, Ema, Lawa, Swa, WiseFt, shadows
 from trl_ext_averaging.beside import Beside
 
-from trl_ext import hookimpl
+from trl_ext import SFTConfig, hookimpl
 from trl_ext.errors import PluginError
 from trl_ext.gradients import GradientView
 from trl_ext.own_passes import wait_for_readers
+from trl_ext.records import RunDescription
 
 METHODS: list[tuple[Any, dict[str, Any]]] = [
     (Ema, {"decay": 0.7}),
@@ -224,6 +225,17 @@ def test_a_reference_that_the_next_step_needs_is_never_late(monkeypatch: pytest.
     plugin.weights_updated(view_of(model), 1, False)
     assert not lanes
     torch.testing.assert_close(reference.flat(), path.mean(0), rtol=0, atol=1e-12)  # fp64
+
+
+def test_an_update_is_never_beside_a_backward_pass_that_writes_to_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of LOMO does, with no step of an optimiser to wait in."""
+    lanes = use_late_lanes(monkeypatch)
+    for optim, expected in (("lomo", 0), ("adalomo", 0), ("adamw_torch", 1)):
+        args = SFTConfig("unused", optim=optim, bf16=False, use_cpu=True)
+        plugin = Ema()
+        plugin.check(RunDescription("sft", args, "model", ("ema",), (), (), peft=False, world_size=1, sharding="none"))
+        plugin.setup(context_of(Recorded()))
+        assert len(lanes) == expected
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------

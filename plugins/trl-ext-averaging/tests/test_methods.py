@@ -6,6 +6,8 @@ import re
 
 import pytest
 import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
 from trajectories import Recorded, context_of, deployed, play, trajectory, view_of
 from trl_ext_averaging import Bema, Ema, Lawa, Swa, WiseFt, shadows
 
@@ -135,6 +137,23 @@ def test_copies_in_host_memory_change_nothing(method, options):
     path = trajectory(5)
     beside, host = (method(**{**options, "device": device}) for device in ("model", "cpu"))
     assert torch.equal(result(beside, path), result(host, path))
+
+
+@pytest.mark.parametrize("devices", [("mps", "mps"), ("cuda:0", "cuda:1"), ("cuda:0", "cpu")])
+def test_copies_in_host_memory_meet_the_weights_there(devices):
+    """On other GPUs than CUDA's, and in a model that `device_map` spreads over several; the tensors have no values."""
+    found = []
+
+    class Noting(Ema):
+        def update(self, copies, theta, updates, step):
+            found.extend(tensor.device for tensor in (*copies["ema"], *theta))
+
+    with FakeTensorMode():
+        model = nn.ParameterList(torch.empty(2, 2, device=device) for device in devices)
+        plugin = Noting(device="cpu")
+        plugin.setup(context_of(model))
+        plugin.weights_updated(view_of(model), 1, False)
+    assert found == [torch.device("cpu")] * 4
 
 
 @ALL

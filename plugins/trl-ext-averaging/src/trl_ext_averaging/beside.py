@@ -75,13 +75,14 @@ class Beside:
 
 
 def lane_for(weights: Sequence[Tensor], copies: Sequence[Tensor], *, on_host: bool) -> Lane | None:
-    """The lane for updates of these copies; None where there is none to gain by, and an update runs at once."""
+    """The lane for updates of these copies; None where there is none to gain by, and an update runs at once.
+
+    So it does where the weights are spread over several devices (`device_map`): a stream orders the work of one alone.
+    """
     devices = {tensor.device for tensor in weights}
-    if all(device.type != "cuda" for device in devices):
+    if len(devices) != 1 or devices.pop().type != "cuda":
         return None
-    if on_host:
-        return PinnedLane(weights)
-    return StreamLane(copies) if len(devices) == 1 else None
+    return PinnedLane(weights) if on_host else StreamLane(copies)
 
 
 class StreamLane:
@@ -130,10 +131,14 @@ class PinnedLane:
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self._device = weights[0].device
         self._stream = torch.cuda.Stream(self._device)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trl_ext_averaging")
+        # A new thread is on device 0, where waiting for an event would open a context of half a GiB for each rank.
+        self._worker = ThreadPoolExecutor(1, "trl_ext_averaging", torch.cuda.set_device, (self._device,))
         self._pinned = cycle(
             [
-                ([torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in weights], torch.cuda.Event())
+                (
+                    [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in weights],
+                    torch.cuda.Event(blocking=True),  # the thread sleeps while it waits, and leaves its core to others
+                )
                 for _ in range(self.slots)
             ]
         )

@@ -92,7 +92,7 @@ class Ema(OnlineAverage):
 
     @property
     def awaited(self) -> bool:
-        return bool(self.reference)
+        return bool(self.reference) or super().awaited
 
     @torch.no_grad()
     def copies_changed(self) -> None:

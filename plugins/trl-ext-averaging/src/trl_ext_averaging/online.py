@@ -82,6 +82,7 @@ class OnlineAverage:
         self._began = False
         self._selected: list[int] = []
         self._shadows = Shadows()
+        self._written_in_backward = False
 
     # What a method defines.
 
@@ -105,8 +106,8 @@ class OnlineAverage:
 
     @property
     def awaited(self) -> bool:
-        """Whether the next step needs what `copies_changed` does, so that no update can run beside it."""
-        return False
+        """Whether no update can run beside the next step: that needs what `copies_changed` does, or does not wait."""
+        return self._written_in_backward
 
     @property
     def ready(self) -> bool:
@@ -123,6 +124,8 @@ class OnlineAverage:
                 f"sampling={self.sampling!r} is for trainers that draw completions ({', '.join(drawing)}), and this is "
                 f"{run.trainer}; remove it"
             )
+        # LOMO writes to the weights in the backward pass, in no step of an optimiser that could be held up.
+        self._written_in_backward = str(getattr(run.args.optim, "value", run.args.optim)).endswith("lomo")
 
     @hookimpl
     def setup(self, context: SetupContext) -> None:

@@ -55,6 +55,7 @@ class Shadows:
         self.copies = {copy: [local_tensor(tensor) for tensor in tensors] for copy, tensors in self._saved.items()}
         """What is computed with: this rank's shards, in the memory of what is saved."""
         own = [tensor for tensors in self.copies.values() for tensor in tensors]
+        self._on_host = on_host
         self._limit = CHUNK_ON_HOST if own and own[0].device.type == "cpu" else CHUNK
         lane = lane_for([local_tensor(weight) for weight in weights], own, on_host=on_host) if beside else None
         self._beside = None if lane is None else Beside(lane)
@@ -73,6 +74,8 @@ class Shadows:
         def run(theta: list[Tensor]) -> None:
             with torch.no_grad():
                 for raw, *copies in chunks(theta, *self.copies.values(), limit=self._limit):
+                    if self._on_host:
+                        raw = [tensor.cpu() for tensor in raw]  # itself, where a lane has brought it there
                     change(dict(zip(self.copies, copies, strict=True)), widened(raw))
                 done()
 

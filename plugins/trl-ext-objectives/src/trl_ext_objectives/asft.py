@@ -46,6 +46,7 @@ class ASFT(ReferenceObjective):
         "fsdp2": "It projects with the LM head itself, of which a rank has a shard; psft, which also keeps near the "
         "start, runs under FSDP2"
     }
+    trainers = ("sft",)
     alone = "it reads the hidden states of the model's own forward, which a second objective may run again"
 
     reference: str = "start"
@@ -70,7 +71,7 @@ class ASFT(ReferenceObjective):
 
     @hookimpl
     def check(self, run: RunDescription) -> None:
-        """Refuse what splits or replaces the LM head."""
+        """Refuse what splits the LM head."""
         self._divergence.check(run)
         super().check(run)
 

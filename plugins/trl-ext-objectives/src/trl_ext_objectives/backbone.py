@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trl_ext.own_passes import causal_lm
-from trl_ext.records import trainer_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,20 +23,17 @@ if TYPE_CHECKING:
 _RESCALED = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
-def refuse_unreadable_states(run: RunDescription, reader: str, instead: str) -> None:
-    """Refuse a run whose hidden states or LM head cannot be read.
+def refuse_split_head(run: RunDescription, reader: str, instead: str) -> None:
+    """Refuse a run whose LM head cannot be read.
 
     Args:
         run: the run.
-        reader: who reads them, for the message.
+        reader: who reads it, for the message.
         instead: what the user should do.
 
     Raises:
-        ValueError: the trainer is not SFT's, or the weights are sharded.
+        ValueError: the weights are sharded.
     """
-    if run.trainer != "sft":
-        name = trainer_name(run.trainer)
-        raise ValueError(f"{reader} reads the hidden states of SFT's own forward, which {name} does not run; {instead}")
     if run.sharding not in ("none", "ddp"):
         raise ValueError(f"{reader} projects with the LM head itself, whose weight {run.sharding} splits up; {instead}")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from trl_ext.own_passes import inference_only
-from trl_ext_objectives.backbone import BackboneTap, refuse_rescaled_logits, refuse_unreadable_states
+from trl_ext_objectives.backbone import BackboneTap, refuse_rescaled_logits, refuse_split_head
 from trl_ext_objectives.live_reference import LiveReference
 from trl_ext_objectives.two_heads import Head, nll_and_kl
 
@@ -36,12 +36,13 @@ class ReferenceDivergence:
         self._ref_tap: BackboneTap | None = None
 
     def check(self, run: RunDescription) -> None:
-        """Refuse what splits or replaces the LM head."""
-        refuse_unreadable_states(run, self._reader, "use another objective")
+        """Refuse what splits the LM head."""
+        refuse_split_head(run, self._reader, "use another objective")
 
     def setup(self, context: SetupContext) -> None:
         """Listen to both backbones; the reference has been set up before."""
         refuse_rescaled_logits(context.model, self._reader)
+        refuse_rescaled_logits(self._reference.ready(), self._reader, "take another reference")
         for tap in {self._tap, self._ref_tap} - {None}:
             cast("BackboneTap", tap).handle.remove()
         self._tap = BackboneTap(context.model)

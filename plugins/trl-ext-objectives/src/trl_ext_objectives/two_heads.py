@@ -69,14 +69,17 @@ class _NLLAndKL(torch.autograd.Function):
         dtype = _compute_dtype(hidden)
         ctx.again = partial(_pass, reference, labels, nll_weights.detach().float(), float(kl_weight), dtype)
         wanted = ctx.needs_input_grad[:3] if training else (False, False, False)
-        loss, ctx.gradients = ctx.again(Head(hidden, weight, bias), wanted)
+        with torch.autocast(hidden.device.type, enabled=False):  # it would round the terms of the divergence, too
+            loss, ctx.gradients = ctx.again(Head(hidden, weight, bias), wanted)
         return cast("Tensor", loss)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         model, wanted = Head(*ctx.saved_tensors), ctx.needs_input_grad[:3]
         gradients, ctx.gradients = ctx.gradients, None  # the backward pass of the backbone needs the memory
-        if gradients is None or (any(wanted[1:]) and not bool((upstream == upstream[:1]).all())):
+        if any(wanted[1:]) and not bool((upstream == upstream[:1]).all()):
+            gradients = None  # before the pass below, which makes tensors as large
+        if gradients is None:
             _, gradients = ctx.again(model, wanted, upstream)
         else:
             common = upstream[:1].sum()  # 0 where there is no token
