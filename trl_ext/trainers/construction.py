@@ -137,7 +137,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
     def _ext_reduces(self) -> bool:
         """Whether transformers lets the micro-step at hand reduce its gradients."""
         accumulation = self.accelerator.gradient_state
-        return self.accelerator.sync_gradients or bool(accumulation.plugin_kwargs.get("sync_each_batch"))
+        return bool(self.accelerator.sync_gradients or accumulation.plugin_kwargs.get("sync_each_batch"))
 
     def _ext_sft_head(self) -> Callable[[], AbstractContextManager[None]]:
         """Gives contexts in which the model has a fused head that yields plain SFT log-probabilities."""
