@@ -68,6 +68,7 @@ class Bare:
             weights=lambda: self.weights,
             unwrapped=lambda: self.model,
             syncing=lambda: self.step.window.done == self.micro_steps - 1,
+            reducing=lambda: True,
             surroundings=nullcontext,
             backward=torch.Tensor.backward,
             agree=self.run.guard.agree,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import Trainer
 
 from trl_ext.checkpoints.fsdp_files import refuse_other_files
 from trl_ext.errors import CheckpointError
@@ -29,7 +31,6 @@ def folder(path: Path, *files: str) -> Path:
         (PLAIN, None),
         (FULL, "FULL_STATE_DICT"),
         (SHARDED, "SHARDED_STATE_DICT"),
-        (LOCAL, "LOCAL_STATE_DICT"),
         (FULL + SHARDED, "FULL_STATE_DICT"),
         (FULL + SHARDED, "SHARDED_STATE_DICT"),
     ],
@@ -55,7 +56,9 @@ def test_a_run_goes_on_from_the_files_that_it_reads(tmp_path: Path, files: tuple
         ),
         (SHARDED, "FULL_STATE_DICT", r"set fsdp_state_dict_type: SHARDED_STATE_DICT\. Or .*'accelerate merge-weights"),
         (FULL + SHARDED, None, r"FSDP \(FULL_STATE_DICT and SHARDED_STATE_DICT\).*: model_name_or_path: {folder}$"),
-        (LOCAL, "FULL_STATE_DICT", r"set fsdp_state_dict_type: LOCAL_STATE_DICT$"),
+        (LOCAL, "FULL_STATE_DICT", r"does not read; train again with fsdp_state_dict_type: SHARDED_STATE_DICT$"),
+        (LOCAL, "LOCAL_STATE_DICT", r"does not read; train again with"),
+        (LOCAL, None, r"does not read; train again with"),
     ],
 )
 def test_a_run_that_reads_others_is_told_what_to_change(
@@ -63,3 +66,11 @@ def test_a_run_that_reads_others_is_told_what_to_change(
 ) -> None:
     with pytest.raises(CheckpointError, match=told.replace("{folder}", str(tmp_path))):
         refuse_other_files(folder(tmp_path, *files), reads)
+
+
+def test_what_transformers_finds_no_weights_in_is_refused(tmp_path: Path) -> None:
+    """Its own words for files that each rank has written for itself."""
+    trainer = object.__new__(Trainer)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+        trainer._load_from_checkpoint(str(folder(tmp_path, *LOCAL)), torch.nn.Module())

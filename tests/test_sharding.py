@@ -123,6 +123,11 @@ LOWERED = {
         {},
         "fsdp_mixed_precision=False",
     ),
+    "transformers, on one rank": (
+        {"model_init_kwargs": {"distributed_config": {"fsdp_mixed_precision": True}}},
+        {},
+        "no",
+    ),
 }
 
 

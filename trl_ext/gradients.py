@@ -44,6 +44,7 @@ def unwrapped_name(name: str) -> str:
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name to parameter, in the model's order, tied weights once; the same names whatever the model is wrapped in."""
+    model = getattr(model, "_orig_mod", model)
     if isinstance(model, DistributedDataParallel | nn.DataParallel):
         model = model.module
     return {unwrapped_name(name): parameter for name, parameter in model.named_parameters()}

@@ -154,7 +154,10 @@ READ: dict[str, str] = {
     "transformers.trainer_utils:PREFIX_CHECKPOINT_DIR": "names of checkpoint folders",
     f"{HF}._defer_fsdp_gradient_reduction": "with replicas of shards (HSDP), defers the sum between them alone, by "
     "`set_requires_all_reduce`, and takes it up again by `set_requires_gradient_sync`",
+    f"{HF}._sync_replicated_trainable_parameters": "averages gradients of what FSDP2 does not manage by a hook on each "
+    "parameter, where `sync_gradients` of accelerate's gradient state says so",
     "accelerate.utils.constants:FSDP_MODEL_NAME": "names of FSDP's files of weights in a checkpoint",
+    "accelerate.state:GradientState": "one for the process; `sync_gradients` says whether a window ends",
     "accelerate.accelerator:Accelerator.get_state_dict": "gathers FSDP2's shards, whatever the state dict type is",
     "accelerate.utils.deepspeed:DeepSpeedEngineWrapper.backward": "calls `engine.backward`, then at a window's last "
     "micro-step `engine.step`, on the instance",

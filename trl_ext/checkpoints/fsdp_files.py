@@ -21,6 +21,11 @@ def refuse_other_files(checkpoint: Path, reads: str | None) -> None:
         CheckpointError: with the setting to change.
     """
     written = _written_as(checkpoint)
+    if not written and (checkpoint / f"{FSDP_MODEL_NAME}_rank0.bin").exists():
+        raise CheckpointError(
+            f"{checkpoint} has its weights in files of FSDP (LOCAL_STATE_DICT) that transformers writes and does not "
+            "read; train again with fsdp_state_dict_type: SHARDED_STATE_DICT"
+        )
     if reads in written or (reads is None and not written):
         return
     kinds = " and ".join(written)
@@ -37,11 +42,10 @@ def refuse_other_files(checkpoint: Path, reads: str | None) -> None:
 
 
 def _written_as(checkpoint: Path) -> dict[str, Path]:
-    """The weights that FSDP has written into the folder, by the `state_dict_type` of the run that wrote them."""
+    """The weights in the folder that a run under FSDP can read, by the `state_dict_type` of the one that wrote them."""
     places = {
         "FULL_STATE_DICT": checkpoint / f"{FSDP_MODEL_NAME}.bin",
         "SHARDED_STATE_DICT": checkpoint / f"{FSDP_MODEL_NAME}_0",
-        "LOCAL_STATE_DICT": checkpoint / f"{FSDP_MODEL_NAME}_rank0.bin",
     }
     return {kind: path for kind, path in places.items() if path.exists()}
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -37,31 +38,43 @@ def swapped_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def gradient_sync(model: nn.Module, syncing: bool) -> Iterator[None]:
+def gradient_sync(model: nn.Module, reducing: bool) -> Iterator[None]:
     """Reduce gradients over ranks inside the block, also within the `no_sync` of an early micro-step.
 
     Args:
         model: the wrapped model.
-        syncing: whether the surrounding micro-step reduces its gradients, which is put back on exit.
+        reducing: whether the surrounding micro-step reduces its gradients, which is put back on exit.
     """
-    if isinstance(model, DistributedDataParallel):
-        before = model.require_backward_grad_sync
-        model.require_backward_grad_sync = True
+    reducer = reducer_of(model)
+    if isinstance(reducer, DistributedDataParallel):
+        before = reducer.require_backward_grad_sync
+        reducer.require_backward_grad_sync = True
         try:
             yield
         finally:
-            model.require_backward_grad_sync = before
-    elif isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(True)
+            reducer.require_backward_grad_sync = before
+    elif isinstance(reducer, FSDPModule):
+        reducer.set_requires_gradient_sync(True)
+        # By this transformers decides whether to average what FSDP2 does not manage, such as an adapter on shards.
+        accumulation = GradientState()
+        last, accumulation.sync_gradients = accumulation.sync_gradients, True
         try:
             yield
         finally:
+            accumulation.sync_gradients = last
             if _replicates(model):
-                model.set_requires_all_reduce(syncing)
+                reducer.set_requires_all_reduce(reducing)
             else:
-                model.set_requires_gradient_sync(syncing)
+                reducer.set_requires_gradient_sync(reducing)
     else:
         yield
+
+
+def reducer_of(model: nn.Module) -> DistributedDataParallel | FSDPModule | None:
+    """What sums the gradients over ranks: the outermost DDP or FSDP2 module, inside of torch.compile's and PEFT's
+    wrappers too; None on one rank."""
+    kinds = (DistributedDataParallel, FSDPModule)
+    return next((module for module in model.modules() if isinstance(module, kinds)), None)
 
 
 def _replicates(model: nn.Module) -> bool:
@@ -80,6 +93,8 @@ class ExtraPasses:
     unwrapped: Callable[[], nn.Module]
     """The model without DDP around it, whose passes reduce nothing."""
     syncing: Callable[[], bool]
+    """Whether the micro-step at hand is the last of its window."""
+    reducing: Callable[[], bool]
     """Whether the micro-step around the pass reduces its gradients over ranks."""
     surroundings: Callable[[], AbstractContextManager[None]]
     """What TRL runs a forward in: mixed precision, and offloading of activations where it is on."""
@@ -113,7 +128,7 @@ class ExtraPasses:
         """
         weights = self.weights()
         with swapped_gradients(weights.parameters):
-            with gradient_sync(model, self.syncing()):
+            with gradient_sync(model, self.reducing()):
                 with self.aside(seed):
                     value = loss()
                 self.backward(value)

@@ -81,7 +81,8 @@ class SetupContext:
     rank: int
     world_size: int
     sharded: bool
-    """Whether each rank holds a shard of the parameters (FSDP2, ZeRO-3)."""
+    """Whether each rank holds a shard of the parameters, of frozen ones too (FSDP2, ZeRO-3): a forward takes all ranks
+    then."""
     gradient_accumulation_steps: int
     max_steps: int
     output_dir: str

@@ -19,6 +19,6 @@ def low_precision_settings(args: Any, model: Any) -> tuple[str, ...]:
     if launcher != "no":
         settings.append(f"mixed_precision of accelerate's launcher to 'no' (it is '{launcher}')")
     distributed = distributed_config_of(args, model)
-    if distributed is not None and distributed.fsdp_mixed_precision:
+    if distributed is not None and distributed.dp_size > 1 and distributed.fsdp_mixed_precision:
         settings.append("fsdp_mixed_precision=False")
     return tuple(settings)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from trl_ext.engine.fused_head import OFFERED, is_offered
+from trl_ext.engine.passes import reducer_of
 from trl_ext.errors import ConfigurationError
 from trl_ext.hookspecs import HOOKS
 from trl_ext.plugins.plugin_set import PluginSet
@@ -204,7 +205,8 @@ def refuse_wrapped(wrapped: nn.Module) -> None:
     Raises:
         ConfigurationError: with the setting to change.
     """
-    if isinstance(wrapped, DistributedDataParallel) and wrapped.gradient_as_bucket_view:
+    reducer = reducer_of(wrapped)
+    if isinstance(reducer, DistributedDataParallel) and reducer.gradient_as_bucket_view:
         raise ConfigurationError(
             "streams and sample weights swap gradients, which DDP's gradient_as_bucket_view=True corrupts; set it to "
             "False"

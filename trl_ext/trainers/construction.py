@@ -125,6 +125,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             weights=lambda: self.ext_weights,
             unwrapped=lambda: self.model,
             syncing=lambda: self.accelerator.sync_gradients,
+            reducing=self._ext_reduces,
             surroundings=self._ext_surroundings,
             backward=self.accelerator.backward,
             agree=self.ext_run.guard.agree,
@@ -132,6 +133,11 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             sft_head=self._ext_sft_head(),
             router_aux_loss_coef=self.router_aux_loss_coef if getattr(self, "aux_loss_enabled", False) else 0.0,
         )
+
+    def _ext_reduces(self) -> bool:
+        """Whether transformers lets the micro-step at hand reduce its gradients."""
+        accumulation = self.accelerator.gradient_state
+        return bool(self.accelerator.sync_gradients or accumulation.plugin_kwargs.get("sync_each_batch"))
 
     def _ext_sft_head(self) -> Callable[[], AbstractContextManager[None]]:
         """Gives contexts in which the model has a fused head that yields plain SFT log-probabilities."""
@@ -197,8 +203,8 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
         if self.ext_streams or self.ext_plugins.implements("sample_weights"):
             refuse_wrapped(self.model_wrapped)
         parameters = flat_shards(named.values())
-        sharded = any(isinstance(p, DTensor) for p in parameters)
         buffers = {unwrapped_name(name): buffer for name, buffer in model.named_buffers()}
+        sharded = any(isinstance(p, DTensor) for p in parameters)
         weights = WeightsView(tuple(named), tuple(parameters), buffers, sharded)
         self.ext_weights = weights
         reference = getattr(self, "ref_model", None)
@@ -210,7 +216,7 @@ class TrainerMixin(CheckpointMixin, DeploymentMixin, SteppingMixin):
             device=self.accelerator.device,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            sharded=sharded,
+            sharded=sharded or any(isinstance(p, DTensor) for p in model.parameters()),  # as below an adapter
             gradient_accumulation_steps=self.args.gradient_accumulation_steps,
             max_steps=max_steps,
             output_dir=self.args.output_dir,

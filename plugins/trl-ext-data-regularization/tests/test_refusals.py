@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 from short_runs import GENERAL, TARGET, DataRegularization, model, train
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, OPTConfig
@@ -211,6 +212,15 @@ def test_advice_on_weights_in_low_precision_is_accepted():
         train(DataRegularization(**DERIVATIVE), net, max_steps=1)
     train(DataRegularization(scope="global", engine="ghost"), net, max_steps=1)
     train(DataRegularization(**DERIVATIVE), net.float(), max_steps=1)
+
+
+def test_weights_in_low_precision_below_an_adapter_are_refused():
+    """The adapter that trains is in fp32, and the losses are of the whole model."""
+    net, adapter = model(layers=1).bfloat16(), LoraConfig(r=2, target_modules=["q_proj"])
+    with pytest.raises(PluginError, match="weights in fp32, those below an adapter too; load the model in fp32"):
+        train(DataRegularization(**DERIVATIVE), net, peft_config=adapter, max_steps=1)
+    trainer = train(DataRegularization(**DERIVATIVE), net.float(), peft_config=adapter, max_steps=1)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
 def test_two_plugins_that_combine_the_target_with_general_data_exclude_each_other():

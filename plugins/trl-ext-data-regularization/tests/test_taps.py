@@ -3,9 +3,11 @@
 import pytest
 import torch
 from tapped_passes import batch_of, losses_of, model_of, sample_gradients, tapped, trainable, whole
+from trl.trainer.utils import add_fused_lm_head
+from trl_ext_data_regularization.engines import Ghost, Target
 from trl_ext_data_regularization.layers import Batch
 from trl_ext_data_regularization.solvers import RULES, Problem, Rule
-from trl_ext_data_regularization.visitors import Choice, WeightedPass
+from trl_ext_data_regularization.visitors import Choice, ScorePass, WeightedPass
 
 # Weights of four samples, whether those not zero are equal, and their number where it is told.
 CHOICES = {
@@ -74,3 +76,17 @@ def test_a_rule_keeps_as_many_as_it_says(name):
         if rule.equal and len(kept):
             torch.testing.assert_close(kept, kept[:1].expand_as(kept))
     assert (Rule(name, 0.5).kept(8) is None) == (name not in ("full", "target", "topk", "second-order"))
+
+
+def test_a_head_that_caps_its_logits_is_refused_at_the_first_labels():
+    """A batch without labels, as a rank may begin with, shows nothing of the head."""
+    model, batch = model_of("full"), batch_of(4, 8, seed=1)
+    model.config.final_logit_softcapping = 0.1
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    parts = tapped(model)
+    engine = Ghost(parts.layers, Target([None] * len(trainable(model))), 4, torch.device("cpu"))
+    without = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    with parts.taps.active(ScorePass(engine), whole(batch)):
+        losses_of(model, without).sum().backward()
+    with parts.taps.active(ScorePass(engine), whole(batch)), pytest.raises(RuntimeError, match="caps its logits"):
+        losses_of(model, batch).sum().backward()

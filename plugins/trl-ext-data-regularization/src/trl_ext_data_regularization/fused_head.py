@@ -89,7 +89,6 @@ class HeadTap:
         if current is not None:
             if current.visitor.scoring:
                 current.log_probs = output.log_probs.detach().float()
-                current.check()
             output.log_probs, output.entropy = _Scale.apply(output.log_probs, output.entropy, current)
 
 
@@ -122,13 +121,13 @@ class _Pass:
         hidden = self.hidden.reshape(-1, self.hidden.shape[-1])[rows]
         return nn.functional.linear(hidden, weight, bias).float().div_(self.tap.temperature)
 
-    def check(self) -> None:
-        """Refuse a head that does more than a product, once: its scores would be wrong."""
-        if self.tap._checked:
+    def _check(self, labelled: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Refuse a head that does more than a product, at the first labels: its scores would be wrong."""
+        rows = labelled[:8]
+        if self.tap._checked or not len(rows):
             return
-        rows = (self.labels != -100).flatten().nonzero().flatten()[:8]
         labels = self.labels.flatten()[rows].unsqueeze(1)
-        mine = torch.log_softmax(self.logits(rows, *self.head()), -1).gather(1, labels).squeeze(1)
+        mine = torch.log_softmax(self.logits(rows, weight, bias), -1).gather(1, labels).squeeze(1)
         theirs = self.log_probs.flatten()[rows]
         # bf16 logits differ by about 2^-8 of their size between two orders of summation.
         if not torch.allclose(mine, theirs, rtol=0.05, atol=0.05):
@@ -141,7 +140,9 @@ class _Pass:
     def score(self, grad_log_probs: Tensor | None, grad_entropy: Tensor | None) -> None:
         """Show the head's tokens to the visitor, tile by tile."""
         nothing, head = torch.zeros((), device=self.labels.device), self.head()
-        for rows in (self.labels != -100).flatten().nonzero().flatten().split(_TILE):
+        labelled = (self.labels != -100).flatten().nonzero().flatten()
+        self._check(labelled, *head)
+        for rows in labelled.split(_TILE):
             v = nothing if grad_log_probs is None else grad_log_probs.flatten()[rows].float().unsqueeze(1)
             log_p = self._log_softmax(rows, *head)
             if grad_entropy is None:

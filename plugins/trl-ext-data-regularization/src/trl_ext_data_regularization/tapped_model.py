@@ -39,8 +39,11 @@ class TappedModel:
         uses: list[Use] = []
         if plan.scored_by != "derivative":
             self.layers, uses = find_layers(context.model, context.names)
-        elif any(p.dtype not in (torch.float32, torch.float64) for p in context.weights.parameters):
-            raise ValueError("engine=derivative needs weights in fp32; load the model in fp32, or use engine=ghost")
+        elif any(p.dtype not in (torch.float32, torch.float64) for p in context.model.parameters()):
+            raise ValueError(
+                "engine=derivative needs weights in fp32, those below an adapter too; load the model in fp32, or use "
+                "engine=ghost"
+            )
         self.one_pass = one_pass(plan, self.layers, context)
         self._waiting: list[Batch] = []
         self._afterwards: Callable[[Inputs], None] | None = None
