@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every cost that the READMEs quote of this project's own plugins, on one GPU, in one json: under 8 minutes on an H100.
+# What the core and the plugins of docs/results/gpu.md cost on one GPU, in one json: under 8 minutes on an H100.
 #
 #     benchmarks/gpu.sh OUTPUT.json                # one GPU; the models are as large as its memory allows
 #     benchmarks/gpu.sh OUTPUT.json --size tiny    # on a CPU, to try the script; the figures mean nothing

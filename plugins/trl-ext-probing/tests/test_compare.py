@@ -259,7 +259,7 @@ def test_killed_and_started_again_it_comes_to_the_same(
     assert results(output) == results(done)
     for name in ("rows.csv", "plot.png"):
         assert (output / name).read_bytes() == (done / name).read_bytes()
-    assert "### held/nll (lower is better)" in finished.stdout
+    assert "### held/nll (nats per token; lower is better)" in finished.stdout
     assert not list(output.rglob("checkpoint-*"))
 
 
@@ -458,5 +458,5 @@ def test_the_page_needs_nothing_beside_itself(done: Path) -> None:
     text = (done / "report.html").read_text()
     assert "data:image/png;base64," in text
     assert not [word for word in ('src="http', "href=", "<script", "@import", "url(") if word in text]
-    assert "held/nll, kind=long (lower is better)" in text
+    assert "held/nll, kind=long (nats per token; lower is better)" in text
     assert os.fspath(done) in text, "the commands"

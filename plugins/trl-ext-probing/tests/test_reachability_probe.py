@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import trl
 from interruption import killed_after, lines_of, results_of, same_results
 from trl_ext_probing.encoding import Encoded, drawn_ids, prompt_ids
 from trl_ext_probing.journal import Journal
+from trl_ext_probing.passk.passk_run import run as passk
+from trl_ext_probing.passk.passk_settings import PasskSettings
 from trl_ext_probing.reachability.keys import prompt_key
 from trl_ext_probing.reachability.measurement import Measurement
 from trl_ext_probing.reachability.reach_run import run
@@ -101,6 +103,25 @@ def test_likelihoods_of_a_uniform_policy(measured: Path) -> None:
     assert curves["demonstrations"][:-1] == pytest.approx([-3 * np.log(VOCABULARY)] * 100, rel=1e-5)
     assert curves["worst_tokens"][:-1] == pytest.approx([-np.log(VOCABULARY)] * 100, rel=1e-5)
     assert curves["demonstrations"][-1] == 0  # all prompts may be below
+
+
+def test_passk_draws_and_judges_the_same_completions(
+    uniform: ReachabilitySettings, measured: Path, tmp_path: Path
+) -> None:
+    """So that their success rates of the same problems are the same number."""
+    shared = {field.name for field in fields(PasskSettings)} & {field.name for field in fields(uniform)}
+    same = {name: getattr(uniform, name) for name in shared - {"output", "overwrite"}}
+    passk(PasskSettings(**same, k="1,8", output=tmp_path))
+    found, expected = (
+        {
+            (line["row"], line["sample"]): (line["completion"], line["reward"])
+            for line in map(json.loads, journal(folder).read_text().splitlines())
+            if line.get("sample", uniform.n) < uniform.n
+        }
+        for folder in (tmp_path, measured)
+    )
+    assert len(found) == 12 * uniform.n
+    assert found == expected
 
 
 def test_rollouts_go_where_the_route_is_open(measured: Path) -> None:

@@ -42,7 +42,7 @@ class Bema(OnlineAverage):
 
     method: ClassVar[str] = "bema"
     citation: ClassVar[str] = "EMA without the lag: bias-corrected iterate averaging schemes, arXiv:2508.00180"
-    cost: ClassVar[str] = "two copies of the weights, and well under 1 % of a step"
+    cost: ClassVar[str] = "two copies of the weights, and an update of them"
 
     def alpha(self, step: int) -> float:
         """a_t, the weight of the correction at an optimiser step."""

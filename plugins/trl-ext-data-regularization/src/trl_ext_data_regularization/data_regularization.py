@@ -104,7 +104,7 @@ class DataRegularization:
     provides: ClassVar[tuple[str, ...]] = (COMBINES_TARGET,)
     conflicts: ClassVar[Mapping[str, str]] = {COMBINES_TARGET: COMBINED_TWICE}
     citation: ClassVar[str] = "Hu, Liu, Mao and Ma, Dr. Post-Training, arXiv:2605.07063"
-    cost: ClassVar[str] = "a forward and a backward of the target batch; 1.1 to 2.2 times plain training, by engine"
+    cost: ClassVar[str] = "a forward and a backward of the target batch; 1.2 to 2.2 times plain training, by engine"
 
     def __post_init__(self) -> None:
         self._plan = Plan(**{option.name: getattr(self, option.name) for option in fields(Plan)})

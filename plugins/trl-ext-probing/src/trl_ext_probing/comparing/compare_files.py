@@ -63,7 +63,8 @@ def write_comparison(
     }
     settings.output.mkdir(parents=True, exist_ok=True)
     write(settings.output / "costs.json", json.dumps(taken, indent=1) + "\n")
-    write_results(settings, content, _rows(by_arm, values), describe(found), partial(draw_comparison, metrics))
+    draw = partial(draw_comparison, metrics, settings.confidence)
+    write_results(settings, content, _rows(by_arm, values), describe(found), draw)
     write(settings.output / "report.html", page(found, settings.output / "plot.png"))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from trl_ext_probing.comparing.compare_summary import Found
-from trl_ext_probing.comparing.compare_table import COSTS_HEAD, HEAD, cells_of, costs_of, notes, title
+from trl_ext_probing.comparing.compare_table import COSTS_HEAD, HEAD, cells_of, costs_of, notes
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -53,7 +53,7 @@ def page(found: Found, picture: Path) -> str:
         )
     for metric in found.metrics:
         distinct = {arm for arm, cell in metric.cells.items() if cell.distinct}
-        parts += [f"<h2>{escape(title(metric))}</h2>", _table(HEAD, cells_of(metric), distinct)]
+        parts += [f"<h2>{escape(metric.title)}</h2>", _table(HEAD, cells_of(metric), distinct)]
     parts += ["<h2>Costs of one run</h2>", _table(COSTS_HEAD, costs_of(found))]
     content = yaml.safe_dump(dict(found.asked.content), sort_keys=False, allow_unicode=True)
     parts += [

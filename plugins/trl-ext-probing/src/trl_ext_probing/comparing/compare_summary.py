@@ -38,11 +38,18 @@ class Metric:
     """One metric of every arm."""
 
     name: str
+    unit: str
+    """Of its values; "" where it is not known."""
     better: Better
     base: float | None
     """Of the model before any training."""
     cells: Mapping[str, Cell]
     """By arm, in order."""
+
+    @property
+    def title(self) -> str:
+        """The metric, its unit, and which values are good."""
+        return f"{self.name} ({f'{self.unit}; ' if self.unit else ''}{self.better} is better)"
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ def summarize(
     return [
         Metric(
             name,
+            asked.measures[measure].unit(metric),
             asked.measures[measure].better(metric),
             base.get(name),
             dict(_cells({arm: [(run or {}).get(name) for run in runs] for arm, runs in values.items()}, confidence)),

@@ -18,14 +18,9 @@ def describe(found: Found) -> str:
     """The tables, and what a reader has to know of them."""
     parts = []
     for metric in found.metrics:
-        parts += [f"### {title(metric)}\n", table(HEAD, cells_of(metric))]
+        parts += [f"### {metric.title}\n", table(HEAD, cells_of(metric))]
     parts += ["### Costs of one run\n", table(COSTS_HEAD, costs_of(found))]
     return "\n".join([*parts, *notes(found)])
-
-
-def title(metric: Metric) -> str:
-    """The metric, and which values are good."""
-    return f"{metric.name} ({metric.better} is better)"
 
 
 def cells_of(metric: Metric) -> Iterator[list[str]]:

@@ -69,6 +69,10 @@ class Measure(ABC):
         """Which values are good."""
         return "lower"
 
+    def unit(self, metric: str) -> str:
+        """What a value is a number of, for headings and axes; "" where it is not known."""
+        return ""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(ScoringSettings):
@@ -131,6 +135,10 @@ class Loss(_OfProbe):
                 values[f"nll, {settings.by}={kind}"] = float(nll[chosen].sum() / tokens[chosen].sum())
         return values
 
+    def unit(self, metric: str) -> str:
+        """Of a mean over tokens."""
+        return "nats per token"
+
 
 class Passk(_OfProbe):
     """`trl-ext probe passk`: the share of problems that are solved within k tries."""
@@ -165,6 +173,10 @@ class Passk(_OfProbe):
         """More solved problems."""
         return "higher"
 
+    def unit(self, metric: str) -> str:
+        """Of pass@k."""
+        return "share of problems"
+
 
 class Drift(_OfProbe):
     """`trl-ext probe drift`: the change on general data from the model before any training."""
@@ -189,6 +201,10 @@ class Drift(_OfProbe):
     def better(self, metric: str) -> Better:
         """Little nll, and much accuracy."""
         return "higher" if metric == "accuracy" else "lower"
+
+    def unit(self, metric: str) -> str:
+        """Of a difference from the model before any training."""
+        return "change, share of tokens" if metric == "accuracy" else "change, nats per token"
 
 
 class Function(Measure):
