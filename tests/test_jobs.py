@@ -44,9 +44,9 @@ def leave(code):
     sys.exit(code)
 
 def linger(mark):
-    code = "from trl_ext.jobs import tie_where_asked; import time; tie_where_asked(); print(flush=True); time.sleep(600)"
+    tied = "from trl_ext.jobs import tie_where_asked as tie; import time; tie(); print(flush=True); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    rank = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
+    rank = subprocess.Popen([sys.executable, "-c", tied], start_new_session=True, stdout=subprocess.PIPE)
     rank.stdout.readline()
     Path(mark).write_text(f"{os.getpid()} {rank.pid} {child.pid}")
     time.sleep(600)
@@ -162,7 +162,9 @@ with Pool({tuple(filter(None, [preload]))!r}) as pool:
     else:
         asker.send_signal(signal.SIGKILL)
     left = {job, rank, child}
-    if how == "worker killed":  # nobody ends the groups of jobs; what a job has started is tied to it, or its own affair
+    if (
+        how == "worker killed"
+    ):  # nobody ends the groups of jobs; what a job has started is tied to it, or its own affair
         left.remove(child)
     deadline = time.monotonic() + 60
     while any(map(_is_alive, left)):

@@ -368,15 +368,29 @@ def done_in(run: Path, stage: str) -> dict[str, torch.Tensor]:
         ({"measures": {"a": {"loss": {"dataset": "nowhere.jsonl"}}}}, "nowhere.jsonl"),
         ({"measures": {"a": {"loss": {"dataset": "HELD", "by": "kinds"}}}}, "by: the data has no column 'kinds'"),
         ({"measures": {"a": {"loss": {"dataset": "HELD", "limit": 0}}}}, "measures: a: --limit 0: at least 1"),
-        ({"measures": {"a": {"loss": {"dataset": "HELD", "limit": "x"}}}}, "a value is of another type"),
+        ({"measures": {"a": {"loss": {"dataset": "HELD", "limit": "x"}}}}, "limit: 'x' is a str, and should be a int"),
         ({"measures": {"a/b": {"function": "m:f"}}}, "'a/b' is to be a folder's name too"),
-        ({"measures": {"a": {"function": "no_module:f"}}}, "measures: a 'no_module:f' cannot be loaded"),
+        ({"measures": {"a": {"function": "no_module:f"}}}, "measures: a: 'no_module:f' cannot be loaded"),
         ({"measures": {"a": {"passk": {"dataset": "HELD", "reward": "m:f", "engine": "server", "base_url": "u"}}}},
          "a server has one model"),
         ({"tune": {"learning_rate": [0.1, 0.2], "measure": "held/nll", "seeds": [1]}}, "1 is among the seeds that are"),
         ({"tune": {"learning_rate": [0.1], "measure": "held/nll", "seeds": [9]}}, "no list of several rates"),
         ({"tune": {"learning_rate": [0.1, 0.2], "measure": "hold/nll", "seeds": [9]}}, "Did you mean 'held'"),
         ({"tune": {"learning_rate": [0.1, 0.2], "seeds": [9]}}, "tune lacks measure"),
+        ({"tune": {"learning_rate": [0.1, 0.2], "measure": "held", "seeds": [9]}}, "'held' is no value; held giv"),
+        ({"tune": {"learning_rate": [1, 2], "measure": "held/nll", "seeds": [9]}, "arms": {"a": {"learning_rate": 1}}},
+         "arms: 'a': learning_rate: `tune` chooses that of every arm"),
+        ({"arms": {"a": {"trainer": "gpro"}}}, "arms: 'a': trainer: 'gpro' is not one of"),
+        ({"arms": {"a": [{}, {"sft": {"model_name_or_path": "b"}}]}}, "'a': model_name_or_path: a training that foll"),
+        ({"arms": {"a": [{"use_peft": True}, {}]}}, "'a': use_peft: it leaves an adapter"),
+        ({"arms": {"a": 0}}, "'a' is 0; an arm is a mapping"),
+        ({"seeds": True}, "seeds is a bool, and should be a list or int"),
+        ({"seeds": [2**32]}, "no number of seeds"),
+        ({"budget": {"minutes": True}}, "minutes: True is no number above 0"),
+        ({"measures": {}}, "measures: there have to be some"),
+        ({"measures": {"a": {"passk": {"dataset": "HELD", "reward": "m:f", "k": [1, 8]}}}},
+         r"measures: a: k: \[1, 8\] is a list, and should be a str"),
+        ({"measures": {"a": {"loss": {"dataset": "HELD", "columns": "x=y"}}}}, "measures: a: columns: no column 'x'"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_meant_is_refused_before_anything_runs(
@@ -387,6 +401,47 @@ def test_a_file_that_cannot_be_meant_is_refused_before_anything_runs(
     with pytest.raises(ConfigurationError, match=message):
         compare(config=tmp_path / "asked.yaml", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arms: {no: {}}", "arms: YAML reads a name as False, a bool; write it in quotes"),
+        ("measures: {1: {function: m:f}}", "measures: YAML reads a name as 1, a int; write it in quotes"),
+        ("arms: {a: {}, a: {max_steps: 3}}", "'a' is there twice.* line 1"),
+        ("sizes: {1: {}}", "sizes: YAML reads a name as 1"),
+        ("sizes: {smoke: 3}", "sizes: smoke: 3 is no mapping"),
+        ("sizes: {smoke: {arms: null}}", "sizes: smoke lacks arms"),
+        ("sizes: {smoke: {measures: [1]}}", "sizes: smoke: measures is a list, and should be a dict"),
+        ("sizes: {smoke: {budget: 5}}", "sizes: smoke: budget is a int, and should be a dict"),
+    ],
+)
+def test_what_yaml_makes_of_a_file_is_refused_in_one_line(
+    folder: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    own = text.partition(":")[0]
+    rest = {key: value for key, value in content(folder).items() if key != own}
+    (tmp_path / "asked.yaml").write_text(f"{text}\n{yaml.safe_dump(rest)}")
+    with pytest.raises(ConfigurationError, match=message):
+        read_comparison(CompareSettings(config=tmp_path / "asked.yaml", size="smoke" if own == "sizes" else None))
+
+
+def test_merged_keys_and_long_texts_are_none_of_these(folder: Path, tmp_path: Path) -> None:
+    """What `<<` brings may stand in the mapping itself, too; and a long text of settings names no file."""
+    text = "arms:\n  a: &a {learning_rate: 1, max_steps: 2}\n  b: &b {<<: *a, max_steps: 3}\n  c: {<<: *b}\n"
+    rest = {key: value for key, value in content(folder).items() if key != "arms"}
+    (tmp_path / "asked.yaml").write_text(text + yaml.safe_dump(rest))
+    asked = read_comparison(CompareSettings(config=tmp_path / "asked.yaml"))
+    assert [arm.stages[0].settings["max_steps"] for arm in asked.arms] == [2, 3, 3]
+    assert files_in({"system_prompt": "Think. " * 1000, "x": "." * 300 + "/"}) == {}
+
+
+def test_a_number_is_the_text_that_an_option_takes(folder: Path, tmp_path: Path) -> None:
+    measure = {"passk": {"dataset": str(folder / "held_out.jsonl"), "reward": "m:f", "n": 2, "k": 1}}
+    asked = read_comparison(
+        CompareSettings(config=write(tmp_path / "asked.yaml", content(folder) | {"measures": {"a": measure}}))
+    )
+    assert asked.measures["a"].metrics == ("pass@1",)
 
 
 def test_the_command_refuses_a_size_that_is_not_there_in_one_line(folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -143,7 +144,7 @@ def files_in(settings: Any) -> dict[str, str]:
     A full stop or a slash in a text names no folder: the working folder and those above it do not count.
     """
     parts = {part for text in _texts(settings) for part in (text, *re.split(r"[=,:\s\[\]{}]+", text)) if part}
-    named = sorted(part for part in parts if ("/" in part or "." in part) and Path(part).exists())
+    named = sorted(part for part in parts if ("/" in part or "." in part) and os.path.exists(part))
     return {part: _content(part) for part in named if not Path.cwd().is_relative_to(Path(part).resolve())}
 
 

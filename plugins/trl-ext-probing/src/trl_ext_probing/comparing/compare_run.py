@@ -37,8 +37,7 @@ def run(settings: CompareSettings) -> None:
     refuse_several("compare")
     asked = read_comparison(settings)
     refuse_trainings(asked)
-    for measure in asked.measures.values():
-        measure.refuse(asked.base_model)
+    refuse_measures(asked)
     with Journal(settings.output / "lock.jsonl", {}), Pool() as pool:  # the journal: one run at a time
         work = Work(settings, asked, pool)
         work.do()
@@ -65,6 +64,19 @@ def refuse_trainings(asked: Comparison) -> None:
                 except ConfigurationError as error:
                     reason = str(error).removeprefix(f"{file}: ")
                     raise ConfigurationError(f"{asked.where}: arms: {arm.name!r}: {reason}") from None
+
+
+def refuse_measures(asked: Comparison) -> None:
+    """Refuse measures whose data or functions cannot be used.
+
+    Raises:
+        ConfigurationError: With the measure.
+    """
+    for measure in asked.measures.values():
+        try:
+            measure.refuse(asked.base_model)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{measure.where}: {str(error).removeprefix(measure.where).strip(': ')}") from None
 
 
 @dataclass

@@ -55,6 +55,11 @@ class Measure(ABC):
         """The data set that decides the values, as `load_dataset_spec` names it."""
         return None
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that are known beforehand; none where what is measured decides. With `by`, more follow the comma."""
+        return ()
+
     @abstractmethod
     def measure(self, model: str, base: str, folder: Path) -> Values:
         """Measure a saved model.
@@ -103,6 +108,7 @@ class Loss(_OfProbe):
     """Negative log-likelihood of held-out data in nats per label token, of all rows and of those of each kind."""
 
     kind = LossSettings
+    metrics = ("nll",)
 
     def refuse(self, model: str) -> None:
         """Load the data, and look for the column."""
@@ -161,6 +167,11 @@ class Passk(_OfProbe):
         (result,) = run(self.settings(model, base, folder))
         return {f"pass@{k}": estimate.bounds[0] for k, estimate in result.estimates.items()}
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """`pass@K` for each k."""
+        return tuple(f"pass@{k}" for k in self.settings("model", "base", Path("probe")).ks)
+
     def better(self, metric: str) -> Better:
         """More solved problems."""
         return "higher"
@@ -170,6 +181,7 @@ class Drift(_OfProbe):
     """`trl-ext probe drift`: the change on general data from the model before any training."""
 
     kind = DriftSettings
+    metrics = ("nll", "accuracy")
 
     def refuse(self, model: str) -> None:
         """Load the data."""
