@@ -21,8 +21,12 @@ from transformers import AutoModelForCausalLM
 from trl_ext_probing.answers import exact_answer
 from trl_ext_probing.commands import compare
 from trl_ext_probing.comparing.arm_runs import files_in
+from trl_ext_probing.comparing.compare_plot import draw_comparison
 from trl_ext_probing.comparing.compare_settings import CompareSettings
+from trl_ext_probing.comparing.compare_summary import Cell, Metric
 from trl_ext_probing.comparing.comparison import read_comparison
+from trl_ext_probing.intervals import seed_mean
+from trl_ext_probing.tables import table
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
@@ -38,6 +42,11 @@ class Still:
     @hookimpl
     def gradients_ready(self, gradients, streams):
         gradients.mul_(0.0)
+
+class Broken:
+    @hookimpl
+    def gradients_ready(self, gradients, streams):
+        raise ValueError("broken")
 
 def width(model, tokenizer):
     return {"width": model.config.hidden_size, "undefined": float("nan")}
@@ -185,6 +194,8 @@ def test_what_is_there_is_used_and_what_changed_is_done_again(
     after = {path: path.stat().st_mtime_ns for path in done.rglob("model.safetensors")}
     assert {path: after[path] for path in before} == before
     assert len(after) == len(before) + 2
+    assert len(list(done.glob("runs/plain-seed0-*/measures/held-*"))) == 1, "scores that are there are used again"
+    assert len(list(done.glob("runs/plain-seed0-*/measures/facts-*"))) == 2
     found = results(done)
     assert list(found["metrics"]["held/nll"]["cells"]) == ["slow", "plain", "still"]
     assert found["metrics"]["facts/width"]["better"] == "higher"
@@ -218,6 +229,20 @@ def test_files_are_found_in_any_spelling_and_punctuation_is_none(
     Path("data/rows.jsonl").write_text("22")
     changed = {name for name, digest in files_in(settings).items() if digest != found[name]}
     assert changed == {"./data", "data/rows.jsonl"}
+
+
+def test_modules_of_the_working_folder_are_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward that is changed is another one, however it is named; an installed module has a version."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    for name in ("rewards.py", "mine/__init__.py", "mine/more.py", "train.py", "train.jsonl"):
+        Path(name).write_text("")
+    settings = {
+        "reward_funcs": ["rewards.exact"],
+        "plugins": ["mine:Still", {"name": "mine.more:Still"}, "trl_ext_probing.answers:exact_answer"],
+        "dataset_name": "train.jsonl",
+    }
+    assert list(files_in(settings)) == ["mine/__init__.py", "mine/more.py", "rewards.py", "train.jsonl"]
 
 
 @pytest.mark.slow
@@ -292,6 +317,22 @@ def test_a_run_that_fails_is_told_and_the_others_are_reported(folder: Path, tmp_
     assert "| still | none | none | needs two pairs |" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_a_measure_that_fails_on_the_model_before_training_ends_all(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text("def wrong(model, tokenizer):\n    raise KeyError('accuracy')\n")
+    asked = content(folder)
+    asked["measures"]["facts"] = {"function": f"{tmp_path}/wrong.py:wrong"}
+    with pytest.raises(ConfigurationError, match=r"before any training cannot be measured.*KeyError: 'acc.*log\.txt"):
+        compare(config=write(tmp_path / "asked.yaml", asked), output=tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("model.safetensors"))
+
+
+def test_plugins_of_the_environment_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An arm without plugins would train with them, and look like the plain one."""
+    monkeypatch.setenv("TRL_EXT_PLUGINS", "power:alpha=1")
+    with pytest.raises(ConfigurationError, match=r"TRL_EXT_PLUGINS is set.*unset it"):
+        compare(config=write(tmp_path / "asked.yaml", content(folder)), output=tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_a_budget_that_is_used_up_leaves_the_rest_for_another_time(folder: Path, tmp_path: Path) -> None:
     asked = content(folder) | {"seeds": 1, "budget": {"minutes": 1e-9}}
@@ -308,12 +349,21 @@ def test_a_budget_that_is_used_up_leaves_the_rest_for_another_time(folder: Path,
 @pytest.mark.slow
 def test_rates_are_chosen_on_seeds_that_are_not_reported(folder: Path, tmp_path: Path) -> None:
     asked = content(folder) | {"tune": {"learning_rate": [0.01, 1e-9, 1e30], "measure": "held/nll", "seeds": [7]}}
-    asked["arms"] = {"plain": {}, "short": {"max_steps": 4}}
+    broken = f"{folder}/mine.py:Broken"
+    asked["arms"] = {"plain": {}, "broken": {"plugins": [broken]}, "short": {"max_steps": 4}}
     asked["measures"].pop("facts")
     asked["seeds"] = [3]
-    compare(config=write(tmp_path / "asked.yaml", asked), output=tmp_path / "out")
+    config = write(tmp_path / "asked.yaml", asked | {"budget": {"minutes": 1e-9}})
+    compare(config=config, output=tmp_path / "out")
+    assert results(tmp_path / "out")["missing"] == ["plain, seed 3", "broken, seed 3", "short, seed 3"]
+    with pytest.raises(
+        ConfigurationError, match="broken: no learning rate of `tune` has a value of held/nll: broken"
+    ):
+        compare(config=write(tmp_path / "asked.yaml", asked), output=tmp_path / "out")
     found = results(tmp_path / "out")
-    assert {name: arm["learning_rate"] for name, arm in found["arms"].items()} == {"plain": 0.01, "short": 0.01}
+    rates = {name: arm["learning_rate"] for name, arm in found["arms"].items()}
+    assert rates == {"plain": 0.01, "broken": None, "short": 0.01}
+    assert found["missing"] == ["broken, seed 3"]
     assert [run["seed"] for run in found["arms"]["plain"]["runs"]] == [3]
     assert (
         "Learning rates were chosen by held on seeds that are not reported" in (tmp_path / "out/table.md").read_text()
@@ -515,3 +565,14 @@ def test_the_page_needs_nothing_beside_itself(done: Path) -> None:
     assert not [word for word in ('src="http', "href=", "<script", "@import", "url(") if word in text]
     assert "held/nll, kind=long (lower is better)" in text
     assert os.fspath(done) in text, "the commands"
+
+
+def test_names_are_drawn_and_written_as_they_are(tmp_path: Path) -> None:
+    """None is a formula, ends a cell, or is part of the page."""
+    name = "<b>$\\frac$|a"
+    cell = Cell((1.0, 2.0), seed_mean([1.0, 2.0]), None, None)
+    metrics = [Metric(f"held/nll, kind={name}", "lower", 0.5, {name: cell})]
+    draw_comparison(metrics, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").is_file()
+    row = table(("arm", "mean"), [(name, "1")]).splitlines()[-1]
+    assert row == "| <b>$\\frac$\\|a | 1 |"

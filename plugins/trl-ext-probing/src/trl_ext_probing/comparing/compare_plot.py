@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext_probing.comparing.compare_summary import Metric
-from trl_ext_probing.plots import COLOURS, GREY, figure, save, undefined
+from trl_ext_probing.plots import COLOURS, GREY, figure, plain, save, undefined
 
 _COLUMNS = 2
 
@@ -47,7 +47,7 @@ def _draw(axis: Any, metric: Metric) -> None:
     if metric.base is not None:
         axis.axvline(metric.base, color=GREY, linewidth=1, linestyle=":", label="before training")
         axis.legend(fontsize=7, loc="best")
-    axis.set_yticks(range(len(metric.cells)), list(metric.cells), fontsize=8)
+    axis.set_yticks(range(len(metric.cells)), [plain(arm) for arm in metric.cells], fontsize=8)
     axis.set_ylim(len(metric.cells) - 0.5, -0.5)
-    axis.set_xlabel(f"{metric.name} ({metric.better} is better)", fontsize=8)
+    axis.set_xlabel(f"{plain(metric.name)} ({metric.better} is better)", fontsize=8)
     axis.tick_params(axis="x", labelsize=7)

@@ -260,13 +260,15 @@ def measure_of(where: str, spec: Any) -> Measure:
     return KINDS[kind](where, given)
 
 
-def values_of(measures: Mapping[str, Any], model: str, base: str, folder: str) -> dict[str, float | None]:
+def values_of(
+    measures: Mapping[str, Any], model: str, base: str, folders: Mapping[str, str]
+) -> dict[str, float | None]:
     """All measures of a model, as `MEASURE/METRIC`; None for a value that is not finite.
 
     Args:
         measures: Name to entry of the file.
         model, base: See `Measure.measure`.
-        folder: Each measure gets a folder of its own in it.
+        folders: Of each measure its own, from which it goes on.
     """
     import datasets
     from transformers.utils import logging
@@ -276,6 +278,6 @@ def values_of(measures: Mapping[str, Any], model: str, base: str, folder: str) -
     found: dict[str, float | None] = {}
     for name, spec in measures.items():
         measure = measure_of(name, spec)
-        for metric, value in measure.measure(model, base, Path(folder, name)).items():
+        for metric, value in measure.measure(model, base, Path(folders[name])).items():
             found[f"{name}/{metric}".removesuffix("/")] = value if math.isfinite(value) else None
     return found
