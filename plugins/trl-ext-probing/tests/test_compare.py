@@ -356,9 +356,7 @@ def test_rates_are_chosen_on_seeds_that_are_not_reported(folder: Path, tmp_path:
     config = write(tmp_path / "asked.yaml", asked | {"budget": {"minutes": 1e-9}})
     compare(config=config, output=tmp_path / "out")
     assert results(tmp_path / "out")["missing"] == ["plain, seed 3", "broken, seed 3", "short, seed 3"]
-    with pytest.raises(
-        ConfigurationError, match="broken: no learning rate of `tune` has a value of held/nll: broken"
-    ):
+    with pytest.raises(ConfigurationError, match="broken: no learning rate of `tune` has a value of held/nll: broken"):
         compare(config=write(tmp_path / "asked.yaml", asked), output=tmp_path / "out")
     found = results(tmp_path / "out")
     rates = {name: arm["learning_rate"] for name, arm in found["arms"].items()}
