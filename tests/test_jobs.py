@@ -95,6 +95,20 @@ def test_other_dependencies_are_refused_by_name_before_anything_runs(tmp_path: P
     assert again.result
 
 
+def test_what_no_job_has_made_is_not_removed(tmp_path: Path, works: Any) -> None:
+    """`trl-ext demo --output-dir .`, where the folder `base` holds a model of the user's."""
+    own = job(tmp_path / "base", works.double, number=1)
+    own.forget()
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").touch()
+    with pytest.raises(ConfigurationError, match="no job has made it; choose another output"):
+        own.forget()
+    assert (tmp_path / "base" / "config.json").exists()
+    run_jobs([[job(tmp_path / "made", works.double, number=1)]])
+    job(tmp_path / "made", works.double, number=1).forget()
+    assert not (tmp_path / "made").exists()
+
+
 def test_jobs_run_at_the_same_time_and_take_devices_in_turn(tmp_path: Path, works: Any) -> None:
     marks = [tmp_path / "a", tmp_path / "b"]
     chains = [
