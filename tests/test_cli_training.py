@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib import import_module
 from pathlib import Path
 
+import psutil
 import pytest
 import trl
 from helpers import assert_close, assert_equal_bits
@@ -289,3 +291,24 @@ def test_as_many_ranks_of_a_cpu_train_as_a_flag_or_a_file_asks_for(here, launch)
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"'epoch': '{3 * 4 * 2 * 2 / 32:g}'" in done.stdout  # 3 steps of 2 times 4 samples per rank, of 32
     assert active("out")[0][0] == "ema"
+
+
+@pytest.mark.slow  # two processes beside the one that launches, each of which loads TRL
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system ends processes with their parents")
+def test_ranks_end_with_whoever_launched_them(here):
+    """Killed with -9, it cannot tell them; and they would go on with the devices for themselves."""
+    (here / "config.yaml").write_text(YAML_OF_A_RUN.replace("max_steps: 3", "max_steps: 100000"))
+    command = [sys.executable, "-m", "trl_ext", "sft", "--config", "config.yaml", "--num_processes", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    launcher = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list((here / "out").glob("checkpoint-*")):
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    ranks = psutil.Process(launcher.pid).children()
+    assert len(ranks) == 2
+    launcher.kill()
+    launcher.wait()
+    _, left = psutil.wait_procs(ranks, timeout=60)
+    for rank in left:
+        rank.kill()
+    assert not left

@@ -66,8 +66,11 @@ def fail_noisily(last):
         sys.exit(2)
 
 def linger(mark):
+    tied = "from trl_ext.jobs import tie_where_asked as tie; import time; tie(); print(flush=True); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    Path(mark).write_text(f"{os.getpid()} {child.pid}")
+    rank = subprocess.Popen([sys.executable, "-c", tied], start_new_session=True, stdout=subprocess.PIPE)
+    rank.stdout.readline()
+    Path(mark).write_text(f"{os.getpid()} {rank.pid} {child.pid}")
     time.sleep(600)
 '''
 
@@ -112,6 +115,20 @@ def test_other_dependencies_are_refused_by_name_before_anything_runs(tmp_path: P
     # As JSON reads it back, it is the same.
     (again,) = run_jobs([[job(tmp_path / "old", works.double, (1, tmp_path), number=1)]])
     assert again.result
+
+
+def test_what_no_job_has_made_is_not_removed(tmp_path: Path, works: Any) -> None:
+    """`trl-ext demo --output-dir .`, where the folder `base` holds a model of the user's."""
+    own = job(tmp_path / "base", works.double, number=1)
+    own.forget()
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").touch()
+    with pytest.raises(ConfigurationError, match="no job has made it; choose another output"):
+        own.forget()
+    assert (tmp_path / "base" / "config.json").exists()
+    run_jobs([[job(tmp_path / "made", works.double, number=1)]])
+    job(tmp_path / "made", works.double, number=1).forget()
+    assert not (tmp_path / "made").exists()
 
 
 def test_jobs_run_at_the_same_time_and_take_devices_in_turn(tmp_path: Path, works: Any) -> None:
@@ -172,8 +189,13 @@ def test_after_the_time_is_up_no_job_starts_and_finished_ones_are_still_told(tmp
 
 
 @pytest.mark.parametrize("preload", ["json", ""], ids=["forked", "fresh"])
-def test_a_killed_asker_takes_its_jobs_along(tmp_path: Path, works: Any, preload: str) -> None:
-    """With whatever they have started: a training that nobody waits for would hold the memory of its device."""
+@pytest.mark.parametrize("how", ["asker killed", "SIGTERM", "SIGHUP", "worker killed"])
+def test_a_killed_asker_takes_its_jobs_along(tmp_path: Path, works: Any, preload: str, how: str) -> None:
+    """With whatever they have started: a training that nobody waits for would hold the memory of its device.
+
+    `timeout` and a terminal that closes send their signal to the asker's whole group, the process that starts jobs
+    included. A launcher gives its ranks sessions of their own.
+    """
     script = f"""
 import works_of_jobs
 from pathlib import Path
@@ -182,18 +204,37 @@ job = Job("x", Path({str(tmp_path)!r}) / "job", works_of_jobs.linger, {{"mark": 
 with Pool({tuple(filter(None, [preload]))!r}) as pool:
     list(pool.run([[job]]))
 """
-    asker = subprocess.Popen([sys.executable, "-c", script])
+    asker = subprocess.Popen([sys.executable, "-c", script], start_new_session=True, stderr=subprocess.DEVNULL)
     mark = tmp_path / "mark"
-    while not mark.exists() or len(mark.read_text().split()) < 2:
+    while not mark.exists() or len(mark.read_text().split()) < 3:
         assert asker.poll() is None
         time.sleep(0.05)
-    asker.send_signal(signal.SIGKILL)
-    asker.wait()
+    job, rank, child = map(int, mark.read_text().split())
+    if how.startswith("SIG"):
+        os.killpg(asker.pid, getattr(signal, how))
+    elif how == "worker killed":
+        if sys.platform != "linux":
+            pytest.skip("no other system ends processes with their parents")
+        os.kill(_parent(job), signal.SIGKILL)
+    else:
+        asker.send_signal(signal.SIGKILL)
+    left = {job, rank, child}
+    if (
+        how == "worker killed"
+    ):  # nobody ends the groups of jobs; what a job has started is tied to it, or its own affair
+        left.remove(child)
     deadline = time.monotonic() + 60
-    while any(map(_is_alive, map(int, mark.read_text().split()))):
+    while any(map(_is_alive, left)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    asker.wait(60)
+    if _is_alive(child):
+        os.kill(child, signal.SIGKILL)
     assert json.loads((tmp_path / "job" / "job.json").read_text())["function"] == "works_of_jobs:linger"
+
+
+def _parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2].split()[1])
 
 
 def _is_alive(process: int) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from trl_ext.cli.ending import INTERRUPTED
 from trl_ext.cli.settings import ACCELERATE_CONFIG, refuse_value
 from trl_ext.errors import ConfigurationError, did_you_mean
+from trl_ext.jobs import TIED
 
 LAUNCHED = "TRL_EXT_LAUNCHED"
 """Set in the processes that a launch has started: the flags of the launch are still in their YAML."""
@@ -61,7 +62,7 @@ def launch(kind: str, launch_args: Sequence[str], arguments: Sequence[str], on_c
         _spread_over_cpu(parsed, on_cpu)
         launch_command(parsed)
 
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED] = os.environ[TIED] = "1"
     try:
         resolved = resolve_accelerate_config_argument(list(launch_args))
         launch_training_script(

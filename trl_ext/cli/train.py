@@ -17,6 +17,7 @@ import typer
 
 from trl_ext.cli.ending import INTERRUPTED, held_warnings, say
 from trl_ext.errors import ConfigurationError, TrlExtError
+from trl_ext.jobs import tie_where_asked
 from trl_ext.records import TrainerKind
 from trl_ext.specs import PLUGINS_VARIABLE, parse_specs
 
@@ -35,6 +36,7 @@ def train(kind: TrainerKind, arguments: Sequence[str]) -> None:
         ConfigurationError: What was asked for cannot work; before the model loads wherever that can be known.
         typer.Exit: With an exit code other than 0, after an interrupt or a launch that failed.
     """
+    tie_where_asked()
     announce(kind)
     import torch
 

@@ -62,7 +62,13 @@ class Job:
         )
 
     def forget(self) -> None:
-        """Remove the folder."""
+        """Remove the folder that an earlier job has made.
+
+        Raises:
+            ConfigurationError: It holds something else.
+        """
+        if self.folder.is_dir() and not (self.folder / JOB).is_file() and any(self.folder.iterdir()):
+            raise ConfigurationError(f"{self.folder} is there, and no job has made it; choose another output")
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def begin(self, environment: Mapping[str, str], threads: int | None) -> Path:

@@ -3,7 +3,8 @@
 It has loaded torch and TRL, and a job is a fork of it, so that a training of seconds does not wait for imports as long
 again. No torch operation ever runs in this process, so a fork has no threads to miss. Where there is an accelerator,
 whose driver a fork cannot use, and where nothing is to be loaded, a job is a fresh interpreter. When its standard input
-ends, whoever asked has ended, however that was, and the jobs are ended too: nobody would use what they come to.
+ends, whoever asked has ended, however that was, and the jobs are ended too: nobody would use what they come to. They
+are tied to this process as well, which might be killed itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext.jobs.job import FAILED, FINISHED, LOG, SAID, write_json
+from trl_ext.jobs.ties import TIED, tie
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""What a terminal that closes, Ctrl-C, `timeout` and the like send to whoever asked, and to this process beside it."""
 POLL = 0.05
 """Seconds between two looks at the jobs."""
 
@@ -31,7 +35,8 @@ def main(arguments: list[str]) -> int:
     """Start what is asked for, until there is nobody to ask; in a process of a job, do it and give its exit code."""
     if arguments[:1] == ["--job"]:
         return work(Path(arguments[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asked decides what an interrupt means
+    for number in ENDING:  # whoever asked decides what it means; where they end, the input does
+        signal.signal(number, signal.SIG_IGN)
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an import prints is no reply
     for module in arguments:
@@ -68,6 +73,7 @@ def work(path: Path) -> int:
     """Do a job in this process, and keep what its function gives; its exit code."""
     asked = json.loads(path.read_text())
     os.environ.update(asked["environment"])
+    os.environ[TIED] = "1"
     if asked["threads"] is not None:
         import torch
 
@@ -101,8 +107,10 @@ def _failed(path: Path, reason: str | int | None) -> int:
 
 def _become(path: Path, fresh: bool) -> int:
     """Turn the fork into the process of a job, with its output in a file and a group of processes of its own."""
+    tie()
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
     log = os.open(path.with_name(LOG), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor, target in ((os.open(os.devnull, os.O_RDONLY), 0), (log, 1), (log, 2)):
         os.dup2(descriptor, target)

@@ -21,8 +21,12 @@ from transformers import AutoModelForCausalLM
 from trl_ext_probing.answers import exact_answer
 from trl_ext_probing.commands import compare
 from trl_ext_probing.comparing.arm_runs import files_in
+from trl_ext_probing.comparing.compare_plot import draw_comparison
 from trl_ext_probing.comparing.compare_settings import CompareSettings
+from trl_ext_probing.comparing.compare_summary import Cell, Metric
 from trl_ext_probing.comparing.comparison import read_comparison
+from trl_ext_probing.intervals import seed_mean
+from trl_ext_probing.tables import table
 
 from trl_ext.errors import ConfigurationError
 from trl_ext.testing import Addition, save_model, tiny_llama, tiny_tokenizer
@@ -38,6 +42,11 @@ class Still:
     @hookimpl
     def gradients_ready(self, gradients, streams):
         gradients.mul_(0.0)
+
+class Broken:
+    @hookimpl
+    def gradients_ready(self, gradients, streams):
+        raise ValueError("broken")
 
 def width(model, tokenizer):
     return {"width": model.config.hidden_size, "undefined": float("nan")}
@@ -185,6 +194,8 @@ def test_what_is_there_is_used_and_what_changed_is_done_again(
     after = {path: path.stat().st_mtime_ns for path in done.rglob("model.safetensors")}
     assert {path: after[path] for path in before} == before
     assert len(after) == len(before) + 2
+    assert len(list(done.glob("runs/plain-seed0-*/measures/held-*"))) == 1, "scores that are there are used again"
+    assert len(list(done.glob("runs/plain-seed0-*/measures/facts-*"))) == 2
     found = results(done)
     assert list(found["metrics"]["held/nll"]["cells"]) == ["slow", "plain", "still"]
     assert found["metrics"]["facts/width"]["better"] == "higher"
@@ -218,6 +229,20 @@ def test_files_are_found_in_any_spelling_and_punctuation_is_none(
     Path("data/rows.jsonl").write_text("22")
     changed = {name for name, digest in files_in(settings).items() if digest != found[name]}
     assert changed == {"./data", "data/rows.jsonl"}
+
+
+def test_modules_of_the_working_folder_are_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reward that is changed is another one, however it is named; an installed module has a version."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    for name in ("rewards.py", "mine/__init__.py", "mine/more.py", "train.py", "train.jsonl"):
+        Path(name).write_text("")
+    settings = {
+        "reward_funcs": ["rewards.exact"],
+        "plugins": ["mine:Still", {"name": "mine.more:Still"}, "trl_ext_probing.answers:exact_answer"],
+        "dataset_name": "train.jsonl",
+    }
+    assert list(files_in(settings)) == ["mine/__init__.py", "mine/more.py", "rewards.py", "train.jsonl"]
 
 
 @pytest.mark.slow
@@ -292,6 +317,22 @@ def test_a_run_that_fails_is_told_and_the_others_are_reported(folder: Path, tmp_
     assert "| still | none | none | needs two pairs |" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_a_measure_that_fails_on_the_model_before_training_ends_all(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text("def wrong(model, tokenizer):\n    raise KeyError('accuracy')\n")
+    asked = content(folder)
+    asked["measures"]["facts"] = {"function": f"{tmp_path}/wrong.py:wrong"}
+    with pytest.raises(ConfigurationError, match=r"before any training cannot be measured.*KeyError: 'acc.*log\.txt"):
+        compare(config=write(tmp_path / "asked.yaml", asked), output=tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("model.safetensors"))
+
+
+def test_plugins_of_the_environment_are_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An arm without plugins would train with them, and look like the plain one."""
+    monkeypatch.setenv("TRL_EXT_PLUGINS", "power:alpha=1")
+    with pytest.raises(ConfigurationError, match=r"TRL_EXT_PLUGINS is set.*unset it"):
+        compare(config=write(tmp_path / "asked.yaml", content(folder)), output=tmp_path / "out")
+
+
 @pytest.mark.slow
 def test_a_budget_that_is_used_up_leaves_the_rest_for_another_time(folder: Path, tmp_path: Path) -> None:
     asked = content(folder) | {"seeds": 1, "budget": {"minutes": 1e-9}}
@@ -308,12 +349,19 @@ def test_a_budget_that_is_used_up_leaves_the_rest_for_another_time(folder: Path,
 @pytest.mark.slow
 def test_rates_are_chosen_on_seeds_that_are_not_reported(folder: Path, tmp_path: Path) -> None:
     asked = content(folder) | {"tune": {"learning_rate": [0.01, 1e-9, 1e30], "measure": "held/nll", "seeds": [7]}}
-    asked["arms"] = {"plain": {}, "short": {"max_steps": 4}}
+    broken = f"{folder}/mine.py:Broken"
+    asked["arms"] = {"plain": {}, "broken": {"plugins": [broken]}, "short": {"max_steps": 4}}
     asked["measures"].pop("facts")
     asked["seeds"] = [3]
-    compare(config=write(tmp_path / "asked.yaml", asked), output=tmp_path / "out")
+    config = write(tmp_path / "asked.yaml", asked | {"budget": {"minutes": 1e-9}})
+    compare(config=config, output=tmp_path / "out")
+    assert results(tmp_path / "out")["missing"] == ["plain, seed 3", "broken, seed 3", "short, seed 3"]
+    with pytest.raises(ConfigurationError, match="broken: no learning rate of `tune` has a value of held/nll: broken"):
+        compare(config=write(tmp_path / "asked.yaml", asked), output=tmp_path / "out")
     found = results(tmp_path / "out")
-    assert {name: arm["learning_rate"] for name, arm in found["arms"].items()} == {"plain": 0.01, "short": 0.01}
+    rates = {name: arm["learning_rate"] for name, arm in found["arms"].items()}
+    assert rates == {"plain": 0.01, "broken": None, "short": 0.01}
+    assert found["missing"] == ["broken, seed 3"]
     assert [run["seed"] for run in found["arms"]["plain"]["runs"]] == [3]
     assert (
         "Learning rates were chosen by held on seeds that are not reported" in (tmp_path / "out/table.md").read_text()
@@ -368,15 +416,29 @@ def done_in(run: Path, stage: str) -> dict[str, torch.Tensor]:
         ({"measures": {"a": {"loss": {"dataset": "nowhere.jsonl"}}}}, "nowhere.jsonl"),
         ({"measures": {"a": {"loss": {"dataset": "HELD", "by": "kinds"}}}}, "by: the data has no column 'kinds'"),
         ({"measures": {"a": {"loss": {"dataset": "HELD", "limit": 0}}}}, "measures: a: --limit 0: at least 1"),
-        ({"measures": {"a": {"loss": {"dataset": "HELD", "limit": "x"}}}}, "a value is of another type"),
+        ({"measures": {"a": {"loss": {"dataset": "HELD", "limit": "x"}}}}, "limit: 'x' is a str, and should be a int"),
         ({"measures": {"a/b": {"function": "m:f"}}}, "'a/b' is to be a folder's name too"),
-        ({"measures": {"a": {"function": "no_module:f"}}}, "measures: a 'no_module:f' cannot be loaded"),
+        ({"measures": {"a": {"function": "no_module:f"}}}, "measures: a: 'no_module:f' cannot be loaded"),
         ({"measures": {"a": {"passk": {"dataset": "HELD", "reward": "m:f", "engine": "server", "base_url": "u"}}}},
          "a server has one model"),
         ({"tune": {"learning_rate": [0.1, 0.2], "measure": "held/nll", "seeds": [1]}}, "1 is among the seeds that are"),
         ({"tune": {"learning_rate": [0.1], "measure": "held/nll", "seeds": [9]}}, "no list of several rates"),
         ({"tune": {"learning_rate": [0.1, 0.2], "measure": "hold/nll", "seeds": [9]}}, "Did you mean 'held'"),
         ({"tune": {"learning_rate": [0.1, 0.2], "seeds": [9]}}, "tune lacks measure"),
+        ({"tune": {"learning_rate": [0.1, 0.2], "measure": "held", "seeds": [9]}}, "'held' is no value; held giv"),
+        ({"tune": {"learning_rate": [1, 2], "measure": "held/nll", "seeds": [9]}, "arms": {"a": {"learning_rate": 1}}},
+         "arms: 'a': learning_rate: `tune` chooses that of every arm"),
+        ({"arms": {"a": {"trainer": "gpro"}}}, "arms: 'a': trainer: 'gpro' is not one of"),
+        ({"arms": {"a": [{}, {"sft": {"model_name_or_path": "b"}}]}}, "'a': model_name_or_path: a training that foll"),
+        ({"arms": {"a": [{"use_peft": True}, {}]}}, "'a': use_peft: it leaves an adapter"),
+        ({"arms": {"a": 0}}, "'a' is 0; an arm is a mapping"),
+        ({"seeds": True}, "seeds is a bool, and should be a list or int"),
+        ({"seeds": [2**32]}, "no number of seeds"),
+        ({"budget": {"minutes": True}}, "minutes: True is no number above 0"),
+        ({"measures": {}}, "measures: there have to be some"),
+        ({"measures": {"a": {"passk": {"dataset": "HELD", "reward": "m:f", "k": [1, 8]}}}},
+         r"measures: a: k: \[1, 8\] is a list, and should be a str"),
+        ({"measures": {"a": {"loss": {"dataset": "HELD", "columns": "x=y"}}}}, "measures: a: columns: no column 'x'"),
     ],
 )  # fmt: skip
 def test_a_file_that_cannot_be_meant_is_refused_before_anything_runs(
@@ -387,6 +449,47 @@ def test_a_file_that_cannot_be_meant_is_refused_before_anything_runs(
     with pytest.raises(ConfigurationError, match=message):
         compare(config=tmp_path / "asked.yaml", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("arms: {no: {}}", "arms: YAML reads a name as False, a bool; write it in quotes"),
+        ("measures: {1: {function: m:f}}", "measures: YAML reads a name as 1, a int; write it in quotes"),
+        ("arms: {a: {}, a: {max_steps: 3}}", "'a' is there twice.* line 1"),
+        ("sizes: {1: {}}", "sizes: YAML reads a name as 1"),
+        ("sizes: {smoke: 3}", "sizes: smoke: 3 is no mapping"),
+        ("sizes: {smoke: {arms: null}}", "sizes: smoke lacks arms"),
+        ("sizes: {smoke: {measures: [1]}}", "sizes: smoke: measures is a list, and should be a dict"),
+        ("sizes: {smoke: {budget: 5}}", "sizes: smoke: budget is a int, and should be a dict"),
+    ],
+)
+def test_what_yaml_makes_of_a_file_is_refused_in_one_line(
+    folder: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    own = text.partition(":")[0]
+    rest = {key: value for key, value in content(folder).items() if key != own}
+    (tmp_path / "asked.yaml").write_text(f"{text}\n{yaml.safe_dump(rest)}")
+    with pytest.raises(ConfigurationError, match=message):
+        read_comparison(CompareSettings(config=tmp_path / "asked.yaml", size="smoke" if own == "sizes" else None))
+
+
+def test_merged_keys_and_long_texts_are_none_of_these(folder: Path, tmp_path: Path) -> None:
+    """What `<<` brings may stand in the mapping itself, too; and a long text of settings names no file."""
+    text = "arms:\n  a: &a {learning_rate: 1, max_steps: 2}\n  b: &b {<<: *a, max_steps: 3}\n  c: {<<: *b}\n"
+    rest = {key: value for key, value in content(folder).items() if key != "arms"}
+    (tmp_path / "asked.yaml").write_text(text + yaml.safe_dump(rest))
+    asked = read_comparison(CompareSettings(config=tmp_path / "asked.yaml"))
+    assert [arm.stages[0].settings["max_steps"] for arm in asked.arms] == [2, 3, 3]
+    assert files_in({"system_prompt": "Think. " * 1000, "x": "." * 300 + "/"}) == {}
+
+
+def test_a_number_is_the_text_that_an_option_takes(folder: Path, tmp_path: Path) -> None:
+    measure = {"passk": {"dataset": str(folder / "held_out.jsonl"), "reward": "m:f", "n": 2, "k": 1}}
+    asked = read_comparison(
+        CompareSettings(config=write(tmp_path / "asked.yaml", content(folder) | {"measures": {"a": measure}}))
+    )
+    assert asked.measures["a"].metrics == ("pass@1",)
 
 
 def test_the_command_refuses_a_size_that_is_not_there_in_one_line(folder: Path, tmp_path: Path) -> None:
@@ -460,3 +563,14 @@ def test_the_page_needs_nothing_beside_itself(done: Path) -> None:
     assert not [word for word in ('src="http', "href=", "<script", "@import", "url(") if word in text]
     assert "held/nll, kind=long (nats per token; lower is better)" in text
     assert os.fspath(done) in text, "the commands"
+
+
+def test_names_are_drawn_and_written_as_they_are(tmp_path: Path) -> None:
+    """None is a formula, ends a cell, or is part of the page."""
+    name = "<b>$\\frac$|a"
+    cell = Cell((1.0, 2.0), seed_mean([1.0, 2.0]), None, None)
+    metrics = [Metric(f"held/nll, kind={name}", "lower", 0.5, {name: cell})]
+    draw_comparison(metrics, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").is_file()
+    row = table(("arm", "mean"), [(name, "1")]).splitlines()[-1]
+    assert row == "| <b>$\\frac$\\|a | 1 |"

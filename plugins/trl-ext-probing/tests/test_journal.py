@@ -121,3 +121,6 @@ def test_two_processes_do_not_write_to_one_file(path: Path) -> None:
 def test_a_folder_is_no_journal(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--output"):
         Journal(tmp_path, ABOUT)
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=r"--output: .* cannot be written"):
+        Journal(tmp_path / "file" / "journal.jsonl", ABOUT)

@@ -5,21 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import yaml
 
 from trl_ext.errors import ConfigurationError, did_you_mean
-from trl_ext_probing.settings import OutputSettings
+from trl_ext_probing.settings import OutputSettings, takes
 
 S = TypeVar("S", bound=OutputSettings)
+Kinds = Mapping[str, type | tuple[type, ...]]
 OURS = ("model", "base", "output", "overwrite", "confidence")
 """Options of a probe that a file leaves to the command that reads it."""
 
 
-def read_config(
-    path: Path, kinds: Mapping[str, type | tuple[type, ...]], needed: set[str], setting: str
-) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two, PyYAML would drop the first without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
+def read_config(path: Path, kinds: Kinds, needed: set[str], setting: str) -> dict[str, Any]:
     """The content of a file, with the keys that it may have; a key without a value counts as missing.
 
     Args:
@@ -35,21 +48,43 @@ def read_config(
         near = did_you_mean(path.name, (other.name for other in path.parent.glob("*.y*ml")))
         raise ConfigurationError(f"{setting}: there is no file {str(path)!r}. {near}".rstrip())
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} has no keys; there are {', '.join(kinds)}")
-    refuse_keys(str(path), content, kinds)
+    return checked(str(path), content, kinds, needed)
+
+
+def checked(where: str, content: Mapping[Any, Any], kinds: Kinds, needed: set[str]) -> dict[str, Any]:
+    """A mapping with the keys that it may have, of values of their kinds; one without a value counts as missing.
+
+    Raises:
+        ConfigurationError: It is not of this form.
+    """
+    refuse_keys(where, content, kinds)
     content = {key: value for key, value in content.items() if value is not None}
     if missing := sorted(needed - content.keys()):
-        raise ConfigurationError(f"{path} lacks {', '.join(missing)}")
+        raise ConfigurationError(f"{where} lacks {', '.join(missing)}")
     for key, value in content.items():
-        if not isinstance(value, kinds[key]):
-            kind = kinds[key]
-            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise ConfigurationError(f"{path}: {key} is a {type(value).__name__}, and should be a {names}")
+        wanted = kinds[key]
+        every = wanted if isinstance(wanted, tuple) else (wanted,)
+        if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in every):
+            names = " or ".join(kind.__name__ for kind in every)
+            raise ConfigurationError(f"{where}: {key} is a {type(value).__name__}, and should be a {names}")
     return content
+
+
+def refuse_names(where: str, content: Mapping[Any, Any]) -> None:
+    """Refuse names that YAML has read as something else than text: 1, no, on.
+
+    Raises:
+        ConfigurationError: With the first of them.
+    """
+    if wrong := [name for name in content if not isinstance(name, str)]:
+        raise ConfigurationError(
+            f"{where}: YAML reads a name as {wrong[0]!r}, a {type(wrong[0]).__name__}; write it in quotes"
+        )
 
 
 def refuse_keys(where: str, content: Mapping[Any, Any], known: Mapping[str, Any] | tuple[str, ...]) -> None:
@@ -64,7 +99,7 @@ def refuse_keys(where: str, content: Mapping[Any, Any], known: Mapping[str, Any]
 
 
 def probe_settings(where: str, kind: type[S], given: Mapping[str, Any], **own: Any) -> S:
-    """Settings of a probe from a file, whose values are checked as those of the command are.
+    """Settings of a probe from a file, whose values are checked as those of the command are; a number may be a text.
 
     Args:
         where: The file and the key, for messages.
@@ -80,9 +115,20 @@ def probe_settings(where: str, kind: type[S], given: Mapping[str, Any], **own: A
     needed = {name for name, f in options.items() if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(needed - given.keys()):
         raise ConfigurationError(f"{where} lacks {', '.join(missing)}")
+    hints = get_type_hints(kind)
+    given = {name: _of_type(f"{where}: {name}", hints[name], value) for name, value in given.items()}
     try:
         return kind(**given, **own)
     except ConfigurationError as error:
         raise ConfigurationError(f"{where}: {error}") from None
-    except TypeError as error:  # of a comparison: a text where a number is wanted
-        raise ConfigurationError(f"{where}: a value is of another type than its option: {error}") from None
+
+
+def _of_type(where: str, hint: Any, value: Any) -> Any:
+    """A value of a file as its option takes it: `k: 1` is the text "1" of the command line."""
+    wanted = [kind for kind in (bool, int, float, str, list, type(None)) if takes(hint, kind)]
+    if not wanted or type(value) in wanted or (type(value) is int and float in wanted):
+        return value
+    if str in wanted and type(value) in (int, float):
+        return str(value)
+    names = " or ".join("nothing" if kind is type(None) else kind.__name__ for kind in wanted)
+    raise ConfigurationError(f"{where}: {value!r} is a {type(value).__name__}, and should be a {names}")

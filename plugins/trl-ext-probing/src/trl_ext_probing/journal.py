@@ -51,8 +51,8 @@ class Journal:
 
     def _open(self, overwrite: bool) -> None:
         self._made = _missing_folders(self.path.parent)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a+b")
         except OSError as error:
             raise ConfigurationError(f"--output: {self.path} cannot be written: {error.strerror}") from None

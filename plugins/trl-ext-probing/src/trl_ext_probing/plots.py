@@ -64,8 +64,13 @@ def draw_estimates(
         linestyle=line or "none",
         markersize=5,
         capsize=3,
-        label=label,
+        label=plain(label),
     )
+
+
+def plain(text: str) -> str:
+    """A name as it is: matplotlib would read what stands between two dollar signs as a formula, or refuse it."""
+    return text.replace("$", r"\$")
 
 
 def short_names(models: Iterable[str]) -> list[str]:

@@ -45,9 +45,9 @@ class OutputSettings:
         hints = get_type_hints(type(self), include_extras=True)
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, str) and _takes(hints[field.name], list):  # one in place of a list
+            if isinstance(value, str) and takes(hints[field.name], list):  # one in place of a list
                 object.__setattr__(self, field.name, [value])
-            if isinstance(value, str) and _takes(hints[field.name], Path):  # of the Python call
+            if isinstance(value, str) and takes(hints[field.name], Path):  # of the Python call
                 object.__setattr__(self, field.name, Path(value))
             _refuse_out_of_range(_flag(field.name), hints[field.name], value)
         if not 0 < self.confidence < 1:
@@ -248,9 +248,9 @@ def _is_argument(hint: Any) -> bool:
     return any(isinstance(note, ArgumentInfo) for note in get_args(hint)[1:])
 
 
-def _takes(hint: Any, kind: type) -> bool:
+def takes(hint: Any, kind: type) -> bool:
     """Whether the values of a field are of a kind, or may be."""
-    return kind in (hint, get_origin(hint)) or any(_takes(part, kind) for part in get_args(hint))
+    return kind in (hint, get_origin(hint)) or any(takes(part, kind) for part in get_args(hint))
 
 
 def _plain(value: Any) -> Any:

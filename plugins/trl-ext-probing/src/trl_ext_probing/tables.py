@@ -8,9 +8,13 @@ from trl_ext_probing.intervals import Estimate
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown, with a line end."""
+    """A table in Markdown, with a line end; a stroke or a line end in a cell does not end it."""
     lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(map(str, cells)) + " |\n" for cells in lines)
+    return "".join("| " + " | ".join(map(_cell, cells)) + " |\n" for cells in lines)
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).splitlines()).replace("|", "\\|")
 
 
 def shown(estimate: Estimate | None, digits: int = 3, sign: str = "", scale: float = 1.0) -> str:

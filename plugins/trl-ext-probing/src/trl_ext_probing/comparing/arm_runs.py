@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from trl_ext_probing.fingerprints import weights_fingerprint
 from trl_ext_probing.results import slug, write
 from trl_ext_probing.training_jobs import COSTS_FILE, MODEL, train
 
+_MODULE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)[:.]\w+")
 _WHOLE_VERSIONS = ("trl-ext", "trl", "transformers", "torch")
 
 
@@ -98,14 +100,19 @@ class Run:
         return Job(name, self._stage(i), train, arguments, self._origin | {"stage": i})
 
     def _measuring(self) -> Job:
-        asked, base = self.asked, self.asked.base_model
+        base = self.asked.base_model
         model = base if self.arm is None else str(self._model(len(self.arm.stages) - 1))
-        wanted = {name: asked.content["measures"][name] for name in self.measures}
-        data = {name: asked.measures[name].data for name in wanted}
-        depends_on = {"measures": wanted, "files": files_in([data, wanted]), "base": _weights(base)}
-        folder = self.folder / f"measured-{_digest(depends_on)}"
-        arguments = {"measures": wanted, "model": model, "base": base, "folder": folder}
-        return Job(f"{self.name}, measures", folder, values_of, arguments, depends_on)
+        wanted = {name: self.asked.content["measures"][name] for name in self.measures}
+        found = {name: self._depends_on(name) for name in wanted}
+        folders = {name: self.folder / "measures" / f"{name}-{_digest(found[name])}" for name in wanted}
+        arguments = {"measures": wanted, "model": model, "base": base, "folders": folders}
+        folder = self.folder / f"measured-{_digest(found)}"
+        return Job(f"{self.name}, measures", folder, values_of, arguments, {"measures": found})
+
+    def _depends_on(self, measure: str) -> dict[str, Any]:
+        spec = self.asked.content["measures"][measure]
+        files = files_in([self.asked.measures[measure].data, spec])
+        return {"measure": spec, "files": files, "base": _weights(self.asked.base_model)}
 
     @cached_property
     def _origin(self) -> dict[str, Any]:
@@ -140,11 +147,22 @@ class Run:
 def files_in(settings: Any) -> dict[str, str]:
     """Every file and folder that settings name, in whatever spelling, with a digest of its content.
 
-    A full stop or a slash in a text names no folder: the working folder and those above it do not count.
+    A full stop or a slash in a text names no folder: the working folder and those above it do not count. Of modules,
+    those of the working folder do, whether they are named as `module:function` or as `module.function`.
     """
-    parts = {part for text in _texts(settings) for part in (text, *re.split(r"[=,:\s\[\]{}]+", text)) if part}
-    named = sorted(part for part in parts if ("/" in part or "." in part) and Path(part).exists())
-    return {part: _content(part) for part in named if not Path.cwd().is_relative_to(Path(part).resolve())}
+    texts = list(_texts(settings))
+    parts = {part for text in texts for part in (text, *re.split(r"[=,:\s\[\]{}]+", text)) if part}
+    named = {part for part in parts if ("/" in part or "." in part) and os.path.exists(part)}
+    named |= {file for text in texts for file in _modules_in(text) if os.path.exists(file)}
+    return {part: _content(part) for part in sorted(named) if not Path.cwd().is_relative_to(Path(part).resolve())}
+
+
+def _modules_in(text: str) -> Iterator[str]:
+    for part in re.split(r"[=,\s\[\]{}]+", text):
+        found = _MODULE.fullmatch(part)
+        if found and not os.path.exists(part):
+            path = found[1].replace(".", "/")
+            yield from (f"{path}.py", f"{path}/__init__.py")
 
 
 def _without_model(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trl_ext_probing.comparing.compare_summary import Metric
-from trl_ext_probing.plots import COLOURS, GREY, figure, save, undefined
+from trl_ext_probing.plots import COLOURS, GREY, figure, plain, save, undefined
 
 _COLUMNS = 2
 
@@ -53,9 +53,9 @@ def _draw(axis: Any, metric: Metric) -> None:
         axis.axvline(first.value, color=COLOURS[0], linewidth=0.8, linestyle="--")
     if metric.base is not None:
         axis.axvline(metric.base, color=GREY, linewidth=1, linestyle=":")
-    axis.set_yticks(range(len(metric.cells)), list(metric.cells), fontsize=8)
+    axis.set_yticks(range(len(metric.cells)), [plain(arm) for arm in metric.cells], fontsize=8)
     axis.set_ylim(len(metric.cells) - 0.5, -0.5)
-    axis.set_xlabel(metric.title, fontsize=8)
+    axis.set_xlabel(plain(metric.title), fontsize=8)
     axis.tick_params(axis="x", labelsize=7)
     axis.locator_params(axis="x", nbins=6)  # long numbers, such as -0.125, would touch one another
 
@@ -68,7 +68,7 @@ def _explain(whole: Any, metrics: Sequence[Metric], confidence: float) -> None:
     mean = Line2D([], [], color=GREY, marker="|", linewidth=1.5, markersize=9, markeredgewidth=2)
     first = Line2D([], [], color=COLOURS[0], linestyle="--", linewidth=0.8)
     name = next(iter(metrics[0].cells))
-    marks = {"one seed": seed, f"mean, {confidence:.0%} interval": mean, f"mean of {name}": first}
+    marks = {"one seed": seed, f"mean, {confidence:.0%} interval": mean, f"mean of {plain(name)}": first}
     if any(metric.base is not None for metric in metrics):
         marks["before training"] = Line2D([], [], color=GREY, linestyle=":", linewidth=1)
     columns = 2 if len(metrics) == 1 else len(marks)

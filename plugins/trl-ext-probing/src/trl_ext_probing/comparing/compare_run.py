@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +16,11 @@ import yaml
 from trl_ext.cli import check
 from trl_ext.errors import ConfigurationError
 from trl_ext.jobs import Pool
+from trl_ext.specs import PLUGINS_VARIABLE
 from trl_ext_probing.comparing.arm_runs import Run
 from trl_ext_probing.comparing.compare_files import write_comparison
 from trl_ext_probing.comparing.compare_settings import CompareSettings
-from trl_ext_probing.comparing.comparison import Arm, Comparison, read_comparison
+from trl_ext_probing.comparing.comparison import Arm, Comparison, Tuning, read_comparison
 from trl_ext_probing.journal import Journal
 from trl_ext_probing.progress import say
 from trl_ext_probing.ranks import refuse_several
@@ -35,10 +36,14 @@ def run(settings: CompareSettings) -> None:
             run that failed.
     """
     refuse_several("compare")
+    if os.environ.get(PLUGINS_VARIABLE):
+        raise ConfigurationError(
+            f"{PLUGINS_VARIABLE} is set, and each arm without plugins would train with those; unset it, and name them "
+            "in the file"
+        )
     asked = read_comparison(settings)
     refuse_trainings(asked)
-    for measure in asked.measures.values():
-        measure.refuse(asked.base_model)
+    refuse_measures(asked)
     with Journal(settings.output / "lock.jsonl", {}), Pool() as pool:  # the journal: one run at a time
         work = Work(settings, asked, pool)
         work.do()
@@ -67,6 +72,19 @@ def refuse_trainings(asked: Comparison) -> None:
                     raise ConfigurationError(f"{asked.where}: arms: {arm.name!r}: {reason}") from None
 
 
+def refuse_measures(asked: Comparison) -> None:
+    """Refuse measures whose data or functions cannot be used.
+
+    Raises:
+        ConfigurationError: With the measure.
+    """
+    for measure in asked.measures.values():
+        try:
+            measure.refuse(asked.base_model)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{measure.where}: {str(error).removeprefix(measure.where).strip(': ')}") from None
+
+
 @dataclass
 class Work:
     """A comparison as far as it has come."""
@@ -82,12 +100,22 @@ class Work:
     until: float | None = None
 
     def do(self) -> None:
-        """Train and measure; what is there already is used."""
+        """Train and measure; what is there already is used.
+
+        Raises:
+            ConfigurationError: The model before any training cannot be measured, so that no other one could.
+        """
         if self.asked.minutes is not None:
             self.until = time.monotonic() + 60 * self.asked.minutes
         if self.asked.tuning is not None:
-            self._tune()
-        self._do(self.runs)
+            self._tune(self.asked.tuning)
+        ready = [run for run in self.runs if self._is_ready(run)]
+        self.errors += self._do(ready).values()
+
+    @cached_property
+    def base(self) -> Run:
+        """The model before any training."""
+        return Run(self.asked, self.settings.output, None, measures=tuple(self.asked.measures))
 
     @cached_property
     def runs(self) -> list[Run]:
@@ -97,19 +125,20 @@ class Work:
         """
         every = tuple(self.asked.measures)
         trained = [self._run(arm, seed, every) for seed in self.asked.seeds for arm in self.asked.arms]
-        return [Run(self.asked, self.settings.output, None, measures=every), *trained]
+        return [self.base, *trained]
 
     def _run(self, arm: Arm, seed: int, measures: tuple[str, ...]) -> Run:
         return Run(self.asked, self.settings.output, arm, seed, self.rates.get(arm.name), measures)
 
-    def _tune(self) -> None:
+    def _is_ready(self, run: Run) -> bool:
+        """Whether it has the learning rate that it is to have."""
+        return run.arm is None or self.asked.tuning is None or run.arm.name in self.rates
+
+    def _tune(self, tuning: Tuning) -> None:
         """Choose a learning rate for each arm by its mean over seeds that are not reported.
 
-        Raises:
-            ConfigurationError: No rate of an arm has a value.
+        An arm whose search the budget has cut off gets none yet; one of which no rate has a value is an error.
         """
-        tuning = self.asked.tuning
-        assert tuning is not None
         tried = {
             arm.name: {
                 rate: [replace(self._run(arm, seed, (tuning.measure,)), rate=rate) for seed in tuning.seeds]
@@ -117,25 +146,30 @@ class Work:
             }
             for arm in self.asked.arms
         }
-        self._do([run for rates in tried.values() for runs in rates.values() for run in runs])
+        every = [run for rates in tried.values() for runs in rates.values() for run in runs]
+        failed = self._do([self.base, *every])  # a rate that diverges is an answer
         metric = f"{tuning.measure}/{tuning.metric}".removesuffix("/")
         sign = 1 if self.asked.measures[tuning.measure].better(tuning.metric) == "lower" else -1
         for arm, rates in tried.items():
+            names = [run.name for runs in rates.values() for run in runs]
+            if any(name not in self.values and name not in failed for name in names):
+                continue
             scores = {rate: self._mean(runs, metric) for rate, runs in rates.items()}
             known = {rate: sign * score for rate, score in scores.items() if score is not None}
             if not known:
-                why = self.errors[0] if self.errors else "the budget was used up; the same command goes on"
-                raise ConfigurationError(f"{arm}: no learning rate of `tune` has a value of {metric}: {why}")
+                why = next((failed[name] for name in names if name in failed), "it is undefined")
+                self.errors.append(f"{arm}: no learning rate of `tune` has a value of {metric}: {why}")
+                continue
             self.rates[arm] = min(known, key=lambda rate: known[rate])
             say(f"{arm}: learning rate {self.rates[arm]:g} of {', '.join(f'{rate:g}' for rate in tuning.rates)}")
-        self.errors.clear()  # a rate that diverges is an answer
 
     def _mean(self, runs: Sequence[Run], metric: str) -> float | None:
         found = [self.values.get(run.name, {}).get(metric) for run in runs]
         known = [value for value in found if value is not None]
         return statistics.mean(known) if len(known) == len(runs) else None
 
-    def _do(self, runs: Sequence[Run]) -> None:
+    def _do(self, runs: Sequence[Run]) -> Mapping[str, str]:
+        """Do runs; gives why some failed, by name."""
         chains = [run.jobs() for run in runs]
         of_job = {job: run for run, chain in zip(runs, chains, strict=True) for job in chain}
         last = {chain[-1] for chain in chains}
@@ -144,15 +178,21 @@ class Work:
         devices = () if self.asked.on_cpu or self.asked.launches else _devices()
         at_once = 1 if self.asked.launches else self.asked.at_once or max(1, len(devices))
         threads = max(1, (os.cpu_count() or 1) // at_once) if self.asked.on_cpu and at_once > 1 else None
+        failed: dict[str, str] = {}
         for outcome in self.pool.run(chains, at_once=at_once, devices=devices, threads=threads, until=self.until):
+            run = of_job[outcome.job]
+            if outcome.error and run.arm is None:
+                raise ConfigurationError(
+                    f"the model before any training cannot be measured, and so no other: {outcome.error}"
+                )
             if outcome.error:
-                self.errors.append(outcome.error)
+                failed[run.name] = outcome.error
                 say(outcome.error)
-            elif outcome.job in last:
-                run = of_job[outcome.job]
+            elif outcome.job in last and run.name not in self.values:
                 self.values[run.name] = outcome.result
                 shown = (f"{k} {'undefined' if v is None else f'{v:.4g}'}" for k, v in outcome.result.items())
                 say(f"{run.name}: {', '.join(shown)}")
+        return failed
 
 
 def _devices() -> tuple[str, ...]:

@@ -76,11 +76,14 @@ def _mean_of(costs: Sequence[Costs], name: str) -> float:
 def notes(found: Found) -> Iterator[str]:
     """What a reader has to know."""
     confidence, count = found.settings.confidence, len(found.asked.seeds)
-    yield (
-        f"Intervals of {confidence:.0%} over {count} seed{'s' if count > 1 else ''}; differences are paired by seed, "
-        "and * marks those whose interval leaves out 0, with no allowance for how many there are. Seeds to show it: "
-        "with so many a paired t-test would find a difference of this size with a probability of 80%."
-    )
+    if count == 1:
+        yield "One seed tells nothing of others: there are no intervals and no differences."
+    else:
+        yield (
+            f"Intervals of {confidence:.0%} over {count} seeds; differences are paired by seed, and * marks those "
+            "whose interval leaves out 0, with no allowance for how many there are. Seeds to show it: with so many a "
+            "paired t-test would find a difference of this size with a probability of 80%."
+        )
     if found.rates:
         rates = ", ".join(f"{arm} {rate:g}" for arm, rate in found.rates.items())
         tuning = found.asked.tuning

@@ -11,7 +11,7 @@ from trl_ext.errors import ConfigurationError, did_you_mean
 from trl_ext.records import TRAINERS, TrainerKind
 from trl_ext_probing.comparing.compare_settings import CompareSettings
 from trl_ext_probing.comparing.measures import Measure, measure_of
-from trl_ext_probing.config_files import read_config, refuse_keys
+from trl_ext_probing.config_files import checked, read_config, refuse_keys, refuse_names
 from trl_ext_probing.results import slug
 
 KEYS: dict[str, type | tuple[type, ...]] = {
@@ -23,6 +23,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "tune": dict,
     "sizes": dict,
 }
+NEEDED = {"base", "arms", "seeds", "measures"}
 BASE = "base"
 """The name of the model that no arm has trained yet."""
 DEFAULTS: dict[str, Any] = {
@@ -34,6 +35,8 @@ DEFAULTS: dict[str, Any] = {
 }
 """Settings of every training, where the file says nothing else: checkpoints on the way, of which the last stays."""
 OURS = ("output_dir", "seed", "resume_from_checkpoint", "overwrite_output_dir")
+_SEEDS = 2**32
+"""NumPy takes no seed beyond."""
 LAUNCH = ("num_processes", "accelerate_config", "config_file")
 """Settings that start several processes for one training."""
 
@@ -111,17 +114,25 @@ def read_comparison(settings: CompareSettings) -> Comparison:
         ConfigurationError: With the key to change.
     """
     where = settings.config
-    content = read_config(where, KEYS, {"base", "arms", "seeds", "measures"}, "CONFIG")
+    content = read_config(where, KEYS, NEEDED, "CONFIG")
     sizes = content.pop("sizes", {})
+    refuse_names(f"{where}: sizes", sizes)
     if settings.size is not None:
         if settings.size not in sizes:
             near = did_you_mean(settings.size, sizes)
             raise ConfigurationError(
                 f"--size {settings.size!r}: {where} has no such size. {near}There are {', '.join(sizes) or 'none'}"
             )
-        refuse_keys(f"{where}: sizes: {settings.size}", sizes[settings.size] or {}, tuple(KEYS))
-        content = laid_over(content, sizes[settings.size] or {})
-    measures = {str(name): measure_of(f"{where}: measures: {name}", spec) for name, spec in content["measures"].items()}
+        what = f"{where}: sizes: {settings.size}"
+        over = sizes[settings.size] or {}
+        if not isinstance(over, dict):
+            raise ConfigurationError(f"{what}: {over!r} is no mapping of what is laid over the rest")
+        content = checked(what, laid_over(content, over), KEYS, NEEDED)
+    for part in ("arms", "measures"):
+        refuse_names(f"{where}: {part}", content[part])
+    measures = {name: measure_of(f"{where}: measures: {name}", spec) for name, spec in content["measures"].items()}
+    if not measures:
+        raise ConfigurationError(f"{where}: measures: there have to be some; models that nobody measures tell nothing")
     if wrong := next((name for name in measures if slug(name) != name), None):
         raise ConfigurationError(
             f"{where}: measures: {wrong!r} is to be a folder's name too; use letters, digits, - and _"
@@ -129,9 +140,9 @@ def read_comparison(settings: CompareSettings) -> Comparison:
     budget = content.get("budget", {})
     refuse_keys(f"{where}: budget", budget, ("minutes", "at_once"))
     for key, kind in (("minutes", (int, float)), ("at_once", int)):
-        if key in budget and not (isinstance(budget[key], kind) and budget[key] > 0):
+        if key in budget and not (isinstance(budget[key], kind) and budget[key] > 0 and budget[key] is not True):
             raise ConfigurationError(f"{where}: budget: {key}: {budget[key]!r} is no number above 0")
-    arms = tuple(_arm(where, content["base"], str(name), arm) for name, arm in content["arms"].items())
+    arms = tuple(_arm(where, content["base"], name, arm) for name, arm in content["arms"].items())
     names = [slug(name) for name in (BASE, *content["arms"])]
     if not arms or len(set(names)) < len(names) or "" in names:
         raise ConfigurationError(f"{where}: arms: there have to be some, of different names, and none called {BASE!r}")
@@ -157,19 +168,37 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
 
 
 def _arm(where: Path, base: Mapping[str, Any], name: str, given: Any) -> Arm:
-    stages = given if isinstance(given, list) else [given or {}]
+    stages = given if isinstance(given, list) else [{} if given is None else given]
     if not stages or not all(isinstance(stage, dict) for stage in stages):
         raise ConfigurationError(
             f"{where}: arms: {name!r} is {given!r}; an arm is a mapping of settings, or a list of them that follow one "
             "another"
         )
-    return Arm(name, tuple(_stage(where, f"arms: {name!r}", base, stage) for stage in stages))
+    made = tuple(_stage(where, f"arms: {name!r}", base, stage) for stage in stages)
+    if any(_sets(own, "model_name_or_path") for own in stages[1:]):
+        raise ConfigurationError(
+            f"{where}: arms: {name!r}: model_name_or_path: a training that follows another starts from what that one "
+            "left; name a model in the first one, or nowhere"
+        )
+    if any(stage.settings.get("use_peft") for stage in made[:-1]):
+        raise ConfigurationError(
+            f"{where}: arms: {name!r}: use_peft: it leaves an adapter, from which the next training of the list cannot "
+            "start; set use_peft: false in all but the last one"
+        )
+    return Arm(name, made)
+
+
+def _sets(own: Any, name: str) -> bool:
+    """Whether an arm itself has a setting, for all of its trainings or for those of a kind."""
+    parts = (own, *map(own.get, TRAINERS)) if isinstance(own, dict) else ()
+    return any(isinstance(part, dict) and name in part for part in parts)
 
 
 def _stage(where: Path, what: str, base: Mapping[str, Any], own: Mapping[str, Any]) -> Stage:
     kind = own.get("trainer", base.get("trainer"))
     if kind not in TRAINERS:
-        raise ConfigurationError(f"{where}: base: trainer: {kind!r} is not one of {', '.join(TRAINERS)}")
+        place = what if "trainer" in own else "base"
+        raise ConfigurationError(f"{where}: {place}: trainer: {kind!r} is not one of {', '.join(TRAINERS)}")
     settings = dict(DEFAULTS)
     for part in (base, own):
         of_kind = part.get(kind, {})
@@ -191,8 +220,9 @@ def _stage(where: Path, what: str, base: Mapping[str, Any], own: Mapping[str, An
 
 
 def _seeds(where: str, given: Any) -> tuple[int, ...]:
-    seeds = list(range(given)) if isinstance(given, int) else given
-    if not seeds or not all(isinstance(seed, int) and seed >= 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+    seeds = list(range(given)) if type(given) is int else given
+    usable = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < _SEEDS for seed in seeds)
+    if not seeds or not usable or len(set(seeds)) < len(seeds):
         raise ConfigurationError(f"{where}: {given!r} is no number of seeds, nor a list of different whole numbers")
     return tuple(seeds)
 
@@ -215,6 +245,17 @@ def _tuning(where: Path, content: Mapping[str, Any], measures: Mapping[str, Meas
     if measure not in measures:
         near = did_you_mean(measure, measures)
         raise ConfigurationError(f"{where_tune}: measure: there is no measure {measure!r}. {near}".rstrip())
+    known = measures[measure].metrics
+    if known and metric.partition(", ")[0] not in known:
+        raise ConfigurationError(
+            f"{where_tune}: measure: {given['measure']!r} is no value; {measure} gives "
+            f"{', '.join(f'{measure}/{name}' for name in known)}"
+        )
+    parts = ((name, own) for name, arm in content["arms"].items() for own in (arm if isinstance(arm, list) else [arm]))
+    if arm := next((name for name, own in parts if _sets(own, "learning_rate")), None):
+        raise ConfigurationError(
+            f"{where}: arms: {arm!r}: learning_rate: `tune` chooses that of every arm; remove one of the two"
+        )
     seeds = _seeds(f"{where_tune}: seeds", given["seeds"])
     if both := set(seeds) & set(_seeds(f"{where}: seeds", content["seeds"])):
         raise ConfigurationError(

@@ -55,6 +55,11 @@ class Measure(ABC):
         """The data set that decides the values, as `load_dataset_spec` names it."""
         return None
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Those that are known beforehand; none where what is measured decides. With `by`, more follow the comma."""
+        return ()
+
     @abstractmethod
     def measure(self, model: str, base: str, folder: Path) -> Values:
         """Measure a saved model.
@@ -107,6 +112,7 @@ class Loss(_OfProbe):
     """Negative log-likelihood of held-out data in nats per label token, of all rows and of those of each kind."""
 
     kind = LossSettings
+    metrics = ("nll",)
 
     def refuse(self, model: str) -> None:
         """Load the data, and look for the column."""
@@ -169,6 +175,11 @@ class Passk(_OfProbe):
         (result,) = run(self.settings(model, base, folder))
         return {f"pass@{k}": estimate.bounds[0] for k, estimate in result.estimates.items()}
 
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """`pass@K` for each k."""
+        return tuple(f"pass@{k}" for k in self.settings("model", "base", Path("probe")).ks)
+
     def better(self, metric: str) -> Better:
         """More solved problems."""
         return "higher"
@@ -182,6 +193,7 @@ class Drift(_OfProbe):
     """`trl-ext probe drift`: the change on general data from the model before any training."""
 
     kind = DriftSettings
+    metrics = ("nll", "accuracy")
 
     def refuse(self, model: str) -> None:
         """Load the data."""
@@ -264,13 +276,15 @@ def measure_of(where: str, spec: Any) -> Measure:
     return KINDS[kind](where, given)
 
 
-def values_of(measures: Mapping[str, Any], model: str, base: str, folder: str) -> dict[str, float | None]:
+def values_of(
+    measures: Mapping[str, Any], model: str, base: str, folders: Mapping[str, str]
+) -> dict[str, float | None]:
     """All measures of a model, as `MEASURE/METRIC`; None for a value that is not finite.
 
     Args:
         measures: Name to entry of the file.
         model, base: See `Measure.measure`.
-        folder: Each measure gets a folder of its own in it.
+        folders: Of each measure its own, from which it goes on.
     """
     import datasets
     from transformers.utils import logging
@@ -280,6 +294,6 @@ def values_of(measures: Mapping[str, Any], model: str, base: str, folder: str) -
     found: dict[str, float | None] = {}
     for name, spec in measures.items():
         measure = measure_of(name, spec)
-        for metric, value in measure.measure(model, base, Path(folder, name)).items():
+        for metric, value in measure.measure(model, base, Path(folders[name])).items():
             found[f"{name}/{metric}".removesuffix("/")] = value if math.isfinite(value) else None
     return found
