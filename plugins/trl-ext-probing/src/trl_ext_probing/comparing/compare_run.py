@@ -182,9 +182,7 @@ class Work:
         for outcome in self.pool.run(chains, at_once=at_once, devices=devices, threads=threads, until=self.until):
             run = of_job[outcome.job]
             if outcome.error and run.arm is None:
-                raise ConfigurationError(
-                    f"the model before any training cannot be measured, and so no other: {outcome.error}"
-                )
+                raise ConfigurationError(f"the model before any training cannot be measured: {outcome.error}")
             if outcome.error:
                 failed[run.name] = outcome.error
                 say(outcome.error)
