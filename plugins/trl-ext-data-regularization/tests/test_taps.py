@@ -78,15 +78,15 @@ def test_a_rule_keeps_as_many_as_it_says(name):
     assert (Rule(name, 0.5).kept(8) is None) == (name not in ("full", "target", "topk", "second-order"))
 
 
-def test_a_head_that_caps_its_logits_is_refused_at_the_first_labels():
+def test_a_head_that_scales_its_logits_is_refused_at_the_first_labels():
     """A batch without labels, as a rank may begin with, shows nothing of the head."""
     model, batch = model_of("full"), batch_of(4, 8, seed=1)
-    model.config.final_logit_softcapping = 0.1
+    model.config.logit_scale = 20.0
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     parts = tapped(model)
     engine = Ghost(parts.layers, Target([None] * len(trainable(model))), 4, torch.device("cpu"))
     without = {**batch, "labels": torch.full_like(batch["labels"], -100)}
     with parts.taps.active(ScorePass(engine), whole(batch)):
         losses_of(model, without).sum().backward()
-    with parts.taps.active(ScorePass(engine), whole(batch)), pytest.raises(RuntimeError, match="caps its logits"):
+    with parts.taps.active(ScorePass(engine), whole(batch)), pytest.raises(RuntimeError, match="scales or caps its logits"):
         losses_of(model, batch).sum().backward()
