@@ -69,12 +69,13 @@ class Release:
     def _imported(self, tree: ast.Module, module: str, is_package: bool, path: list[str]) -> str | None:
         """The source of what the module takes from another one of the library."""
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and {path[0], "*"} & {
-                alias.asname or alias.name for alias in node.names
-            }:
+            for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+                if alias.name != "*" and path[0] != (alias.asname or alias.name):
+                    continue
                 parents = module.split(".")
                 parents = parents[: len(parents) - node.level + is_package] if node.level else []
-                found = self._find(".".join([*parents, *filter(None, [node.module])]), path)
+                theirs = path if alias.name == "*" else [alias.name, *path[1:]]
+                found = self._find(".".join([*parents, *filter(None, [node.module])]), theirs)
                 if found is not None:
                     return found
         return None
