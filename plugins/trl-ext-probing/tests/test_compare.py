@@ -568,8 +568,8 @@ def test_names_are_drawn_and_written_as_they_are(tmp_path: Path) -> None:
     """None is a formula, ends a cell, or is part of the page."""
     name = "<b>$\\frac$|a"
     cell = Cell((1.0, 2.0), seed_mean([1.0, 2.0]), None, None)
-    metrics = [Metric(f"held/nll, kind={name}", "lower", 0.5, {name: cell})]
-    draw_comparison(metrics, tmp_path / "plot.png")
+    metrics = [Metric(f"held/nll, kind={name}", "nats", "lower", 0.5, {name: cell})]
+    draw_comparison(metrics, 0.95, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").is_file()
     row = table(("arm", "mean"), [(name, "1")]).splitlines()[-1]
     assert row == "| <b>$\\frac$\\|a | 1 |"
