@@ -43,6 +43,7 @@ class Still:
     def gradients_ready(self, gradients, streams):
         gradients.mul_(0.0)
 
+@dataclass(eq=False)
 class Broken:
     @hookimpl
     def gradients_ready(self, gradients, streams):
