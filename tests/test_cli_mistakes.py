@@ -28,6 +28,7 @@ YAML = {
     "broken.yaml": "max_steps: 1\nplugins: [power\n",
     "tab.yaml": "streams:\n\tgeneral: data.jsonl\n",
     "list.yaml": "- power\n",
+    "twice.yaml": "learning_rate: 1.0e-3\nmax_steps: 2\nlearning_rate: 1.0e-5\n",
     "empty.yaml": "",
     "env.yaml": "env: [A]\n",
     "kind.yaml": "max_steps: [1]\n",
@@ -70,6 +71,10 @@ MISTAKES = {
     "config without file": ([*sft(), "--config"], "--config names no file"),
     "broken YAML": (sft(config="broken.yaml"), "broken.yaml, line 3 is not YAML"),
     "tab in YAML": (sft(config="tab.yaml"), "tab.yaml, line 2 is not YAML: found character '\\t'"),
+    "setting twice in YAML": (
+        sft(config="twice.yaml"),
+        "twice.yaml, line 3 is not YAML: 'learning_rate' is",
+    ),
     "list in YAML": (sft(config="list.yaml"), "list.yaml holds a list; expected settings"),
     "empty YAML": (sft(config="empty.yaml"), "empty.yaml is empty; expected settings"),
     "environment in YAML": (sft(config="env.yaml"), "env.yaml: env: ['A'] is not a mapping"),

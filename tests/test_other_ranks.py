@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from workers import other_ranks
 
+from trl_ext.checkpoints.fsdp_files import refuse_other_files
 from trl_ext.errors import CheckpointError
 from trl_ext.testing.ranks import RanksError, on_ranks
 
@@ -133,7 +134,10 @@ def test_shards_can_be_merged_as_the_refusal_says(tmp_path):
     """Into the weights that the run has saved whole at its end, by their names."""
     in_parts(tmp_path, "surgery", (2,), SHARDINGS["fsdp2, sharded files"])
     (shards,) = tmp_path.rglob("pytorch_model_fsdp_0")
-    merge_fsdp_weights(str(shards), str(tmp_path / "merged"))
+    with pytest.raises(CheckpointError) as refused:
+        refuse_other_files(shards.parent, None)
+    (advised,) = re.findall(r"'accelerate merge-weights (\S+) FOLDER'", str(refused.value))
+    merge_fsdp_weights(advised, str(tmp_path / "merged"))
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     raw = load_file(tmp_path / "final" / "raw" / "model.safetensors")
     assert_equal_bits({name: merged[name] for name in raw}, raw)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +27,21 @@ def check(kind: "TrainerKind", arguments: Sequence[str]) -> tuple[Any, Any, Any,
     settings, _, _ = train.read(kind, arguments)
     train.check(kind, settings)
     return settings
+
+
+def read_yaml(path: Path, setting: str) -> dict[str, Any]:
+    """The content of a YAML file of settings, for the commands of a distribution too.
+
+    Args:
+        path: the file.
+        setting: what names it, such as "--config", for messages.
+
+    Raises:
+        ConfigurationError: There is no such file, it is not YAML or not a mapping of settings, or a key is there twice.
+    """
+    from trl_ext.cli import yaml_files
+
+    return yaml_files.read_yaml(path, setting)
 
 
 def main() -> None:

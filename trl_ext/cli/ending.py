@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from trl_ext.errors import OnAllRanksError, PluginError, TrlExtError
+from trl_ext.jobs import SAID
 
 DEBUG = "TRL_EXT_DEBUG"
 """Set for `--debug`: in the environment, so that the ranks that a launcher starts show their tracebacks too."""
@@ -50,7 +51,7 @@ def run_to_the_end(app: Any, arguments: Sequence[str], kinds: Sequence[str]) -> 
 
 def say(line: str) -> None:
     """Print one line about the command itself, apart from its results, and not behind a progress bar."""
-    text = f"trl-ext: {' '.join(line.split())}"
+    text = f"{SAID}{' '.join(line.split())}"
     if "tqdm" in sys.modules:
         sys.modules["tqdm"].tqdm.write(text, file=sys.stderr)
     else:

@@ -42,8 +42,12 @@ def read_command_line(parser: Any, arguments: Sequence[str]) -> CommandLine:
         ConfigurationError: The YAML cannot be read, or a value is not of its setting's type or is refused by the
             config's class.
     """
+    from trl_ext.cli.yaml_files import read_yaml
+
     path = config_path(arguments)
-    config = read_yaml(path) if path else {}
+    config = read_yaml(path, CONFIG) if path else {}
+    if not isinstance(config.get("env", {}), dict):
+        raise ConfigurationError(f"{path}: env: {config['env']!r} is not a mapping from variables to values")
     if path:
         _refuse_wrong_types(parser, config, path)
     parser.error = lambda message: refuse_value(message, config, path, arguments)
@@ -58,31 +62,6 @@ def read_command_line(parser: Any, arguments: Sequence[str]) -> CommandLine:
     if stray := next((text for text in flags_rest[:1] if not text.startswith("-")), None):
         raise ConfigurationError(f"{stray!r} belongs to no flag; settings are given as --name value")
     return CommandLine(tuple(settings), tuple(config_rest), tuple(flags_rest))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of settings.
-
-    Raises:
-        ConfigurationError: There is no such file, it is not YAML, or not a mapping of settings.
-    """
-    import yaml
-
-    if not path.is_file():
-        near = did_you_mean(path.name, (other.name for other in path.parent.glob("*.y*ml")))
-        raise ConfigurationError(f"{CONFIG}: there is no file {str(path)!r}. {near}".rstrip())
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigurationError(f"{path}{where} is not YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(config, dict):
-        kind = "is empty" if config is None else f"holds a {type(config).__name__}"
-        raise ConfigurationError(f"{path} {kind}; expected settings, each a line as `learning_rate: 1.0e-5`")
-    if not isinstance(config.get("env", {}), dict):
-        raise ConfigurationError(f"{path}: env: {config['env']!r} is not a mapping from variables to values")
-    return config
 
 
 def refuse_unknown(names: Iterable[str], parser: Any, more: Iterable[str], arguments: Sequence[str]) -> None:

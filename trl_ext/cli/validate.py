@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trl_ext.cli.ending import held_warnings
-from trl_ext.cli.settings import CONFIG, config_path, in_two_words, known_settings, read_yaml
+from trl_ext.cli.settings import CONFIG, config_path, in_two_words, known_settings
 from trl_ext.cli.train import announce, check, make_parser, read
 from trl_ext.errors import ConfigurationError
 from trl_ext.records import TRAINERS, TrainerKind
@@ -49,6 +49,8 @@ def _kind_of(arguments: Sequence[str]) -> TrainerKind:
     path = config_path(arguments)
     if path is None:
         raise ConfigurationError(f"validate: give {CONFIG} FILE, or a kind ({', '.join(TRAINERS)}) and flags")
-    names = read_yaml(path).keys() - {"env"}
+    from trl_ext.cli.yaml_files import read_yaml
+
+    names = read_yaml(path, CONFIG).keys() - {"env"}
     unknown = {kind: len(names - known_settings(make_parser(kind))) for kind in TRAINERS}
     return min(TRAINERS, key=lambda kind: unknown[kind])

@@ -6,8 +6,8 @@ it ends.
 """
 
 from trl_ext.jobs.costs import COSTS, Costs, read_costs
-from trl_ext.jobs.job import Job, Outcome
+from trl_ext.jobs.job import SAID, Job, Outcome
 from trl_ext.jobs.pool import Pool
 from trl_ext.jobs.ties import TIED, tie_where_asked
 
-__all__ = ["COSTS", "TIED", "Costs", "Job", "Outcome", "Pool", "read_costs", "tie_where_asked"]
+__all__ = ["COSTS", "SAID", "TIED", "Costs", "Job", "Outcome", "Pool", "read_costs", "tie_where_asked"]

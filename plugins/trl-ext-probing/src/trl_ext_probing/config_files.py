@@ -7,8 +7,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-import yaml
-
+from trl_ext.cli import read_yaml
 from trl_ext.errors import ConfigurationError, did_you_mean
 from trl_ext_probing.settings import OutputSettings, takes
 
@@ -16,20 +15,6 @@ S = TypeVar("S", bound=OutputSettings)
 Kinds = Mapping[str, type | tuple[type, ...]]
 OURS = ("model", "base", "output", "overwrite", "confidence")
 """Options of a probe that a file leaves to the command that reads it."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key stands once: of two, PyYAML would drop the first without a word."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if (key.tag, key.value) in seen:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} is there twice", problem_mark=key.start_mark)
-                seen.add((key.tag, key.value))
-        return node
 
 
 def read_config(path: Path, kinds: Kinds, needed: set[str], setting: str) -> dict[str, Any]:
@@ -44,16 +29,7 @@ def read_config(path: Path, kinds: Kinds, needed: set[str], setting: str) -> dic
     Raises:
         ConfigurationError: There is no such file, or it is not of this form.
     """
-    if not path.is_file():
-        near = did_you_mean(path.name, (other.name for other in path.parent.glob("*.y*ml")))
-        raise ConfigurationError(f"{setting}: there is no file {str(path)!r}. {near}".rstrip())
-    try:
-        content = yaml.load(path.read_text(), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} has no keys; there are {', '.join(kinds)}")
-    return checked(str(path), content, kinds, needed)
+    return checked(str(path), read_yaml(path, setting), kinds, needed)
 
 
 def checked(where: str, content: Mapping[Any, Any], kinds: Kinds, needed: set[str]) -> dict[str, Any]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trl_ext.errors import ConfigurationError
 from trl_ext_probing.from_scratch.control_settings import FromScratchSettings
 from trl_ext_probing.ranks import refuse_several
@@ -23,11 +21,11 @@ class Run:
     """
 
     def __init__(self, settings: FromScratchSettings) -> None:
-        from trl_ext.cli import parse
+        from trl_ext.cli import parse, read_yaml
 
         refuse_several("from-scratch")
         self.settings = settings
-        self.yaml: dict[str, Any] = yaml.safe_load(Path(settings.config).read_text()) or {}
+        self.yaml: dict[str, Any] = read_yaml(Path(settings.config), "--config")
         self.script, self.training, self.model, self.data = parse("sft", ["--config", settings.config])
         path = settings.config
         if not self.model.model_name_or_path:
