@@ -45,8 +45,11 @@ def leave(code):
 
 def fail_noisily(last):
     """As an interpreter does whose libraries have something to say at its end."""
-    print("trl-ext: 3 of 8, 2.1/s", file=sys.stderr)
     atexit.register(print, "nanobind: leaked 4 instances!\\nSee https://nanobind.readthedocs.io", file=sys.stderr)
+    if last == "a launcher's":
+        print("out of memory")
+        sys.exit(3)
+    print("trl-ext: 3 of 8, 2.1/s", file=sys.stderr)
     if last == "killed":
         print("step 7", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -162,6 +165,7 @@ def test_a_failure_ends_its_chain_alone_and_says_why_in_one_line(tmp_path: Path,
 REASONS = {
     "error": "error ended with exit code 1: ValueError: then",
     "exit": "exit ended with exit code 1: no model",
+    "a launcher's": "a launcher's ended with exit code 3: out of memory",
     "rank": "rank ended with exit code 2: OSError: full",
     "command": "command ended with exit code 2: no file x.yaml",
     "killed": "killed was killed by signal 9: step 7",
